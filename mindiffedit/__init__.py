@@ -1,0 +1,34 @@
+"""mindiffedit: DiffEdit (arXiv 2210.11427) on MindSpore, with the API of diffusers' pipeline.
+
+Names are imported when first used, so that ``import mindiffedit`` and the command line's help stay quick.
+"""
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "StableDiffusionDiffEditPipeline": "pipeline",
+    "DiffEditInversionPipelineOutput": "pipeline",
+    "StableDiffusionPipelineOutput": "pipeline",
+    "DDIMScheduler": "schedulers",
+    "DDIMInverseScheduler": "schedulers",
+    "DPMSolverMultistepScheduler": "schedulers",
+    "DPMSolverMultistepInverseScheduler": "schedulers",
+    "load_image": "pictures",
+    "make_image_grid": "pictures",
+}
+
+__all__ = [*_HOMES, "__version__"]
+
+
+def __getattr__(name):
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mindiffedit' has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(f"mindiffedit.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})

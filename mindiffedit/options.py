@@ -1,0 +1,410 @@
+"""Validation of everything a user can pass, before any model runs.
+
+Every function says in one sentence what was given, what was expected and what to do. Where the reference
+checks a value itself, the exception has the reference's type; elsewhere a wrong type is a TypeError and a
+wrong value a ValueError. Booleans are not numbers, NumPy scalars are, NaN and infinity never are. Checked
+values come back as plain Python numbers.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Optional, Sequence, Tuple
+
+import numpy as np
+
+from .pictures import to_numpy
+
+MAX_STEPS = 1000
+
+__all__ = [
+    "MAX_STEPS",
+    "NumericalError",
+    "check_callback",
+    "check_clip_skip",
+    "check_eta",
+    "check_finite",
+    "check_generators",
+    "check_guidance_scale",
+    "check_image_batch",
+    "check_image_latents",
+    "check_output_type",
+    "check_positive_int",
+    "check_prompt_inputs",
+    "check_ratio",
+    "check_regularisation",
+    "check_steps",
+    "check_strength",
+    "effective_steps",
+]
+
+
+class NumericalError(ArithmeticError, ValueError):
+    """A stage produced NaN or infinity. `stage` (str) and `step` (int or None) say where."""
+
+    def __init__(self, message: str, stage: Optional[str] = None, step: Optional[int] = None):
+        super().__init__(message)
+        self.stage = stage
+        self.step = step
+
+
+# --- numbers ---------------------------------------------------------------------------------------
+
+
+def _real(value, name: str, expected: str) -> float:
+    """`value` as a finite float. None is a ValueError, as in the reference; other types are TypeErrors."""
+    if value is None:
+        raise ValueError(f"`{name}` is None; give {expected}.")
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
+        raise TypeError(f"`{name}` has to be {expected}, but is {value!r} of type {type(value).__name__}.")
+    if not math.isfinite(value):
+        raise ValueError(f"`{name}` has to be {expected}, but is {value}.")
+    return float(value)
+
+
+def _is_int(value) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, (bool, np.bool_))
+
+
+def _int(value, name: str, expected: str) -> int:
+    if not _is_int(value):
+        raise TypeError(f"`{name}` has to be {expected}, but is {value!r} of type {type(value).__name__}.")
+    return int(value)
+
+
+def check_positive_int(name: str, value) -> int:
+    """A whole number of at least 1. Anything else, of any type, is a ValueError, as in the reference."""
+    if not _is_int(value) or value <= 0:
+        raise ValueError(
+            f"`{name}` has to be a positive integer but is {value!r} of type {type(value).__name__}."
+        )
+    return int(value)
+
+
+def check_strength(value, name: str = "inpaint_strength") -> float:
+    """A number in [0, 1]."""
+    strength = _real(value, name, "a number from 0 to 1")
+    if not 0 <= strength <= 1:
+        raise ValueError(f"The value of `{name}` should be in [0.0, 1.0] but is {value}.")
+    return strength
+
+
+def check_steps(value, name: str = "num_inference_steps", most: int = MAX_STEPS) -> int:
+    """A whole number from 1 to `most`, the number of steps the model was trained with."""
+    steps = _int(value, name, f"a whole number from 1 to {most}")
+    if not 1 <= steps <= most:
+        raise ValueError(f"`{name}` has to be from 1 to {most}, but is {steps}.")
+    return steps
+
+
+def effective_steps(num_inference_steps: int, strength: float, name: str = "inpaint_strength") -> int:
+    """Number of steps that really run: int(steps · strength), as in the reference.
+
+    Raises
+    ------
+    ValueError
+        No step would run. The message names a strength and a number of steps that work.
+    """
+    steps = min(int(num_inference_steps * strength), num_inference_steps)
+    if steps >= 1:
+        return steps
+    least = math.ceil(10000 / num_inference_steps) / 10000
+    remedy = f"give a `{name}` of at least {least:g}"
+    if strength > 0:
+        needed = math.ceil(1 / strength)
+        while int(needed * strength) < 1:
+            needed += 1
+        if needed <= MAX_STEPS:
+            remedy += f", or at least {needed} steps"
+    raise ValueError(f"`{name}` {strength:g} of {num_inference_steps} steps leaves no step to run: {remedy}.")
+
+
+def check_guidance_scale(value, name: str = "guidance_scale") -> float:
+    """A finite number of at least 0; up to 1 it means no guidance."""
+    guidance = _real(value, name, "a number of at least 0")
+    if guidance < 0:
+        raise ValueError(f"`{name}` has to be at least 0, but is {value}; 1 or less means no guidance.")
+    return guidance
+
+
+def check_ratio(value, name: str = "mask_thresholding_ratio") -> float:
+    """A finite number above 0."""
+    ratio = _real(value, name, "a number above 0")
+    if ratio <= 0:
+        raise ValueError(f"`{name}` has to be positive but is {value}.")
+    return ratio
+
+
+def check_eta(value) -> float:
+    """DDIM's η, in [0, 1]: 0 is deterministic, 1 is as random as DDPM."""
+    eta = _real(value, "eta", "a number from 0 to 1")
+    if not 0 <= eta <= 1:
+        raise ValueError(f"`eta` has to be in [0, 1], but is {value}.")
+    return eta
+
+
+def check_output_type(value, allowed: Sequence[str], name: str = "output_type") -> str:
+    """One of the names in `allowed`."""
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"`{name}` has to be {_either(allowed)}, but is {value!r}.")
+    return value
+
+
+def _either(names: Sequence[str]) -> str:
+    quoted = [repr(name) for name in names]
+    return quoted[0] if len(quoted) == 1 else f"{', '.join(quoted[:-1])} or {quoted[-1]}"
+
+
+def check_callback(callback, callback_steps) -> int:
+    """`callback` is None or callable; returns `callback_steps`, a whole number of at least 1."""
+    if callback is not None and not callable(callback):
+        raise TypeError(
+            f"`callback` has to be None or callable as callback(step, timestep, latents), but is "
+            f"{type(callback).__name__}."
+        )
+    return check_positive_int("callback_steps", callback_steps)
+
+
+def check_clip_skip(value, number_of_layers: int) -> Optional[int]:
+    """None, or how many of the text encoder's last layers are left out: 0 to `number_of_layers`."""
+    if value is None:
+        return None
+    skip = _int(value, "clip_skip", f"None or a whole number from 0 to {number_of_layers}")
+    if not 0 <= skip <= number_of_layers:
+        raise ValueError(
+            f"`clip_skip` has to be from 0 to {number_of_layers}, the layers of this text encoder, but is "
+            f"{skip}."
+        )
+    return skip
+
+
+def check_regularisation(
+    lambda_auto_corr, lambda_kl, num_reg_steps, num_auto_corr_rolls
+) -> Tuple[float, float, int, int]:
+    """The four options of the inversion's regularisers: weights of at least 0, counts of at least 0.
+
+    A weight or a count of 0 switches its regulariser off.
+    """
+    weights = []
+    for name, value in (("lambda_auto_corr", lambda_auto_corr), ("lambda_kl", lambda_kl)):
+        weight = _real(value, name, "a number of at least 0")
+        if weight < 0:
+            raise ValueError(f"`{name}` has to be at least 0, but is {value}; 0 switches it off.")
+        weights.append(weight)
+    counts = []
+    for name, value in (("num_reg_steps", num_reg_steps), ("num_auto_corr_rolls", num_auto_corr_rolls)):
+        count = _int(value, name, "a whole number of at least 0")
+        if count < 0:
+            raise ValueError(f"`{name}` has to be at least 0, but is {value}; 0 switches it off.")
+        counts.append(count)
+    return weights[0], weights[1], counts[0], counts[1]
+
+
+# --- prompts ---------------------------------------------------------------------------------------
+
+
+def check_prompt_inputs(
+    prompt=None,
+    negative_prompt=None,
+    prompt_embeds=None,
+    negative_prompt_embeds=None,
+    prefix: str = "",
+    guided: bool = True,
+) -> int:
+    """Check one prompt, given as text or as embeddings, and its negative.
+
+    Parameters
+    ----------
+    prompt : str or list of str; the empty string is a prompt.
+    negative_prompt : None, or of the same type and length as `prompt`.
+    prompt_embeds, negative_prompt_embeds : None, or float (B, tokens, width); in place of the texts.
+    prefix : what the names of the four have in front in messages, such as "target_".
+    guided : False where there is no guidance and negatives are ignored, as the reference ignores them; then
+        only what cannot be meant at all is an error.
+
+    Returns
+    -------
+    The batch size.
+
+    Raises
+    ------
+    ValueError
+        Both or neither of text and embeddings, an empty list, a prompt or an entry that is no string, counts
+        or shapes that do not fit, NaN or inf.
+    TypeError
+        `negative_prompt` is not of `prompt`'s type; embeddings are not floating-point numbers.
+    """
+    if prefix and not prefix.endswith("_"):
+        prefix += "_"
+    text, negative = f"{prefix}prompt", f"{prefix}negative_prompt"
+    if prompt is not None and prompt_embeds is not None:
+        raise ValueError(f"Cannot forward both `{text}` and `{text}_embeds`; give one of the two.")
+    if prompt is None and prompt_embeds is None:
+        raise ValueError(f"Provide either `{text}` or `{text}_embeds`; both are None.")
+    if negative_prompt is not None and negative_prompt_embeds is not None:
+        raise ValueError(f"Cannot forward both `{negative}` and `{negative}_embeds`; give one of the two.")
+
+    shape = None
+    if prompt is not None:
+        batch_size = _check_texts(prompt, text)
+    else:
+        shape = _check_embeds(prompt_embeds, f"{text}_embeds")
+        batch_size = shape[0]
+    if negative_prompt_embeds is not None:
+        negative_shape = _check_embeds(negative_prompt_embeds, f"{negative}_embeds")
+        if shape is not None and negative_shape != shape:
+            raise ValueError(
+                f"`{text}_embeds` and `{negative}_embeds` must have the same shape when passed directly, but "
+                f"got: {shape} != {negative_shape}."
+            )
+        if guided and negative_shape[0] != batch_size:
+            raise ValueError(
+                f"`{negative}_embeds` has batch size {negative_shape[0]}, but `{text}` has batch size "
+                f"{batch_size}; give one negative for each prompt."
+            )
+    if negative_prompt is not None and guided:
+        _check_negative(prompt, negative_prompt, batch_size, text, negative)
+    return batch_size
+
+
+def _check_texts(value, name: str) -> int:
+    """`value` is a str or a list of them; returns how many."""
+    if isinstance(value, str):
+        return 1
+    if not isinstance(value, list):
+        raise ValueError(f"`{name}` has to be of type `str` or `list` but is {type(value)}")
+    if len(value) == 0:
+        raise ValueError(f"`{name}` is an empty list; give one text for each picture.")
+    for i, entry in enumerate(value):
+        if not isinstance(entry, str):
+            raise ValueError(f"`{name}[{i}]` has to be of type `str` but is {entry!r}.")
+    return len(value)
+
+
+def _check_negative(prompt, negative_prompt, batch_size: int, text: str, negative: str) -> None:
+    if not isinstance(negative_prompt, (str, list)) or (
+        prompt is not None and isinstance(prompt, str) != isinstance(negative_prompt, str)
+    ):
+        expected = "`str` or `list`" if prompt is None else f"{type(prompt)}"
+        raise TypeError(
+            f"`{negative}` should be the same type to `{text}`, but got {type(negative_prompt)} != "
+            f"{expected}."
+        )
+    count = _check_texts(negative_prompt, negative)
+    if count != batch_size:
+        raise ValueError(
+            f"`{negative}` has batch size {count}, but `{text}` has batch size {batch_size}; give one "
+            f"negative for each prompt."
+        )
+
+
+def _check_embeds(value, name: str) -> Tuple[int, ...]:
+    """`value` holds finite floats (B, tokens, width); returns the shape."""
+    array = to_numpy(value)
+    if array.dtype.kind != "f":
+        raise TypeError(f"`{name}` has to hold floating-point numbers, but is of dtype {array.dtype}.")
+    if array.ndim != 3 or array.size == 0:
+        raise ValueError(f"`{name}` has to be (batch, tokens, width), but has shape {array.shape}.")
+    if not np.isfinite(array).all():
+        raise ValueError(f"`{name}` has NaN or infinite values; every value has to be finite.")
+    return array.shape
+
+
+# --- batches, latents, random numbers --------------------------------------------------------------
+
+
+def check_image_batch(number_of_images: int, batch_size: int) -> int:
+    """How many times the pictures are repeated to fill the batch of prompts.
+
+    Raises ValueError where `number_of_images` does not divide `batch_size`.
+    """
+    if number_of_images < 1 or batch_size % number_of_images != 0:
+        raise ValueError(
+            f"Cannot duplicate `image` of batch size {number_of_images} to {batch_size} text prompts; give "
+            f"one picture for each prompt, or one for all."
+        )
+    return batch_size // number_of_images
+
+
+def check_image_latents(
+    array, batch_size: int, steps: int, latent_shape: Sequence[int], name: str = "image_latents"
+) -> np.ndarray:
+    """Check the latents of an inversion against what the edit needs.
+
+    Parameters
+    ----------
+    array : float (B, T, C, h, w), or (B · T, C, h, w) with the steps of one picture in a row, as array or
+        tensor.
+    batch_size : number of prompts, B.
+    steps : number of steps that the edit runs, T.
+    latent_shape : (C, h, w), with h and w those of the mask.
+
+    Returns
+    -------
+    float array (B, T, C, h, w).
+
+    Raises
+    ------
+    ValueError
+        Rank, shape, batch or length do not fit, or a value is NaN or infinite.
+    TypeError
+        The values are not floating-point numbers.
+    """
+    array = to_numpy(array)
+    latent_shape = tuple(int(n) for n in latent_shape)
+    if array.dtype.kind != "f":
+        raise TypeError(f"`{name}` has to hold floating-point numbers, but is of dtype {array.dtype}.")
+    if array.ndim not in (4, 5):
+        raise ValueError(
+            f"`{name}` has to be (batch, steps, channels, height, width), but has shape {array.shape}; "
+            f"give the latents of `invert()`."
+        )
+    if array.shape[-3:] != latent_shape:
+        raise ValueError(
+            f"Each latent image in `{name}` must have shape {latent_shape}, but has shape "
+            f"{array.shape[-3:]}; invert the picture that the mask was made for, with the same model."
+        )
+    if array.ndim == 4:
+        if len(array) != batch_size * steps:
+            got = f"holds {len(array)} latent images in all"
+            raise ValueError(_wrong_count(name, batch_size, steps, got))
+        array = array.reshape(batch_size, steps, *latent_shape)
+    if array.shape[:2] != (batch_size, steps):
+        got = f"has batch size {array.shape[0]} with latent images from {array.shape[1]} timesteps"
+        raise ValueError(_wrong_count(name, batch_size, steps, got))
+    if not np.isfinite(array).all():
+        raise ValueError(f"`{name}` has NaN or infinite values; every value has to be finite.")
+    return array
+
+
+def _wrong_count(name: str, batch_size: int, steps: int, got: str) -> str:
+    return (
+        f"`{name}` must have batch size {batch_size} with latent images from {steps} timesteps, but {got}; "
+        f"use the same prompts, `num_inference_steps` and `inpaint_strength` for the inversion and the edit."
+    )
+
+
+def check_generators(generator, count: int) -> None:
+    """A list of generators has one for each of `count` samples; anything else is left to the random door."""
+    if isinstance(generator, (list, tuple)) and len(generator) != count:
+        raise ValueError(
+            f"You have passed a list of generators of length {len(generator)}, but requested an effective "
+            f"batch size of {count}. Make sure the batch size matches the length of the generators."
+        )
+
+
+def check_finite(array, stage: str, step: Optional[int] = None) -> None:
+    """Raise NumericalError, naming the stage (and the step, counted from 0) that produced NaN or infinity."""
+    array = to_numpy(array)
+    finite = np.isfinite(array)
+    if finite.all():
+        return
+    where = stage if step is None else f"{stage}, step {step}"
+    bad = int(array.size - np.count_nonzero(finite))
+    raise NumericalError(
+        f"{where}: {bad} of {array.size} values are NaN or infinite; try float32, a lower guidance scale, or "
+        f"check the model's weights.",
+        stage,
+        step,
+    )

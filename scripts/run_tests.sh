@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Runs the tests in the project's own environment; arguments go to pytest, as in `scripts/run_tests.sh -k mask`.
+# The first run makes .venv and installs the project with what the tests compare against (torch, diffusers).
+set -euo pipefail
+
+. "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+prepare_environment test
+cd "$PROJECT"
+exec "$VENV/bin/python" -m pytest "$@"

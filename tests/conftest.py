@@ -1,0 +1,36 @@
+"""Fixtures and options shared by the tests."""
+
+import pytest
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", default=False, help="also run the tests marked slow")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes long; runs only with --slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--slow"):
+        return
+    skip = pytest.mark.skip(reason="slow: give --slow to run it")
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def sd1_folder(tmp_path_factory):
+    """Folder of a tiny random SD-1.x-like checkpoint saved by diffusers. Read-only: copy it to change it."""
+    from checkpoints import make_sd1
+
+    return make_sd1(tmp_path_factory.mktemp("sd1") / "checkpoint")
+
+
+@pytest.fixture(scope="session")
+def sd2_folder(tmp_path_factory):
+    """Folder of a tiny random SD-2.x-like checkpoint saved by diffusers. Read-only: copy it to change it."""
+    from checkpoints import make_sd2
+
+    return make_sd2(tmp_path_factory.mktemp("sd2") / "checkpoint")

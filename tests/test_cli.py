@@ -1,0 +1,811 @@
+"""The command line: what reaches the pipeline, what comes back, what is refused before a model is loaded.
+
+Most tests run with a pipeline that only notes what it is asked; one, marked slow, with a real, tiny model.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import types
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from mindiffedit import cli, demo, options, pictures
+
+SOURCE, TARGET = "a red apple on a table", "a yellow pear on a table"
+
+
+class FakeScheduler:
+    config = {"beta_start": 0.1}
+
+    def __init__(self, config):
+        self.config = config
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(config)
+
+
+class PNDMScheduler(FakeScheduler):
+    pass
+
+
+class DPMSolverMultistepScheduler(FakeScheduler):
+    pass
+
+
+class FakePipeline:
+    """Notes every call in `calls`. The mask marks the left half; the edit is a flat picture."""
+
+    calls = []
+    own_scheduler = PNDMScheduler
+    breaks = {}  # stage: what it does instead
+    flags = None
+
+    @classmethod
+    def from_pretrained(cls, path, **kwargs):
+        cls.calls.append(("load", path, kwargs))
+        cls.breaks.get("load", lambda: None)()
+        print("a library prints")
+        return cls()
+
+    def __init__(self):
+        self.scheduler = self.own_scheduler({"beta_start": 0.2})
+        self.bars = []
+
+    def set_progress_bar_config(self, **kwargs):
+        self.bars.append(kwargs)
+        self.calls.append(("bar", kwargs))
+
+    def _note(self, stage, kwargs):
+        print("a stage prints")
+        self.calls.append((stage, kwargs, self))
+        self.breaks.get(stage, lambda: None)()
+
+    def generate_mask(self, **kwargs):
+        self._note("mask", kwargs)
+        width, height = kwargs["image"].size
+        mask = np.zeros((1, height // 8, width // 8), np.int64)
+        mask[:, :, : width // 16] = 1
+        return mask
+
+    def invert(self, **kwargs):
+        self._note("invert", kwargs)
+        steps = int(kwargs["num_inference_steps"] * kwargs["inpaint_strength"])
+        width, height = kwargs["image"].size
+        shape = (1, steps, 4, height // 8, width // 8)
+        values = np.random.default_rng(kwargs["generator"]).normal(size=shape)
+        return types.SimpleNamespace(latents=values.astype(np.float32))
+
+    def __call__(self, **kwargs):
+        self._note("edit", kwargs)
+        height, width = kwargs["image_latents"].shape[-2:]
+        image = PIL.Image.new("RGB", (width * 8, height * 8), (10, 200, 30))
+        return types.SimpleNamespace(images=[image], nsfw_content_detected=self.flags)
+
+
+def write_model(folder, sample_size=16, levels=4, files=None):
+    """A folder that looks like a checkpoint; its weights are empty files."""
+    content = {
+        "model_index.json": {"_class_name": "StableDiffusionPipeline"},
+        "unet/config.json": {"sample_size": sample_size},
+        "vae/config.json": {"block_out_channels": [8] * levels, "latent_channels": 4},
+        "text_encoder/config.json": {},
+        "scheduler/scheduler_config.json": {},
+    }
+    content.update(files or {})
+    for part in ("unet", "vae", "text_encoder", "scheduler"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    for name, value in content.items():
+        (folder / name).write_text(value if isinstance(value, str) else json.dumps(value))
+    for part in ("unet", "vae", "text_encoder"):
+        (folder / part / "model.safetensors").touch()
+    return folder
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    """A folder with a picture of 117 × 91, a model that notes its calls, and nothing else."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(FakePipeline, "calls", [])
+    monkeypatch.setattr(FakePipeline, "breaks", {})
+    module = types.ModuleType("mindiffedit.pipeline")
+    module.StableDiffusionDiffEditPipeline = FakePipeline
+    monkeypatch.setitem(sys.modules, "mindiffedit.pipeline", module)
+    schedulers = types.ModuleType("mindiffedit.schedulers")
+    for names in cli.SCHEDULERS.values():
+        for name in names:
+            setattr(schedulers, name, type(name, (FakeScheduler,), {}))
+    monkeypatch.setitem(sys.modules, "mindiffedit.schedulers", schedulers)
+    monkeypatch.setattr("mindiffedit.devices.require_device", lambda name: name or "CPU")
+    monkeypatch.setenv("GLOG_v", "3")  # so that the command's own default does not outlive the test
+
+    rng = np.random.default_rng(0)
+    PIL.Image.fromarray(rng.integers(0, 256, (91, 117, 3), dtype=np.uint8)).save("p.png")
+    write_model(tmp_path / "model")
+    monkeypatch.setattr(demo, "checkpoint_folder", lambda: tmp_path / "model")
+    monkeypatch.setattr(demo, "sample_picture", lambda: tmp_path / "p.png")
+    return tmp_path
+
+
+def edit(*more, picture="p.png", output="out.png"):
+    return ["edit", picture, "--source", SOURCE, "--target", TARGET, "-o", output, "--model", "model", *more]
+
+
+def stages():
+    """What ran, in order."""
+    return [call[0] for call in FakePipeline.calls if call[0] != "bar"]
+
+
+def arguments(stage):
+    """What a stage was called with."""
+    return next(call for call in FakePipeline.calls if call[0] == stage)[1]
+
+
+def ran(capsys, argv):
+    """(stdout, stderr) of a command that ends well."""
+    code = cli.main(argv)
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    assert out.count("\n") == 1 and out.endswith("\n")
+    return out.strip(), err
+
+
+def refused(capsys, argv, *words):
+    """The one line on stderr of a command that ends with 2, before anything is loaded or written."""
+    before = sorted(os.listdir())
+    code = cli.main(argv)
+    out, err = capsys.readouterr()
+    lines = [line for line in err.splitlines() if not line.startswith("note:")]
+    assert code == 2, err
+    assert out == "" and len(lines) == 1, err
+    for word in words:
+        assert word in lines[0], err
+    assert stages() == []
+    assert sorted(os.listdir()) == before
+    return lines[0]
+
+
+# --- help -----------------------------------------------------------------------------------------
+
+HEAVY = ("mindspore", "mindone", "torch", "transformers", "diffusers", "huggingface_hub", "scipy", "tqdm")
+
+
+@pytest.mark.parametrize(
+    "argv, code",
+    [
+        (["--help"], 0),
+        (["--version"], 0),
+        (["edit", "--help"], 0),
+        (["mask", "--help"], 0),
+        (["invert", "--help"], 0),
+        (["demo", "--help"], 0),
+        ([], 2),
+        (["edit", "missing.png", "--source", "a", "--target", "b", "-o", "out.png"], 2),
+        (["demo", "--steps", "many"], 2),
+        (["demo", "--strength", "2"], 2),
+    ],
+)
+def test_help_and_argument_errors_import_nothing_heavy(argv, code, tmp_path):
+    root = os.path.dirname(os.path.dirname(os.path.abspath(cli.__file__)))
+    environment = {**os.environ, "PYTHONPATH": root}
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "mindiffedit", *argv],
+        capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120,
+    )
+    imported = {line.split("|")[-1].strip().split(".")[0] for line in done.stderr.splitlines() if "|" in line}
+    assert done.returncode == code
+    assert "mindiffedit" in imported and "numpy" in imported  # the list is really a list of imports
+    assert imported.isdisjoint(HEAVY)
+    if code == 0:
+        assert done.stdout.startswith(("usage: mindiffedit", "mindiffedit "))
+    else:
+        assert done.stdout == ""
+        assert [line for line in done.stderr.splitlines() if "error:" in line]
+        assert "Traceback" not in done.stderr
+
+
+def test_help_names_every_option(capsys):
+    assert cli.main(["edit", "--help"]) == 0
+    text = capsys.readouterr().out
+    for option in ("--source", "--target", "--output", "--model", "--seed", "--steps", "--strength",
+                   "--guidance", "--maps", "--mask", "--grid", "--mode", "--device", "--json", "--latents",
+                   "--negative", "--mask-strength", "--mask-threshold", "--revision", "--offline", "--quiet"):
+        assert option in text
+    steps = " ".join(text.split())
+    assert "default: 50" in steps and f"demo model: {demo.SETTINGS['steps']}" in steps
+
+
+# --- edit -----------------------------------------------------------------------------------------
+
+
+def test_edit_runs_the_three_stages_of_the_guide(work, capsys):
+    line, err = ran(capsys, edit("--seed", "5", "--steps", "10", "--strength", "0.7", "--guidance", "3"))
+    assert stages() == ["load", "mask", "invert", "edit"]
+    _, path, kwargs = FakePipeline.calls[0]
+    assert path == "model" and kwargs["mode"] == "graph" and "safety_checker" not in kwargs
+
+    mask, invert, change = arguments("mask"), arguments("invert"), arguments("edit")
+    image = mask.pop("image")
+    assert image.size == (112, 88) and invert.pop("image") is image
+    assert mask == dict(
+        target_prompt=TARGET, source_prompt=SOURCE, num_maps_per_mask=10, mask_encode_strength=0.5,
+        mask_thresholding_ratio=3.0, num_inference_steps=10, guidance_scale=3.0, generator=5,
+        output_type="np",
+    )
+    assert invert == dict(
+        prompt=SOURCE, num_inference_steps=10, inpaint_strength=0.7, guidance_scale=3.0, negative_prompt=None,
+        generator=5,
+    )
+    assert change.pop("mask_image").shape == (1, 11, 14)
+    latents = change.pop("image_latents")
+    assert latents.shape == (1, 7, 4, 11, 14) and latents.dtype == np.float32
+    assert change == dict(
+        prompt=TARGET, negative_prompt=SOURCE, inpaint_strength=0.7, num_inference_steps=10,
+        guidance_scale=3.0, generator=5, output_type="pil",
+    )
+
+    assert sorted(os.listdir()) == ["model", "out.png", "p.png"]
+    result = PIL.Image.open("out.png")
+    assert result.size == (117, 91)
+    assert np.asarray(result)[40, 40].tolist() == [10, 200, 30]
+    assert line.startswith("out.png: 117 x 91, 50% ") and "seed 5" in line
+    assert "117 x 91" in err and "112 x 88" in err
+
+
+def test_the_picture_itself_reaches_the_model(work, capsys):
+    PIL.Image.open("p.png").resize((96, 64)).save("fits.png")
+    _, err = ran(capsys, edit(picture="fits.png"))
+    given = np.asarray(arguments("mask")["image"])
+    np.testing.assert_array_equal(given, np.asarray(PIL.Image.open("fits.png")))
+    assert "note" not in err
+
+
+def test_defaults_are_the_reference_s_and_the_demo_model_has_its_own(work, capsys, monkeypatch):
+    ran(capsys, edit())
+    assert arguments("invert")["num_inference_steps"] == 50
+    assert (arguments("mask")["num_maps_per_mask"], arguments("edit")["inpaint_strength"]) == (10, 0.8)
+    FakePipeline.calls.clear()
+    own = dict(steps=12, strength=0.5, guidance=2.0, maps=3, mask_strength=0.4, mask_threshold=2.5,
+               invert_guidance=1.0)
+    monkeypatch.setattr(demo, "SETTINGS", own)
+    ran(capsys, [word if word != "model" else "demo" for word in edit("--maps", "4")])
+    assert arguments("load") == str(work / "model")
+    mask, invert, change = arguments("mask"), arguments("invert"), arguments("edit")
+    assert (mask["num_inference_steps"], mask["num_maps_per_mask"]) == (12, 4)
+    assert (mask["mask_encode_strength"], mask["mask_thresholding_ratio"]) == (0.4, 2.5)
+    assert (invert["guidance_scale"], change["guidance_scale"]) == (1.0, 2.0)
+    assert invert["inpaint_strength"] == change["inpaint_strength"] == 0.5
+
+
+def test_json_is_one_object_with_the_whole_story(work, capsys):
+    line, err = ran(capsys, edit("--json", "--grid", "grid.png", "--negative", "", "--invert-guidance", "1",
+                                 "--device", "cpu", "--mode", "pynative", "--dtype", "float16"))
+    result = json.loads(line)
+    expected = dict(
+        command="edit", output="out.png", grid="grid.png", picture="p.png", width=117, height=91,
+        working_width=112, working_height=88, source=SOURCE, target=TARGET, negative="", seed=0, steps=50,
+        strength=0.8, guidance=7.5, invert_guidance=1.0, maps=10, mask_strength=0.5, mask_threshold=3.0,
+        mask_share=0.5, device="CPU", mode="pynative", scheduler="ddim", model=str(work / "model"), safety_checker_flagged=None,
+    )
+    assert {name: result[name] for name in expected} == expected
+    assert set(result["seconds"]) == {"load", "mask", "invert", "edit"}
+    assert arguments("edit")["negative_prompt"] == ""
+    assert arguments("invert")["guidance_scale"] == 1.0
+    kwargs = FakePipeline.calls[0][2]
+    assert (kwargs["mode"], kwargs["mindspore_dtype"]) == ("pynative", "float16")
+    assert "a stage prints" in err
+
+
+def test_the_grid_shows_all_three(work, capsys):
+    ran(capsys, edit("--grid", "grid.png"))
+    grid = np.asarray(PIL.Image.open("grid.png"))
+    assert grid.shape[1] > 3 * 117
+    third = grid.shape[1] // 3
+    flat = (np.abs(grid.astype(int) - [10, 200, 30]).sum(-1) < 5).mean(0)
+    assert flat[2 * third + 20: -20].min() > 0.5 and flat[: 2 * third - 20].max() < 0.1
+
+
+def test_quiet_says_nothing_but_the_result(work, capsys):
+    _, err = ran(capsys, edit("--quiet"))
+    assert "note" not in err
+    bars = [call[1] for call in FakePipeline.calls if call[0] == "bar"]
+    assert len(bars) == 3 and all(bar["disable"] for bar in bars)
+    FakePipeline.calls.clear()
+    ran(capsys, edit())
+    bars = [call[1] for call in FakePipeline.calls if call[0] == "bar"]
+    assert [bar["desc"] for bar in bars] == ["mask", "invert", "edit"]
+    assert not any(bar["disable"] for bar in bars) and all(bar["file"] is not sys.stdout for bar in bars)
+
+
+def test_the_scheduler_has_an_inverse(work, capsys, monkeypatch):
+    def used():
+        pipe = next(call for call in FakePipeline.calls if call[0] == "edit")[2]
+        assert pipe.scheduler.config == pipe.inverse_scheduler.config == {"beta_start": 0.2}
+        return type(pipe.scheduler).__name__, type(pipe.inverse_scheduler).__name__
+
+    ran(capsys, edit())
+    assert used() == ("DDIMScheduler", "DDIMInverseScheduler")
+    FakePipeline.calls.clear()
+    monkeypatch.setattr(FakePipeline, "own_scheduler", DPMSolverMultistepScheduler)
+    ran(capsys, edit())
+    assert used() == ("DPMSolverMultistepScheduler", "DPMSolverMultistepInverseScheduler")
+    FakePipeline.calls.clear()
+    line, _ = ran(capsys, edit("--scheduler", "ddim", "--json"))
+    assert used() == ("DDIMScheduler", "DDIMInverseScheduler")
+    assert json.loads(line)["scheduler"] == "ddim"
+
+
+def test_large_pictures_are_worked_on_near_the_model_s_size(work, capsys):
+    PIL.Image.open("p.png").resize((1200, 800)).save("large.png")
+    _, err = ran(capsys, edit(picture="large.png"))
+    width, height = arguments("mask")["image"].size
+    assert 0.7 * 1.5 < width * height / (16 * 8) ** 2 <= 1.5
+    assert abs(width / height - 1.5) < 0.1 and "1200 x 800" in err
+    assert PIL.Image.open("out.png").size == (1200, 800)
+    FakePipeline.calls.clear()
+    ran(capsys, edit("--size", "300", picture="large.png"))
+    width, height = arguments("mask")["image"].size
+    assert 0.9 < width * height / 300**2 <= 1
+
+
+def test_the_safety_checker(work, capsys, monkeypatch):
+    monkeypatch.setattr(FakePipeline, "flags", [True])
+    line, err = ran(capsys, edit("--json"))
+    assert json.loads(line)["safety_checker_flagged"] is True and "safety checker" in err
+    FakePipeline.calls.clear()
+    ran(capsys, edit("--no-safety-checker"))
+    assert FakePipeline.calls[0][2]["safety_checker"] is None
+
+
+@pytest.mark.parametrize("size", [(117, 91), (112, 88), (14, 11)])
+def test_a_mask_of_one_s_own(work, capsys, size):
+    mask = np.zeros((size[1], size[0]), np.uint8)
+    mask[: size[1] // 2] = 255
+    PIL.Image.fromarray(mask).save("mask.png")
+    ran(capsys, edit("--mask", "mask.png"))
+    assert stages() == ["load", "invert", "edit"]
+    given = arguments("edit")["mask_image"]
+    assert given.shape == (1, 11, 14)
+    assert given[0, :5].all() and not given[0, 6:].any()
+
+
+@pytest.mark.parametrize("value, words", [(0, "mask is empty"), (255, "covers the whole")])
+def test_a_mask_without_an_edge_is_said(work, capsys, value, words):
+    PIL.Image.new("L", (117, 91), value).save("mask.png")
+    _, err = ran(capsys, edit("--mask", "mask.png"))
+    assert words in err
+
+
+# --- mask, invert, latents -------------------------------------------------------------------------
+
+
+def test_mask_writes_white_where_the_picture_changes(work, capsys):
+    line, _ = ran(capsys, ["mask", "p.png", "--source", SOURCE, "--target", TARGET, "-o", "m.png", "--model",
+                           "model", "--maps", "2", "--mask-strength", "0.3", "--mask-threshold", "2"])
+    assert stages() == ["load", "mask"]
+    asked = arguments("mask")
+    assert (asked["num_maps_per_mask"], asked["mask_encode_strength"]) == (2, 0.3)
+    assert asked["mask_thresholding_ratio"] == 2
+    mask = np.asarray(PIL.Image.open("m.png"))
+    assert mask.shape == (91, 117) and set(np.unique(mask)) == {0, 255}
+    assert (mask[:, :58] == 255).all() and (mask[:, 59:] == 0).all()
+    assert line.startswith("m.png: 117 x 91, 50% white")
+
+
+def invert(capsys, *more, output="l.safetensors"):
+    line, _ = ran(capsys, ["invert", "p.png", "--source", SOURCE, "-o", output, "--model", "model", *more])
+    return line
+
+
+def edit_with_latents(*more):
+    return ["edit", "p.png", "--latents", "l.safetensors", "--target", TARGET, "-o", "out.png",
+            "--model", "model", *more]
+
+
+def test_invert_writes_what_edit_reads(work, capsys):
+    line = invert(capsys, "--steps", "10", "--strength", "0.6", "--guidance", "1", "--seed", "9",
+                  "--scheduler", "dpm", "--negative", "blurred")
+    assert "1 x 6 x 4 x 11 x 14" in line and "seed 9" in line
+    asked = arguments("invert")
+    assert (asked["guidance_scale"], asked["negative_prompt"], asked["generator"]) == (1.0, "blurred", 9)
+    latents, made = cli.read_latents("l.safetensors")
+    assert (made["prompt"], made["negative_prompt"], made["working_size"]) == (SOURCE, "blurred", (112, 88))
+    assert (made["steps"], made["strength"], made["scheduler"], made["seed"]) == (10, 0.6, "dpm", 9)
+
+    FakePipeline.calls.clear()
+    ran(capsys, edit_with_latents())
+    assert stages() == ["load", "mask", "edit"]
+    change = arguments("edit")
+    np.testing.assert_array_equal(change["image_latents"], latents)
+    assert (change["num_inference_steps"], change["inpaint_strength"]) == (10, 0.6)
+    # Guidance is the edit's own affair; the source is the text of the inversion.
+    assert change["guidance_scale"] == 7.5 and change["negative_prompt"] == SOURCE
+    assert arguments("mask")["source_prompt"] == SOURCE and arguments("mask")["image"].size == (112, 88)
+    pipe = next(call for call in FakePipeline.calls if call[0] == "edit")[2]
+    assert type(pipe.scheduler).__name__ == "DPMSolverMultistepScheduler"
+
+
+def test_latents_keep_their_size(work, capsys):
+    invert(capsys, "--size", "64")
+    _, made = cli.read_latents("l.safetensors")
+    assert made["working_size"] != (112, 88)
+    FakePipeline.calls.clear()
+    ran(capsys, edit_with_latents())
+    assert arguments("mask")["image"].size == made["working_size"]
+    FakePipeline.calls.clear()
+    refused(capsys, edit_with_latents("--size", "64"), "--size")
+
+
+def test_the_same_pixels_in_another_file_are_the_same_picture(work, capsys):
+    invert(capsys)
+    PIL.Image.open("p.png").save("again.bmp")
+    argv = edit_with_latents()
+    argv[1] = "again.bmp"
+    ran(capsys, argv)
+
+
+def test_latents_that_do_not_belong(work, capsys):
+    invert(capsys, "--steps", "10", "--strength", "0.6")
+    write_model(work / "vast", levels=6)
+    FakePipeline.calls.clear()
+    refused(capsys, edit_with_latents("--steps", "11"), "--steps 10", "11")
+    refused(capsys, edit_with_latents("--strength", "0.7"), "--strength 0.6", "0.7")
+    refused(capsys, edit_with_latents("--scheduler", "dpm"), "--scheduler ddim")
+    refused(capsys, edit_with_latents("--latents", "no.safetensors"), "no latents file")
+    refused(capsys, edit_with_latents("--model", "demo"), "made with the model")
+    refused(capsys, edit_with_latents("--model", "vast"), "pixels per latent")
+    PIL.Image.new("RGB", (117, 91)).save("p.png")
+    refused(capsys, edit_with_latents(), "another picture", "117x91")
+
+
+def rewrite(change, values=None):
+    """Write l.safetensors again with changed metadata or values."""
+    from safetensors import safe_open
+    from safetensors.numpy import save_file
+
+    with safe_open("l.safetensors", "numpy") as file:
+        metadata, tensors = file.metadata(), {"image_latents": file.get_tensor("image_latents")}
+    if values is not None:
+        tensors = values(tensors)
+    metadata.update(change)
+    save_file(tensors, "l.safetensors", {k: v for k, v in metadata.items() if v is not None})
+
+
+@pytest.mark.parametrize(
+    "change, values, words",
+    [
+        ({"format": "other"}, None, "not written by"),
+        ({"format_version": "2"}, None, "version 2"),
+        ({"steps": "ten"}, None, "damaged"),
+        ({"steps": "0"}, None, "damaged"),
+        ({"strength": "nan"}, None, "damaged"),
+        ({"strength": "0.0"}, None, "strength"),
+        ({"steps": "20"}, None, "expected (1, 12,"),
+        ({"scheduler": "euler"}, None, "euler"),
+        ({"working_size": "112"}, None, "damaged"),
+        ({"working_size": "104x88"}, None, "(4, 11, 13)"),
+        ({"picture_sha256": None}, None, "picture_sha256"),
+        ({}, lambda t: {"other": t["image_latents"]}, "not written by"),
+        ({}, lambda t: {"image_latents": t["image_latents"].astype(np.float64)}, "float64"),
+        ({}, lambda t: {"image_latents": t["image_latents"][:, :5].copy()}, "(1, 5, 4, 11, 14)"),
+        ({}, lambda t: {"image_latents": t["image_latents"][0]}, "(6, 4, 11, 14)"),
+        ({}, lambda t: {"image_latents": np.concatenate([t["image_latents"]] * 2)}, "(2, 6, 4, 11, 14)"),
+        ({}, lambda t: {"image_latents": t["image_latents"][..., :13].copy()}, "(4, 11, 14)"),
+        ({}, lambda t: {"image_latents": t["image_latents"] * np.float32("nan")}, "NaN"),
+    ],
+)
+def test_damaged_latents(work, capsys, change, values, words):
+    invert(capsys, "--steps", "10", "--strength", "0.6")
+    FakePipeline.calls.clear()
+    rewrite(change, values)
+    refused(capsys, edit_with_latents(), words)
+
+
+def test_files_that_are_no_latents(work, capsys):
+    invert(capsys)
+    FakePipeline.calls.clear()
+    whole = open("l.safetensors", "rb").read()
+    for data in (b"", b"text " * 100, whole[: len(whole) // 2], whole[:-1]):
+        open("l.safetensors", "wb").write(data)
+        refused(capsys, edit_with_latents(), "not a whole safetensors file")
+
+
+def test_inverted_nan_is_not_written(work, capsys, monkeypatch):
+    nan = types.SimpleNamespace(latents=np.full((1, 40, 4, 11, 14), np.nan, np.float32))
+    monkeypatch.setattr(FakePipeline, "invert", lambda self, **_: nan)
+    code = cli.main(["invert", "p.png", "--source", SOURCE, "-o", "l.safetensors", "--model", "model"])
+    assert code == 2 and "inversion" in capsys.readouterr().err
+    assert not os.path.exists("l.safetensors")
+
+
+# --- demo -----------------------------------------------------------------------------------------
+
+
+def test_demo_writes_four_pictures(work, capsys):
+    line, _ = ran(capsys, ["demo", "-o", "a/b"])
+    assert sorted(os.listdir("a/b")) == ["edit.png", "edited.png", "mask.png", "original.png"]
+    assert line.startswith(os.path.join("a", "b", "edit.png"))
+    np.testing.assert_array_equal(
+        np.asarray(PIL.Image.open("a/b/original.png")), np.asarray(PIL.Image.open("p.png"))
+    )
+    assert arguments("mask")["source_prompt"] == demo.SAMPLE_PROMPTS["source"]
+    assert arguments("edit")["prompt"] == demo.SAMPLE_PROMPTS["target"]
+    assert arguments("edit")["num_inference_steps"] == demo.SETTINGS["steps"]
+    # Again, over the first.
+    ran(capsys, ["demo", "-o", "a/b", "--json"])
+
+
+def test_demo_refuses_a_file_as_its_folder(work, capsys):
+    refused(capsys, ["demo", "-o", "p.png"], "is a file")
+    refused(capsys, ["demo", "-o", "p.png/sub"], "cannot be made")
+
+
+def test_an_incomplete_installation_is_said(work, capsys, monkeypatch):
+    monkeypatch.undo()
+    os.chdir(work)
+    monkeypatch.setattr(demo, "_HERE", work / "nowhere")
+    refused(capsys, ["demo", "-o", "d"], "missing from this installation")
+
+
+# --- bad input: one sentence, 2, before anything is loaded -----------------------------------------
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (["--steps", "0"], "--steps"),
+        (["--steps", "1001"], "1000"),
+        (["--steps", "1.5"], "--steps"),
+        (["--strength", "1.1"], "--strength"),
+        (["--strength", "nan"], "--strength"),
+        (["--strength", "0"], "leaves no step"),
+        (["--strength", "0.01"], "at least 0.02"),
+        (["--guidance", "-1"], "--guidance"),
+        (["--guidance", "inf"], "--guidance"),
+        (["--invert-guidance", "-1"], "--invert-guidance"),
+        (["--maps", "0"], "--maps"),
+        (["--maps", "x"], "--maps"),
+        (["--mask-strength", "0"], "--mask-strength"),
+        (["--mask-strength", "-0.1"], "--mask-strength"),
+        (["--mask-threshold", "0"], "--mask-threshold"),
+        (["--size", "0"], "--size"),
+        (["--seed", "-1"], "--seed"),
+        (["--seed", "1.0"], "--seed"),
+        (["--mode", "fast"], "--mode"),
+        (["--device", "TPU"], "TPU"),
+        (["--dtype", "int8"], "--dtype"),
+        (["--scheduler", "euler"], "--scheduler"),
+        (["--target", ""], "--target is empty"),
+        (["--target", "  "], "--target is empty"),
+        (["--source", ""], "--source is empty"),
+        (["--target", SOURCE], "same text"),
+        (["--target", "\udcff"], "UTF-8"),
+        (["--unknown"], "--unknown"),
+        (["--stren", "0.5"], "--stren"),
+        (["-o", "out.xyz"], "out.xyz"),
+        (["-o", "nowhere/out.png"], "nowhere"),
+        (["-o", "model"], "folder"),
+        (["-o", "p.png"], "overwrite"),
+        (["--grid", "grid.txt"], "grid.txt"),
+        (["--grid", "out.png"], "same file"),
+        (["--mask", "missing.png"], "missing.png"),
+        (["--mask", "model/model_index.json"], "not a picture"),
+        (["--revision", "main"], "--revision"),
+        (["--model", "missing-folder"], "no such folder"),
+        (["--model", "./missing/folder"], "no such folder"),
+        (["--model", "p.png"], "is a file"),
+    ],
+)
+def test_bad_options(work, capsys, more, words):
+    # MindSpore is not even looked for.
+    refused(capsys, edit(*more), words)
+
+
+def test_source_is_needed_without_latents(work, capsys):
+    refused(capsys, ["edit", "p.png", "--target", TARGET, "-o", "out.png", "--model", "model"], "--source")
+    refused(capsys, ["mask", "p.png", "--target", TARGET, "-o", "out.png", "--model", "model"], "--source")
+    refused(capsys, ["invert", "p.png", "-o", "out.safetensors", "--model", "model"], "--source")
+
+
+def test_the_same_texts_are_fine_where_no_mask_is_computed(work, capsys):
+    PIL.Image.new("L", (117, 91), 255).save("mask.png")
+    ran(capsys, edit("--target", SOURCE, "--mask", "mask.png"))
+
+
+def test_outputs_of_the_other_commands(work, capsys):
+    texts = ["--source", SOURCE, "--target", TARGET, "--model", "model"]
+    refused(capsys, ["mask", "p.png", *texts, "-o", "mask.jpg"], "mask.jpg")
+    refused(capsys, ["invert", "p.png", "--source", SOURCE, "-o", "l.npz"], "safetensors")
+
+
+def test_bad_pictures(work, capsys):
+    PIL.Image.new("RGB", (7, 50)).save("small.png")
+    frames = [PIL.Image.new("RGB", (20, 20), color) for color in ("red", "blue")]
+    frames[0].save("moving.gif", save_all=True, append_images=frames[1:])
+    open("cut.png", "wb").write(open("p.png", "rb").read()[:3000])
+    open("empty.png", "wb").close()
+    open("text.png", "w").write("hello")
+    for name, words in (
+        ("missing.png", "there is no picture"), ("small.png", "too small"), ("moving.gif", "animated"),
+        ("cut.png", "truncated"), ("empty.png", "empty"), ("text.png", "not a picture"), (".", "is a folder"),
+        ("http://127.0.0.1:9/p.png", "cannot be fetched"),
+    ):
+        refused(capsys, edit(picture=name), words)
+
+
+def test_bad_masks(work, capsys):
+    PIL.Image.new("L", (91, 117), 255).save("turned.png")
+    PIL.Image.fromarray(np.ones((91, 117), np.float32)).save("float.tif")
+    refused(capsys, edit("--mask", "turned.png"), "91 x 117", "117 x 91")
+    refused(capsys, edit("--mask", "float.tif"), "mode F")
+
+
+def test_bad_model_folders(work, capsys):
+    def broken(change, *words):
+        import shutil
+
+        shutil.rmtree("bad", ignore_errors=True)
+        write_model(work / "bad")
+        change(work / "bad")
+        refused(capsys, edit("--model", "bad"), *words)
+
+    def only_pickle(folder):
+        for part in ("unet", "vae"):
+            (folder / part / "model.safetensors").rename(folder / part / "model.bin")
+
+    broken(lambda f: (f / "model_index.json").unlink(), "has no model_index.json")
+    def no_configs(folder):
+        for part in ("unet", "vae"):
+            (folder / part / "config.json").unlink()
+
+    broken(no_configs, "unet/config.json", "vae/config.json")
+    broken(lambda f: (f / "vae" / "config.json").write_text("{"), "not readable JSON")
+    broken(lambda f: (f / "unet" / "config.json").write_text("[]"), "JSON object")
+    broken(only_pickle, "only pickle weights", "unet, vae")
+    broken(lambda f: (f / "unet" / "model.safetensors").unlink(), "no weights", "unet")
+
+
+def test_the_cheapest_is_looked_at_first(work, capsys):
+    """Everything is wrong; each repair uncovers the next dearer fault."""
+    PIL.Image.new("L", (3, 3)).save("mask3.png")
+    bad = {"--steps": "0", "--target": "", "-o": "nowhere/out.png", "--mask": "no-mask.png",
+           "--model": "missing", "picture": "no-picture.png"}
+    repairs = [("--steps", "10", "--target"), ("--target", TARGET, "nowhere"),
+               ("-o", "out.png", "no-picture.png"), ("picture", "p.png", "no-mask.png"),
+               ("--mask", "mask3.png", "no such folder"), ("--model", "model", "3 x 3")]
+
+    def argv():
+        words = ["edit", bad["picture"], "--source", SOURCE]
+        return words + [word for name, value in bad.items() if name != "picture" for word in (name, value)]
+
+    refused(capsys, argv(), "--steps")
+    for name, value, next_fault in repairs:
+        bad[name] = value
+        refused(capsys, argv(), next_fault)
+
+
+def test_an_absent_device_is_an_error(work, capsys, monkeypatch):
+    def absent(name):
+        raise RuntimeError(f"device {name} was asked for\nand is not here")
+
+    monkeypatch.setattr("mindiffedit.devices.require_device", absent)
+    refused(capsys, edit("--device", "ascend"), "device Ascend was asked for and is not here")
+
+
+# --- failures on the way --------------------------------------------------------------------------
+
+
+def nan_found():
+    options.check_finite(np.array([np.nan]), "inversion", 3)
+
+
+def foreign(error):
+    def fail():
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("stage", ["load", "mask", "invert", "edit"])
+@pytest.mark.parametrize(
+    "failure, code, words",
+    [
+        (nan_found, 2, "inversion, step 3"),
+        (foreign(RuntimeError("out of\nmemory")), 1, "failed: RuntimeError: out of memory"),
+        (foreign(ValueError("some library's own")), 1, "failed: ValueError"),
+        (foreign(KeyboardInterrupt()), 130, "interrupted"),
+    ],
+)
+def test_failures_leave_no_file(work, capsys, stage, failure, code, words):
+    FakePipeline.breaks[stage] = failure
+    assert cli.main(edit("--grid", "grid.png")) == code
+    out, err = capsys.readouterr()
+    assert out == "" and words in err.splitlines()[-1]
+    assert ("Traceback" in err) == (code == 1)
+    assert sorted(os.listdir()) == ["model", "p.png"]
+    assert sys.stdout is not sys.stderr
+
+
+def test_a_full_disk_leaves_no_file(work, capsys, monkeypatch):
+    save = PIL.Image.Image.save
+
+    def full(self, path, **kwargs):
+        if "grid" in str(path):
+            raise OSError(28, "No space left on device")
+        save(self, path, **kwargs)
+
+    monkeypatch.setattr(PIL.Image.Image, "save", full)
+    assert cli.main(edit("--grid", "grid.png")) == 1
+    err = capsys.readouterr().err
+    assert "No space left" in err and "Traceback" not in err
+    assert sorted(os.listdir()) == ["model", "p.png"]
+
+
+# --- the hub --------------------------------------------------------------------------------------
+
+
+def test_hub_models_are_fetched_after_the_cheap_checks(work, capsys, monkeypatch):
+    asked = []
+
+    def resolve(name, **kwargs):
+        asked.append((name, kwargs))
+        return work / "model"
+
+    monkeypatch.setattr("mindiffedit.models.resolve_folder", resolve)
+    hub = [word if word != "model" else "maker/model" for word in edit("--revision", "v1", "--offline")]
+    refused(capsys, [*hub, "--steps", "0"])
+    assert asked == []
+    line, _ = ran(capsys, [*hub, "--json", "--no-safety-checker"])
+    (name, kwargs), = asked
+    assert name == "maker/model" and kwargs["revision"] == "v1" and kwargs["local_files_only"] is True
+    assert kwargs["skip"] == ("safety_checker",)
+    assert arguments("load") == str(work / "model")
+    assert json.loads(line)["model"] == "maker/model"
+    # What a folder of one's own is looked at for, a fetched one is too.
+    (work / "model" / "unet" / "model.safetensors").unlink()
+    FakePipeline.calls.clear()
+    refused(capsys, hub, "no weights")
+
+
+# --- once with a real, tiny model ------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_edit_by_a_real_model_is_the_pipeline_s_own(sd2_folder, tmp_path, monkeypatch, capfd):
+    """The command in parts and the command as a whole give the same pixels as three calls of the pipeline."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(2)
+    picture = PIL.Image.fromarray(rng.integers(0, 256, (56, 72, 3), dtype=np.uint8))
+    picture.save("p.png")
+    numbers = ["--steps", "5", "--model", str(sd2_folder), "--seed", "4"]
+    texts = ["--source", SOURCE, "--target", TARGET]
+    assert cli.main(["edit", "p.png", *texts, "-o", "whole.png", "--maps", "2", *numbers]) == 0
+    out = capfd.readouterr().out
+    assert re.fullmatch(r"whole\.png: 72 x 56, \d+% of it in the mask, seed 4, [\d.]+ s\n", out)
+
+    assert cli.main(["mask", "p.png", *texts, "-o", "mask.png", "--maps", "2", *numbers]) == 0
+    assert cli.main(["invert", "p.png", "--source", SOURCE, "-o", "l.safetensors", *numbers]) == 0
+    assert cli.main(["edit", "p.png", "--target", TARGET, "--mask", "mask.png", "--latents", "l.safetensors",
+                     "-o", "parts.png", "--model", str(sd2_folder), "--seed", "4"]) == 0
+    whole, parts = np.asarray(PIL.Image.open("whole.png")), np.asarray(PIL.Image.open("parts.png"))
+    np.testing.assert_array_equal(whole, parts)
+
+    from mindiffedit import DDIMInverseScheduler, DDIMScheduler, StableDiffusionDiffEditPipeline
+
+    pipe = StableDiffusionDiffEditPipeline.from_pretrained(str(sd2_folder), requires_safety_checker=False)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    pipe.inverse_scheduler = DDIMInverseScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    same = dict(num_inference_steps=5, generator=4)
+    mask = pipe.generate_mask(picture, TARGET, source_prompt=SOURCE, num_maps_per_mask=2, **same)
+    inverted = pipe.invert(SOURCE, picture, **same).latents
+    result = pipe(TARGET, mask, inverted, negative_prompt=SOURCE, **same).images[0]
+    np.testing.assert_array_equal(whole, np.asarray(result))
+    assert 0 < np.asarray(mask).mean() < 1
+    written = pictures.preprocess_mask(PIL.Image.open("mask.png").resize((9, 7), PIL.Image.Resampling.BOX))
+    np.testing.assert_array_equal(written[0, 0], mask[0])

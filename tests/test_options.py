@@ -1,0 +1,307 @@
+"""Validation: what passes, what is refused with which exception, and that messages say enough."""
+
+import math
+
+import numpy as np
+import pytest
+
+from mindiffedit import options
+
+NOT_NUMBERS = [True, False, np.True_, "1", [1], 1j, np.zeros(1), object()]
+
+
+def message(function, *args, error=ValueError, **kwargs):
+    """The one-line message of the exact exception type that the call raises."""
+    with pytest.raises(error) as caught:
+        function(*args, **kwargs)
+    assert caught.type is error
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+# --- numbers ---------------------------------------------------------------------------------------
+
+REALS = {
+    # function: (accepted, refused)
+    options.check_strength: ([0, 1, 0.5, np.float32(0.25), np.int64(1), 1e-9], [-0.01, 1.01, -1, 2]),
+    options.check_guidance_scale: ([0, 1, 7.5, np.float16(2), 100], [-0.001, -7.5]),
+    options.check_ratio: ([1e-6, 3, np.float64(0.5)], [0, -3, 0.0]),
+    options.check_eta: ([0, 1, 0.3], [-0.1, 1.1]),
+}
+
+
+@pytest.mark.parametrize("check", REALS)
+def test_real_numbers(check):
+    accepted, refused = REALS[check]
+    for value in accepted:
+        result = check(value)
+        assert type(result) is float and result == value
+    for value in refused:
+        assert str(value) in message(check, value)
+    for value in (math.nan, math.inf, -math.inf, np.float32("nan")):
+        assert "nan" in message(check, value) or "inf" in message(check, value)
+    message(check, None)
+    for value in NOT_NUMBERS:
+        assert type(value).__name__ in message(check, value, error=TypeError)
+
+
+def test_names_are_in_the_messages():
+    assert "`mask_encode_strength`" in message(options.check_strength, 2, "mask_encode_strength")
+    assert "--steps" in message(options.check_steps, 0, "--steps")
+    assert "--guidance" in message(options.check_guidance_scale, -1, "--guidance")
+    assert "--ratio" in message(options.check_ratio, 0, "--ratio")
+
+
+def test_steps():
+    for value in (1, 50, 1000, np.int32(7)):
+        result = options.check_steps(value)
+        assert type(result) is int and result == value
+    for value in (0, -1, 1001):
+        assert str(value) in message(options.check_steps, value)
+    for value in (*NOT_NUMBERS, 50.0, None, math.nan):
+        message(options.check_steps, value, error=TypeError)
+
+
+def test_positive_integers_are_value_errors_as_in_the_reference():
+    assert options.check_positive_int("maps", np.int64(3)) == 3
+    for value in (*NOT_NUMBERS, 0, -2, 1.5, 2.0, None):
+        assert "`maps`" in message(options.check_positive_int, "maps", value)
+
+
+@pytest.mark.parametrize("steps", [*range(1, 60), 100, 999, 1000])
+def test_effective_steps_are_the_reference_s(steps):
+    for strength in (0.1, 0.29, 0.5, 0.58, 0.8, 0.999, 1.0):
+        expected = min(int(steps * strength), steps)
+        if expected:
+            assert options.effective_steps(steps, strength) == expected
+        else:
+            message(options.effective_steps, steps, strength)
+
+
+@pytest.mark.parametrize("steps", range(1, 120))
+def test_the_remedy_that_is_named_works(steps):
+    for strength in (0.0, 0.3 / steps, 0.99 / steps):
+        if int(steps * strength) >= 1:
+            continue
+        text = message(options.effective_steps, steps, strength, "s")
+        least = float(text.split("`s` of at least ")[1].split(",")[0].rstrip("."))
+        assert int(steps * least) >= 1
+        if "or at least" in text:
+            needed = int(text.split("or at least ")[1].split()[0])
+            assert int(needed * strength) >= 1 and int((needed - 1) * strength) < 1
+        else:
+            assert strength < 1 / options.MAX_STEPS
+
+
+def test_output_types():
+    assert options.check_output_type("np", ("np", "pil")) == "np"
+    assert "'np' or 'pil'" in message(options.check_output_type, "pt", ("np", "pil"))
+    for value in (None, 3, ["np"]):
+        message(options.check_output_type, value, ("np", "pil"))
+
+
+def test_callbacks():
+    assert options.check_callback(None, 1) == 1
+    assert options.check_callback(print, np.int64(4)) == 4
+    message(options.check_callback, "print", 1, error=TypeError)
+    for steps in (0, -1, None, 1.0, True):
+        message(options.check_callback, None, steps)
+
+
+def test_clip_skip():
+    assert options.check_clip_skip(None, 12) is None
+    # The hidden states are the embedding and one for each layer, so all layers can be skipped.
+    assert [options.check_clip_skip(n, 12) for n in (0, 1, 12)] == [0, 1, 12]
+    for value in (-1, 13):
+        assert "12" in message(options.check_clip_skip, value, 12)
+    for value in (1.0, True, "1"):
+        message(options.check_clip_skip, value, 12, error=TypeError)
+
+
+def test_regularisation():
+    assert options.check_regularisation(20, np.float32(0.5), 0, np.int64(5)) == (20.0, 0.5, 0, 5)
+    for arguments, name in (
+        ((-1, 20, 1, 5), "lambda_auto_corr"),
+        ((20, math.nan, 1, 5), "lambda_kl"),
+        ((20, 20, -1, 5), "num_reg_steps"),
+        ((20, 20, 1, -5), "num_auto_corr_rolls"),
+    ):
+        assert name in message(options.check_regularisation, *arguments)
+    for arguments in (("a", 20, 1, 5), (20, 20, 1.0, 5), (20, 20, 1, True)):
+        message(options.check_regularisation, *arguments, error=TypeError)
+
+
+# --- prompts ---------------------------------------------------------------------------------------
+
+
+def embeds(batch=1, tokens=4, width=8):
+    return np.random.default_rng(0).normal(size=(batch, tokens, width)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    "arguments, batch",
+    [
+        (("a",), 1),
+        (("",), 1),
+        ((["a", ""],), 2),
+        (("a", "b"), 1),
+        (("a", ""), 1),
+        ((["a", "b"], ["c", "d"]), 2),
+        ((None, None, embeds(3)), 3),
+        ((None, None, embeds(3), embeds(3)), 3),
+        ((None, "b", embeds(1)), 1),
+        ((None, ["b", "c"], embeds(2)), 2),
+        (("a", None, None, embeds(1)), 1),
+        ((["a", "b"], None, None, embeds(2)), 2),
+    ],
+)
+def test_prompts_that_fit(arguments, batch):
+    assert options.check_prompt_inputs(*arguments) == batch
+
+
+PROMPTS_REFUSED = [
+    ((None,), ValueError, "both are None"),
+    (("a", None, embeds()), ValueError, "Cannot forward both"),
+    (("a", "b", None, embeds()), ValueError, "Cannot forward both"),
+    ((3,), ValueError, "`str` or `list`"),
+    ((("a", "b"),), ValueError, "`str` or `list`"),
+    (([],), ValueError, "empty list"),
+    ((["a", 3],), ValueError, "prompt[1]"),
+    ((["a", None],), ValueError, "prompt[1]"),
+    (("a", ["b"]), TypeError, "same type"),
+    ((["a"], "b"), TypeError, "same type"),
+    (("a", 3), TypeError, "same type"),
+    ((["a", "b"], ["c"]), ValueError, "batch size 1"),
+    ((["a"], ["c", 4]), ValueError, "negative_prompt[1]"),
+    ((None, "b", embeds(2)), ValueError, "batch size 1"),
+    ((None, None, embeds(2), embeds(1)), ValueError, "same shape"),
+    ((None, None, embeds(2, 4), embeds(2, 5)), ValueError, "same shape"),
+    ((["a", "b"], None, None, embeds(1)), ValueError, "batch size 1"),
+    ((None, None, embeds()[0]), ValueError, "(4, 8)"),
+    ((None, None, embeds(0)), ValueError, "(0, 4, 8)"),
+    ((None, None, embeds() * np.nan), ValueError, "NaN"),
+    (("a", None, None, embeds() + np.inf), ValueError, "infinite"),
+    ((None, None, np.zeros((1, 4, 8), int)), TypeError, "int64"),
+    ((None, None, "embeds"), TypeError, "floating-point"),
+]
+
+
+@pytest.mark.parametrize("arguments, error, words", PROMPTS_REFUSED)
+def test_prompts_that_do_not_fit(arguments, error, words):
+    assert words in message(options.check_prompt_inputs, *arguments, error=error)
+
+
+@pytest.mark.parametrize("prefix", ["target_", "target"])
+def test_the_prefix_is_in_every_message(prefix):
+    for arguments, error, _ in PROMPTS_REFUSED:
+        text = message(options.check_prompt_inputs, *arguments, prefix=prefix, error=error)
+        assert "target_prompt" in text or "target_negative_prompt" in text
+        assert "`prompt" not in text and "`negative_prompt" not in text
+
+
+def test_without_guidance_negatives_need_not_fit():
+    assert options.check_prompt_inputs(["a", "b"], "c", guided=False) == 2
+    assert options.check_prompt_inputs(["a", "b"], None, None, embeds(1), guided=False) == 2
+    # What cannot be meant at all is refused all the same.
+    message(options.check_prompt_inputs, "a", "b", None, embeds(), guided=False)
+
+
+def test_the_reference_refuses_the_same_prompts_with_the_same_types():
+    """Of the table above, everything the reference's own two checks look at."""
+    torch = pytest.importorskip("torch")
+    pipeline = pytest.importorskip("diffusers").StableDiffusionDiffEditPipeline
+
+    def as_torch(value):
+        return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+
+    seen = 0
+    for arguments, error, _ in PROMPTS_REFUSED:
+        prompt, negative, positive_embeds, negative_embeds = map(as_torch, (*arguments, None, None, None)[:4])
+        try:
+            pipeline.check_inputs(None, prompt, 0.5, 1, negative, positive_embeds, negative_embeds)
+        except Exception as refused:
+            if isinstance(refused, (ValueError, TypeError)):
+                assert isinstance(refused, error), arguments
+                seen += 1
+    assert seen >= 6
+
+
+# --- batches, latents, generators ------------------------------------------------------------------
+
+
+def test_image_batches():
+    assert [options.check_image_batch(*n) for n in ((1, 1), (1, 4), (2, 4), (4, 4))] == [1, 4, 2, 1]
+    for images, batch in ((3, 4), (4, 2), (2, 1), (0, 2)):
+        assert str(batch) in message(options.check_image_batch, images, batch)
+
+
+def latents(*shape):
+    return np.random.default_rng(1).normal(size=shape).astype(np.float32)
+
+
+def test_image_latents_in_both_layouts():
+    five = latents(2, 3, 4, 5, 6)
+    assert options.check_image_latents(five, 2, 3, (4, 5, 6)) is five
+    four = options.check_image_latents(five.reshape(6, 4, 5, 6), 2, 3, [4, 5, 6])
+    np.testing.assert_array_equal(four, five)
+
+
+def test_image_latents_of_other_frameworks():
+    torch = pytest.importorskip("torch")
+    five = latents(1, 3, 4, 5, 6)
+    np.testing.assert_array_equal(
+        options.check_image_latents(torch.from_numpy(five), 1, 3, (4, 5, 6)), five
+    )
+
+
+@pytest.mark.parametrize(
+    "array, error, words",
+    [
+        (latents(2, 4, 4, 5, 6), ValueError, "4 timesteps"),
+        (latents(1, 3, 4, 5, 6), ValueError, "batch size 1"),
+        (latents(2, 3, 4, 6, 5), ValueError, "(4, 5, 6)"),
+        (latents(2, 3, 8, 5, 6), ValueError, "(8, 5, 6)"),
+        (latents(5, 4, 5, 6), ValueError, "5 latent images"),
+        (latents(4, 5, 6), ValueError, "(4, 5, 6)"),
+        (latents(1, 2, 3, 4, 5, 6), ValueError, "(1, 2, 3, 4, 5, 6)"),
+        (latents(2, 3, 4, 5, 6) * np.nan, ValueError, "NaN"),
+        (latents(2, 3, 4, 5, 6).astype(np.int64), TypeError, "int64"),
+        (latents(2, 3, 4, 5, 6).astype(complex), TypeError, "complex"),
+        ("latents", TypeError, "floating-point"),
+    ],
+)
+def test_image_latents_that_do_not_fit(array, error, words):
+    assert words in message(options.check_image_latents, array, 2, 3, (4, 5, 6), error=error)
+
+
+def test_one_nan_is_enough():
+    array = latents(2, 3, 4, 5, 6)
+    array[1, 2, 3, 4, 5] = np.nan
+    message(options.check_image_latents, array, 2, 3, (4, 5, 6))
+
+
+def test_generators():
+    for generator in (None, 3, np.random.default_rng(0), [1, 2]):
+        options.check_generators(generator, 2)
+    for generator in ([], [1], (1, 2, 3)):
+        assert str(len(generator)) in message(options.check_generators, generator, 2)
+
+
+# --- numerical errors ------------------------------------------------------------------------------
+
+
+def test_check_finite_names_stage_and_step():
+    options.check_finite(latents(2, 3), "inversion", 4)
+    options.check_finite(np.zeros((0,)), "inversion")
+    options.check_finite(np.array([1, 2]), "inversion")
+    for bad in (np.nan, np.inf, -np.inf):
+        array = latents(2, 3)
+        array[1, 2] = bad
+        with pytest.raises(options.NumericalError, match="inversion, step 0: 1 of 6") as caught:
+            options.check_finite(array, "inversion", 0)
+        assert (caught.value.stage, caught.value.step) == ("inversion", 0)
+        assert isinstance(caught.value, ArithmeticError) and isinstance(caught.value, ValueError)
+    with pytest.raises(options.NumericalError, match="^VAE decoding: 6 of 6") as caught:
+        options.check_finite(np.full((2, 3), np.nan), "VAE decoding")
+    assert caught.value.step is None
