@@ -20,8 +20,8 @@ def demo_files():
 
 REQUIRES = [
     # 2.9 and 2.10 install and run, but on CPU their convolutions fall into oneDNN's reference kernel: a 3x3
-    # convolution of 320 channels takes 5 s there instead of 0.04 s. mindone 0.5.0 wants 2.6 at least; 2.7 is the
-    # oldest that we have run.
+    # convolution of 320 channels takes 5 s there instead of 0.04 s. mindone 0.5.0 wants 2.6 at least; 2.7 is
+    # the oldest that we have run.
     "mindspore>=2.7,<2.9",
     # The models, the text encoder and the schedulers. Exact because `mindiffedit.kernels` replaces operators
     # by the names that this release's model code calls.

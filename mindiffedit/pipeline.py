@@ -29,6 +29,13 @@ def _say_once(message: str) -> None:
         logger.warning(message)
 
 
+def _as_its_own(scheduler, timestep):
+    """A timestep as the scheduler's own ``timesteps`` would give it: some refuse anything else."""
+    import mindspore as ms
+
+    return ms.Tensor(timestep.item(), scheduler.timesteps.dtype)
+
+
 class _Output:
     """Attribute access, indexing by name or position and ``to_tuple`` like diffusers' outputs."""
 
@@ -463,7 +470,7 @@ class StableDiffusionDiffEditPipeline:
         from .kernels import portable_kernels
 
         with portable_kernels():
-            return scheduler.scale_model_input(ms.Tensor(latents), ms.Tensor(timestep)).asnumpy()
+            return scheduler.scale_model_input(ms.Tensor(latents), _as_its_own(scheduler, timestep)).asnumpy()
 
     # --- generate_mask -------------------------------------------------------------------------------------------
 
@@ -817,10 +824,10 @@ class StableDiffusionDiffEditPipeline:
                 output = ms.Tensor(regularise(output.asnumpy(), doubled, t))
             if wants_noise and stochastic:
                 extra["variance_noise"] = ms.Tensor(randomness.randn(latents.shape, source))
-            # A NumPy scalar: mindone's schedulers index tables with it and compare it to their timesteps.
-            step_timestep = ms.Tensor(t) if scheduler.config.get("timestep_spacing") is None else int(t)
             with portable_kernels(), devices.eager():
-                updated = scheduler.step(output, step_timestep, ms.Tensor(latents), **extra, return_dict=False)[0].asnumpy()
+                updated = scheduler.step(
+                    output, _as_its_own(scheduler, t), ms.Tensor(latents), **extra, return_dict=False
+                )[0].asnumpy()
             if mask is None:
                 return updated
             return updated * mask + backgrounds[i] * (1 - mask)

@@ -23,9 +23,10 @@ suits() {
 
 find_python() {
     if [ -n "${PYTHON:-}" ]; then
-        command -v "$PYTHON" >/dev/null 2>&1 || fail "PYTHON is set to '$PYTHON', and there is no such command."
-        suits "$PYTHON" || fail "PYTHON is set to '$PYTHON', which is $("$PYTHON" --version 2>&1 | head -n 1 || true);" \
-            "Python 3.11 or 3.12 is needed (MindSpore below 2.9 has no wheels for later ones)."
+        command -v "$PYTHON" >/dev/null 2>&1 || fail "PYTHON is set to '$PYTHON': there is no such command."
+        suits "$PYTHON" || fail "PYTHON is set to '$PYTHON', which is" \
+            "$("$PYTHON" --version 2>&1 || true); Python 3.11 or 3.12 is needed (MindSpore below 2.9 has no" \
+            "wheels for later ones)."
         return
     fi
     local candidate
@@ -35,8 +36,8 @@ find_python() {
             return
         fi
     done
-    fail "found neither Python 3.11 nor 3.12. Install one (Debian, Ubuntu: apt install python3.11 python3.11-venv)" \
-        "or set PYTHON to the path of one."
+    fail "found neither Python 3.11 nor 3.12. Install one (Debian, Ubuntu: apt install python3.11" \
+        "python3.11-venv) or set PYTHON to the path of one."
 }
 
 # Everything that decides what gets installed, as one line.
@@ -57,8 +58,9 @@ installed() {
 
 make_venv() {
     find_python
-    "$PYTHON" -c 'import ensurepip, venv' >/dev/null 2>&1 || fail "$PYTHON cannot make virtual environments:" \
-        "its venv or ensurepip module is missing (Debian, Ubuntu: apt install python3-venv, or python3.11-venv)."
+    "$PYTHON" -c 'import ensurepip, venv' >/dev/null 2>&1 || fail "$PYTHON cannot make virtual" \
+        "environments: its venv or ensurepip module is missing (Debian, Ubuntu: apt install python3-venv," \
+        "or python3.11-venv)."
     say "making $VENV with $("$PYTHON" --version 2>&1)"
     # A half-made or moved environment is of no use; --clear makes it anew.
     "$PYTHON" -m venv --clear "$VENV" || fail "could not make $VENV; the lines above say why."

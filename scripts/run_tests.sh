@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs the tests in the project's own environment; arguments go to pytest, as in `scripts/run_tests.sh -k mask`.
-# The first run makes .venv and installs the project with what the tests compare against (torch, diffusers).
+# Runs the tests in the project's own environment; arguments go to pytest: `scripts/run_tests.sh -k mask`.
+# The first run makes .venv and installs the project with what tests compare against (torch, diffusers).
 set -euo pipefail
 
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import demo_scenes as scenes  # noqa: E402
+import scene_classifier  # noqa: E402
 
 MAX_TOKENS = 32
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -54,6 +55,9 @@ NOISE_SCHEDULE = dict(
     num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
     clip_sample=False, set_alpha_to_one=False, steps_offset=1, prediction_type="epsilon",
 )
+
+# The picture that ships beside the checkpoint; mindiffedit.demo.SAMPLE_PROMPTS names it.
+SAMPLE = scenes.Scene((scenes.SceneObject("apple", "red", 60.0, 68.0, 36.0, 5.0),), "wooden table", texture_seed=5)
 
 
 # --- tokenizer ---------------------------------------------------------------------------------------------------
@@ -232,7 +236,7 @@ def encode_all(args, vae, pictures, device):
 
 
 class Classifier(torch.nn.Module):
-    """Kind and colour logits of an object from a (B, 3, 48, 48) crop in [-1, 1]."""
+    """The network of ``scene_classifier``, for training: logits of kind and colour from (B, 3, 48, 48) in [-1, 1]."""
 
     def __init__(self):
         super().__init__()
@@ -251,18 +255,6 @@ class Classifier(torch.nn.Module):
         return self.kind(x), self.colour(x)
 
 
-def object_crop(picture: np.ndarray, mask: np.ndarray, shift=(0, 0), stretch=1.0) -> np.ndarray:
-    """The square around the mask's box, one eighth larger, as uint8 (48, 48, 3)."""
-    from PIL import Image
-
-    rows, columns = np.nonzero(mask > 0.5)
-    y, x = (rows.min() + rows.max() + 1) / 2 + shift[0], (columns.min() + columns.max() + 1) / 2 + shift[1]
-    half = max(np.ptp(rows), np.ptp(columns)) * 0.5 * 1.125 * stretch
-    box = (x - half, y - half, x + half, y + half)
-    return np.asarray(Image.fromarray(picture).transform((48, 48), Image.Transform.EXTENT, box,
-                                                         Image.Resampling.BILINEAR))
-
-
 def classifier_sample(seed: int):
     from PIL import Image, ImageFilter
 
@@ -277,7 +269,7 @@ def classifier_sample(seed: int):
         coarse = rng.normal(0, 1, (32, 32, 3)).astype(np.float32) * rng.uniform(0, 14)
         fine = np.stack([np.asarray(Image.fromarray(coarse[..., c]).resize((scenes.SIZE,) * 2)) for c in range(3)], -1)
         pixels = np.clip(pixels + fine, 0, 255).astype(np.uint8)
-    crop = object_crop(pixels, masks[which], rng.uniform(-5, 5, 2), rng.uniform(0.85, 1.2))
+    crop = scene_classifier.object_crop(pixels, masks[which], rng.uniform(-5, 5, 2), rng.uniform(0.85, 1.2))
     item = scene.objects[which]
     return crop, scenes.KINDS.index(item.kind), list(scenes.COLOURS).index(item.colour)
 
@@ -421,6 +413,7 @@ def export(args, tokenizer, vae, denoiser, scaling_factor):
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(str(args.output), safe_serialization=True)
+    scenes.draw_scene(SAMPLE)[0].save(args.output.parent / "sample.png")
     size = sum(f.stat().st_size for f in args.output.rglob("*") if f.is_file())
     print(f"[export] {args.output}: {size / 1e6:.1f} MB", flush=True)
 
@@ -430,7 +423,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for the stages' states")
     parser.add_argument("--output", type=Path, default=here.parent / "mindiffedit" / "demo" / "checkpoint")
-    parser.add_argument("--classifier", type=Path, default=here / "scene_classifier.safetensors")
+    parser.add_argument("--classifier", type=Path, default=scene_classifier.WEIGHTS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="CPU threads; default: all cores")

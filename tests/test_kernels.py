@@ -598,7 +598,10 @@ def test_vae_equals_diffusers(vaes, mode):
 # A tiled pass is not compiled as a whole: it blends by assigning into tiles that are read again later, and
 # MindSpore 2.7 and 2.8 compile that into other values without saying so.
 @pytest.mark.parametrize("folder", ["sd1"], indirect=True)
-@pytest.mark.parametrize(("option", "mode"), [("slicing", "eager"), ("slicing", "jit"), ("tiling", "eager")])
+@pytest.mark.parametrize(
+    ("option", "mode"),
+    [("slicing", "eager"), pytest.param("slicing", "jit", marks=pytest.mark.slow), ("tiling", "eager")],
+)
 def test_vae_in_parts_equals_diffusers(vaes, option, mode):
     model, reference = vaes
 
@@ -639,7 +642,7 @@ def test_vae_posterior(vaes):
     assert draw.shape == mean.shape and 0.7 < draw.std() < 1.3
 
 
-@families(("sd1", "eager"), ("sd1", "jit"), ("sd2", "eager"), ("sd2", "graph"))
+@families(("sd1", "eager"), ("sd1", "jit"), ("sd2", "eager"))
 def test_text_encoder_equals_transformers(text_encoders, mode):
     model, reference = text_encoders
     length, end = reference.config.max_position_embeddings, reference.config.eos_token_id
