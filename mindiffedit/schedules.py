@@ -2,7 +2,8 @@
 
 The tables of the reference come from ``torch.linspace`` and ``torch.cumprod`` in float32. NumPy's ``linspace`` in
 float64 differs in the last bits, which is enough to move latents by 1e-4 over a few steps, so the float32 recipes are
-followed here.
+followed here. One bit can remain where torch uses its vector library's square root, which is not always correctly
+rounded (multistep noise levels, zero-terminal-SNR betas); NumPy's is.
 """
 
 from __future__ import annotations

