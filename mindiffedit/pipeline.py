@@ -374,7 +374,9 @@ class StableDiffusionDiffEditPipeline:
         clip_skip=None, prefix="",
     ):
         """``encode_prompt`` on the host: float32 arrays."""
-        batch = options.check_prompt_inputs(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, prefix)
+        batch = options.check_prompt_inputs(
+            prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, prefix, guided=is_guided
+        )
         if prompt_embeds is None:
             positive = self._embed([prompt] if isinstance(prompt, str) else prompt, skip=clip_skip)
         else:
@@ -520,11 +522,13 @@ class StableDiffusionDiffEditPipeline:
             options.NumericalError: for NaN or inf in a stage, or predictions that do not differ at all.
         """
         # 1. Check inputs
+        options.check_guidance_scale(guidance_scale)
+        is_guided = guidance_scale > 1.0
         batch = options.check_prompt_inputs(
-            target_prompt, target_negative_prompt, target_prompt_embeds, target_negative_prompt_embeds, "target_"
+            target_prompt, target_negative_prompt, target_prompt_embeds, target_negative_prompt_embeds, "target_", is_guided
         )
         sources = options.check_prompt_inputs(
-            source_prompt, source_negative_prompt, source_prompt_embeds, source_negative_prompt_embeds, "source_"
+            source_prompt, source_negative_prompt, source_prompt_embeds, source_negative_prompt_embeds, "source_", is_guided
         )
         if sources != batch:
             raise ValueError(f"There are {sources} source prompts for {batch} target prompts; give as many of each.")
@@ -533,9 +537,7 @@ class StableDiffusionDiffEditPipeline:
         options.check_ratio(mask_thresholding_ratio)
         options.check_steps(num_inference_steps)
         options.effective_steps(num_inference_steps, mask_encode_strength, "mask_encode_strength")
-        options.check_guidance_scale(guidance_scale)
         options.check_output_type(output_type, ("np", "pil"))
-        is_guided = guidance_scale > 1.0
         if target_prompt is not None and target_prompt == source_prompt and (
             not is_guided
             or (target_negative_prompt == source_negative_prompt
@@ -686,11 +688,14 @@ class StableDiffusionDiffEditPipeline:
             options.NumericalError: for NaN or inf, naming stage and step.
         """
         # 1. Check inputs
-        batch = options.check_prompt_inputs(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
+        options.check_guidance_scale(guidance_scale)
+        is_guided = guidance_scale > 1.0
+        batch = options.check_prompt_inputs(
+            prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, guided=is_guided
+        )
         options.check_strength(inpaint_strength, "inpaint_strength")
         options.check_steps(num_inference_steps)
         options.effective_steps(num_inference_steps, inpaint_strength, "inpaint_strength")
-        options.check_guidance_scale(guidance_scale)
         options.check_output_type(output_type, ("pil", "np"))
         options.check_callback(callback, callback_steps)
         options.check_regularisation(lambda_auto_corr, lambda_kl, num_reg_steps, num_auto_corr_rolls)
@@ -704,7 +709,6 @@ class StableDiffusionDiffEditPipeline:
         latents = self._image_latents(pixels, batch, 1, source)
 
         # 5. Encode input prompt
-        is_guided = guidance_scale > 1.0
         embeds = self._joined_embeds(prompt, 1, is_guided, negative_prompt, prompt_embeds, negative_prompt_embeds)
 
         # 6. Prepare timesteps
@@ -883,11 +887,14 @@ class StableDiffusionDiffEditPipeline:
             options.NumericalError: for NaN or inf, naming stage and step.
         """
         # 1. Check inputs
-        batch = options.check_prompt_inputs(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
+        options.check_guidance_scale(guidance_scale)
+        is_guided = guidance_scale > 1.0
+        batch = options.check_prompt_inputs(
+            prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, guided=is_guided
+        )
         options.check_strength(inpaint_strength, "inpaint_strength")
         options.check_steps(num_inference_steps)
         options.effective_steps(num_inference_steps, inpaint_strength, "inpaint_strength")
-        options.check_guidance_scale(guidance_scale)
         options.check_positive_int("num_images_per_prompt", num_images_per_prompt)
         options.check_eta(eta)
         options.check_output_type(output_type, ("pil", "np", "latent"))
@@ -922,7 +929,6 @@ class StableDiffusionDiffEditPipeline:
         backgrounds = np.repeat(np.swapaxes(array, 0, 1), num_images_per_prompt, axis=1).astype(np.float32)
 
         # 3. Encode input prompt
-        is_guided = guidance_scale > 1.0
         embeds = self._joined_embeds(
             prompt, num_images_per_prompt, is_guided, negative_prompt, prompt_embeds, negative_prompt_embeds, clip_skip
         )

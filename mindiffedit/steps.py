@@ -64,8 +64,8 @@ class Stages:
 
         One picture at a time, which bounds the memory and serves every batch size with one graph.
         """
-        # Tiling is a Python loop over tiles with shapes of their own: compiled tile by tile it costs more than it
-        # saves, so it runs operator by operator.
+        # Tiling runs operator by operator: mindone blends tiles in place and reads them again, which a graph does not
+        # reproduce (it compiles, and gives other values).
         stage = self._stage(("encode",), lambda: _encoder(self.vae), eager=bool(getattr(self.vae, "use_tiling", False)))
         return np.concatenate([_host(stage(self._sample(pixels[i: i + 1], self.vae))) for i in range(len(pixels))])
 
