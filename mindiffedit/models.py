@@ -27,7 +27,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ import numpy as np
 __all__ = [
     "CheckpointError",
     "WeightsError",
+    "check_folder",
     "load_components",
     "resolve_folder",
     "save_components",
@@ -568,26 +569,82 @@ def load_components(
             "code. Leave it out, and give a checkpoint with safetensors files."
         )
 
-    index = _read_index(folder)
-    classes = {name: _class_of(index, folder, name) for name in _COMPONENTS if name not in given}
-    sources = _find_sources(folder, [name for name in _MODELS if classes.get(name) is not None], variant)
-    scheduler_configs = {
-        name: _read_json(folder / name / "scheduler_config.json")
-        for name in ("scheduler", "inverse_scheduler")
-        if classes.get(name) is not None
-    }
+    found = _survey(folder, given, variant)
+    classes = found.classes
     components: dict[str, Any] = {name: None for name in _COMPONENTS} | given
     if classes.get("tokenizer") is not None:
         components["tokenizer"] = _load_tokenizer(folder / "tokenizer", classes["tokenizer"])
     if classes.get("feature_extractor") is not None:
         components["feature_extractor"] = _load_feature_extractor(folder / "feature_extractor")
-    _check_together(folder, {n: s.config for n, s in sources.items()}, components.get("tokenizer"))
+    _check_together(folder, found.configs(), components.get("tokenizer"))
 
-    for name, config in scheduler_configs.items():
+    for name, config in found.schedulers.items():
         components[name] = _make_scheduler(folder / name, classes[name], config)
-    components |= _load_models(sources, dtype)
-    components.setdefault("requires_safety_checker", bool(index.get("requires_safety_checker", True)))
+    components |= _load_models(found.sources, dtype)
+    components.setdefault("requires_safety_checker", bool(found.index.get("requires_safety_checker", True)))
     return components
+
+
+def check_folder(folder: str | os.PathLike, skip: Iterable[str] = ()) -> dict[str, dict[str, Any]]:
+    """Find out in milliseconds whether `load_components` can read a folder, as far as names and headers tell.
+
+    Every JSON file is read and of the weight files the headers; no framework is imported. What is left to
+    `load_components` is whether each weight fits its model and is finite, and what the tokenizer's files say.
+
+    Parameters
+    ----------
+    folder : as `resolve_folder` returns it.
+    skip : components that are neither read nor checked, such as 'safety_checker'.
+
+    Returns
+    -------
+    {component: its config} of the components with weights, such as 'unet'.
+
+    Raises
+    ------
+    CheckpointError (a ValueError)
+        The folder is incomplete, corrupt, or another kind of model.
+    """
+    folder = Path(folder)
+    found = _survey(folder, set(skip), None)
+    if found.classes.get("tokenizer") is not None:
+        _check_tokenizer_files(folder / "tokenizer", found.classes["tokenizer"])
+    if found.classes.get("feature_extractor") is not None:
+        _read_json(folder / "feature_extractor" / "preprocessor_config.json")
+    _check_together(folder, found.configs(), None)
+    return found.configs()
+
+
+@dataclass(frozen=True)
+class _Survey:
+    """What a folder holds, by its JSON files and the headers of its weight files.
+
+    index : model_index.json.
+    classes : class of every component asked about, None for an optional one that is not there.
+    sources : of the components with weights.
+    schedulers : configs of scheduler and inverse_scheduler.
+    """
+
+    index: dict[str, Any]
+    classes: dict[str, str | None]
+    sources: dict[str, _Source]
+    schedulers: dict[str, dict[str, Any]]
+
+    def configs(self) -> dict[str, dict[str, Any]]:
+        return {name: source.config for name, source in self.sources.items()}
+
+
+def _survey(folder: Path, skip: Container[str], variant: str | None) -> _Survey:
+    """Look at all components but those in `skip`."""
+    index = _read_index(folder)
+    classes = {name: _class_of(index, folder, name) for name in _COMPONENTS if name not in skip}
+    sources = _find_sources(folder, [name for name in _MODELS if classes.get(name) is not None], variant)
+    schedulers = {
+        name: _read_json(folder / name / "scheduler_config.json")
+        for name in ("scheduler", "inverse_scheduler")
+        if classes.get(name) is not None
+    }
+    return _Survey(index, classes, sources, schedulers)
 
 
 def _class_of(index: Mapping[str, Any], folder: Path, name: str) -> str | None:
@@ -688,15 +745,19 @@ def _check_together(folder: Path, configs: Mapping[str, Mapping[str, Any]], toke
         )
 
 
-def _load_tokenizer(folder: Path, class_name: str) -> Any:
-    import transformers
-
+def _check_tokenizer_files(folder: Path, class_name: str) -> None:
     files = ("tokenizer.json",) if (folder / "tokenizer.json").is_file() else ("vocab.json", "merges.txt")
     if class_name == "CLIPTokenizer":
         files = ("vocab.json", "merges.txt")
     missing = [name for name in files if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(f"{folder} lacks {' and '.join(missing)}: the checkpoint is incomplete.")
+
+
+def _load_tokenizer(folder: Path, class_name: str) -> Any:
+    import transformers
+
+    _check_tokenizer_files(folder, class_name)
     try:
         return getattr(transformers, class_name).from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # whatever a broken vocabulary makes transformers raise

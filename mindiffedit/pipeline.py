@@ -716,17 +716,16 @@ class StableDiffusionDiffEditPipeline:
         timesteps, steps = self.get_inverse_timesteps(num_inference_steps, inpaint_strength)
 
         # 7. Noising loop
-        regularise = None
-        if num_reg_steps > 0:
-            def regularise(noise_pred, model_input, t):
-                return regularisers.regularise(
-                    noise_pred, model_input, scheduler.alphas_cumprod.asnumpy()[int(t)],
-                    scheduler.config.prediction_type, lambda n: randomness.randint(n, source), lambda_auto_corr,
-                    lambda_kl, num_reg_steps, num_auto_corr_rolls,
-                )
+        def regularised(noise_pred, model_input, t):
+            return regularisers.regularise(
+                noise_pred, model_input, scheduler.alphas_cumprod.asnumpy()[int(t)], scheduler.config.prediction_type,
+                lambda n: randomness.randint(n, source), lambda_auto_corr, lambda_kl, num_reg_steps,
+                num_auto_corr_rolls,
+            )
+
         inverted = self._run(
             "inversion", scheduler, timesteps, steps, latents, embeds, guidance_scale, cross_attention_kwargs or {},
-            callback, callback_steps, regularise=regularise,
+            callback, callback_steps, regularise=regularised if num_reg_steps > 0 else None,
         )
         stacked = np.stack(inverted[::-1], axis=1)
 

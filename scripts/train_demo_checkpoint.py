@@ -428,9 +428,9 @@ def main():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="CPU threads; default: all cores")
     parser.add_argument("--pictures", type=int, default=24_000)
-    parser.add_argument("--vae-steps", type=int, default=2_400)
+    parser.add_argument("--vae-steps", type=int, default=1_600)
     parser.add_argument("--vae-batch", type=int, default=16)
-    parser.add_argument("--unet-steps", type=int, default=6_000)
+    parser.add_argument("--unet-steps", type=int, default=4_000)
     parser.add_argument("--unet-batch", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--stages", default="vae,latents,classifier,unet,export",

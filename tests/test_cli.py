@@ -6,6 +6,7 @@ Most tests run with a pipeline that only notes what it is asked; one, marked slo
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import types
@@ -13,8 +14,12 @@ import types
 import numpy as np
 import PIL.Image
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from mindiffedit import cli, demo, options, pictures
+from mindiffedit.arguments import SCHEDULERS, build_parser
+from mindiffedit.latents_file import read_latents
 
 SOURCE, TARGET = "a red apple on a table", "a yellow pear on a table"
 
@@ -88,22 +93,30 @@ class FakePipeline:
         return types.SimpleNamespace(images=[image], nsfw_content_detected=self.flags)
 
 
-def write_model(folder, sample_size=16, levels=4, files=None):
-    """A folder that looks like a checkpoint; its weights are empty files."""
+WEIGHTS = ("unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors",
+           "text_encoder/model.safetensors")
+
+
+def write_model(folder, sample_size=16, levels=4):
+    """A folder that looks like a checkpoint; its files of weights hold none."""
+    classes = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel",
+               "tokenizer": "CLIPTokenizer", "scheduler": "PNDMScheduler"}
+    index = {name: ["library", of] for name, of in classes.items()}
     content = {
-        "model_index.json": {"_class_name": "StableDiffusionPipeline"},
-        "unet/config.json": {"sample_size": sample_size},
+        "model_index.json": {"_class_name": "StableDiffusionPipeline", **index},
+        "unet/config.json": {"sample_size": sample_size, "cross_attention_dim": 32},
         "vae/config.json": {"block_out_channels": [8] * levels, "latent_channels": 4},
-        "text_encoder/config.json": {},
+        "text_encoder/config.json": {"hidden_size": 32},
         "scheduler/scheduler_config.json": {},
+        "tokenizer/vocab.json": {},
+        "tokenizer/merges.txt": "",
     }
-    content.update(files or {})
-    for part in ("unet", "vae", "text_encoder", "scheduler"):
+    for part in classes:
         (folder / part).mkdir(parents=True, exist_ok=True)
     for name, value in content.items():
         (folder / name).write_text(value if isinstance(value, str) else json.dumps(value))
-    for part in ("unet", "vae", "text_encoder"):
-        (folder / part / "model.safetensors").touch()
+    for name in WEIGHTS:
+        save_file({}, folder / name)
     return folder
 
 
@@ -117,12 +130,15 @@ def work(tmp_path, monkeypatch):
     module.StableDiffusionDiffEditPipeline = FakePipeline
     monkeypatch.setitem(sys.modules, "mindiffedit.pipeline", module)
     schedulers = types.ModuleType("mindiffedit.schedulers")
-    for names in cli.SCHEDULERS.values():
+    for names in SCHEDULERS.values():
         for name in names:
             setattr(schedulers, name, type(name, (FakeScheduler,), {}))
     monkeypatch.setitem(sys.modules, "mindiffedit.schedulers", schedulers)
     monkeypatch.setattr("mindiffedit.devices.require_device", lambda name: name or "CPU")
-    monkeypatch.setenv("GLOG_v", "3")  # so that the command's own default does not outlive the test
+    # So that the command's own defaults do not outlive the test.
+    monkeypatch.setenv("GLOG_v", "3")
+    monkeypatch.setenv("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    monkeypatch.setenv("DIFFUSERS_NO_ADVISORY_WARNINGS", "1")
 
     rng = np.random.default_rng(0)
     PIL.Image.fromarray(rng.integers(0, 256, (91, 117, 3), dtype=np.uint8)).save("p.png")
@@ -220,6 +236,13 @@ def test_help_names_every_option(capsys):
     assert "default: 50" in steps and f"demo model: {demo.SETTINGS['steps']}" in steps
 
 
+def test_the_parser_says_which_command():
+    for name in ("edit", "mask", "invert"):
+        texts = ["--source", SOURCE, *(["--target", TARGET] if name != "invert" else [])]
+        assert build_parser().parse_args([name, "p.png", *texts, "-o", "out"]).command == name
+    assert build_parser().parse_args(["demo"]).command == "demo"
+
+
 # --- edit -----------------------------------------------------------------------------------------
 
 
@@ -290,7 +313,8 @@ def test_json_is_one_object_with_the_whole_story(work, capsys):
         command="edit", output="out.png", grid="grid.png", picture="p.png", width=117, height=91,
         working_width=112, working_height=88, source=SOURCE, target=TARGET, negative="", seed=0, steps=50,
         strength=0.8, guidance=7.5, invert_guidance=1.0, maps=10, mask_strength=0.5, mask_threshold=3.0,
-        mask_share=0.5, device="CPU", mode="pynative", scheduler="ddim", model=str(work / "model"), safety_checker_flagged=None,
+        mask_share=0.5, device="CPU", mode="pynative", scheduler="ddim", model=str(work / "model"),
+        safety_checker_flagged=None,
     )
     assert {name: result[name] for name in expected} == expected
     assert set(result["seconds"]) == {"load", "mask", "invert", "edit"}
@@ -320,6 +344,18 @@ def test_quiet_says_nothing_but_the_result(work, capsys):
     bars = [call[1] for call in FakePipeline.calls if call[0] == "bar"]
     assert [bar["desc"] for bar in bars] == ["mask", "invert", "edit"]
     assert not any(bar["disable"] for bar in bars) and all(bar["file"] is not sys.stdout for bar in bars)
+
+
+@pytest.mark.parametrize("library", ["TRANSFORMERS", "DIFFUSERS"])
+def test_advice_of_libraries_is_off_when_they_are_loaded(work, capsys, monkeypatch, library):
+    name = f"{library}_NO_ADVISORY_WARNINGS"
+    seen = []
+    FakePipeline.breaks["load"] = lambda: seen.append(os.environ[name])
+    monkeypatch.delenv(name)
+    ran(capsys, edit())
+    monkeypatch.setenv(name, "")  # the user wants to see it
+    ran(capsys, edit())
+    assert seen == ["1", ""]
 
 
 def test_the_scheduler_has_an_inverse(work, capsys, monkeypatch):
@@ -413,7 +449,7 @@ def test_invert_writes_what_edit_reads(work, capsys):
     assert "1 x 6 x 4 x 11 x 14" in line and "seed 9" in line
     asked = arguments("invert")
     assert (asked["guidance_scale"], asked["negative_prompt"], asked["generator"]) == (1.0, "blurred", 9)
-    latents, made = cli.read_latents("l.safetensors")
+    latents, made = read_latents("l.safetensors")
     assert (made["prompt"], made["negative_prompt"], made["working_size"]) == (SOURCE, "blurred", (112, 88))
     assert (made["steps"], made["strength"], made["scheduler"], made["seed"]) == (10, 0.6, "dpm", 9)
 
@@ -432,7 +468,7 @@ def test_invert_writes_what_edit_reads(work, capsys):
 
 def test_latents_keep_their_size(work, capsys):
     invert(capsys, "--size", "64")
-    _, made = cli.read_latents("l.safetensors")
+    _, made = read_latents("l.safetensors")
     assert made["working_size"] != (112, 88)
     FakePipeline.calls.clear()
     ran(capsys, edit_with_latents())
@@ -465,9 +501,6 @@ def test_latents_that_do_not_belong(work, capsys):
 
 def rewrite(change, values=None):
     """Write l.safetensors again with changed metadata or values."""
-    from safetensors import safe_open
-    from safetensors.numpy import save_file
-
     with safe_open("l.safetensors", "numpy") as file:
         metadata, tensors = file.metadata(), {"image_latents": file.get_tensor("image_latents")}
     if values is not None:
@@ -647,27 +680,23 @@ def test_bad_masks(work, capsys):
 
 def test_bad_model_folders(work, capsys):
     def broken(change, *words):
-        import shutil
-
         shutil.rmtree("bad", ignore_errors=True)
         write_model(work / "bad")
         change(work / "bad")
         refused(capsys, edit("--model", "bad"), *words)
 
-    def only_pickle(folder):
-        for part in ("unet", "vae"):
-            (folder / part / "model.safetensors").rename(folder / part / "model.bin")
-
+    unet, vae, text_encoder = WEIGHTS
+    # One of each kind: tests/test_models.py has them all.
     broken(lambda f: (f / "model_index.json").unlink(), "has no model_index.json")
-    def no_configs(folder):
-        for part in ("unet", "vae"):
-            (folder / part / "config.json").unlink()
-
-    broken(no_configs, "unet/config.json", "vae/config.json")
-    broken(lambda f: (f / "vae" / "config.json").write_text("{"), "not readable JSON")
+    broken(lambda f: (f / "vae" / "config.json").unlink(), "vae/config.json is missing")
+    broken(lambda f: (f / "vae" / "config.json").write_text("{"), "vae/config.json", "JSON")
     broken(lambda f: (f / "unet" / "config.json").write_text("[]"), "JSON object")
-    broken(only_pickle, "only pickle weights", "unet, vae")
-    broken(lambda f: (f / "unet" / "model.safetensors").unlink(), "no weights", "unet")
+    broken(lambda f: (f / unet).rename(f / "unet" / "model.bin"), "only pickle weights", "unet")
+    broken(lambda f: (f / unet).unlink(), "no weights", "unet")
+    broken(lambda f: (f / vae).write_bytes(b""), vae, "is empty")
+    broken(lambda f: (f / text_encoder).write_bytes(b"text " * 100), text_encoder, "not a safetensors file")
+    broken(lambda f: (f / "tokenizer" / "merges.txt").unlink(), "tokenizer lacks merges.txt")
+    broken(lambda f: (f / "unet" / "config.json").write_text('{"in_channels": 9}'), "takes 9 channels")
 
 
 def test_the_cheapest_is_looked_at_first(work, capsys):
@@ -767,9 +796,17 @@ def test_hub_models_are_fetched_after_the_cheap_checks(work, capsys, monkeypatch
     assert arguments("load") == str(work / "model")
     assert json.loads(line)["model"] == "maker/model"
     # What a folder of one's own is looked at for, a fetched one is too.
-    (work / "model" / "unet" / "model.safetensors").unlink()
+    (work / "model" / WEIGHTS[0]).unlink()
     FakePipeline.calls.clear()
     refused(capsys, hub, "no weights")
+
+
+def test_a_safety_checker_that_is_not_wanted_is_not_looked_at(work, capsys):
+    index = json.loads((work / "model" / "model_index.json").read_text())
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    (work / "model" / "model_index.json").write_text(json.dumps(index))
+    refused(capsys, edit(), "safety_checker/config.json is missing")
+    ran(capsys, edit("--no-safety-checker"))
 
 
 # --- once with a real, tiny model ------------------------------------------------------------------

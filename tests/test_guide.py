@@ -185,9 +185,9 @@ def command_lines(page):
 
 
 def parser():
-    from mindiffedit import cli
+    from mindiffedit.arguments import build_parser
 
-    return cli.build_parser() if hasattr(cli, "build_parser") else cli._parser()
+    return build_parser()
 
 
 COMMANDS = [words for page in PAGES for words in command_lines(page)]

@@ -15,7 +15,7 @@ import mindspore
 import numpy as np
 import pytest
 import torch
-from mindspore import mint, nn, ops
+from mindspore import mint, nn
 
 from mindiffedit import devices, kernels
 from mindiffedit.kernels import portable_kernels

@@ -17,7 +17,14 @@ import numpy as np
 import pytest
 
 from mindiffedit import models
-from mindiffedit.models import CheckpointError, WeightsError, load_components, resolve_folder, save_components
+from mindiffedit.models import (
+    CheckpointError,
+    WeightsError,
+    check_folder,
+    load_components,
+    resolve_folder,
+    save_components,
+)
 
 MODEL_FILES = {
     "vae": "vae/diffusion_pytorch_model.safetensors",
@@ -442,6 +449,16 @@ def test_values_too_large_for_float16(copy):
 # --- damaged files: found before any model is built ------------------------------------------------
 
 
+def refusal(folder, match):
+    """What is said of a folder that cannot be used, by loading it and, word for word, by checking it."""
+    with pytest.raises(CheckpointError, match=match) as loading:
+        load_components(folder)
+    with pytest.raises(CheckpointError) as checking:
+        check_folder(folder)
+    assert str(checking.value) == str(loading.value)
+    return str(loading.value)
+
+
 def truncate(path):
     path.write_bytes(path.read_bytes()[:-100])
 
@@ -497,18 +514,18 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64
 def test_damaged_weights(copy, no_building, name, damage, message):
     path = copy / MODEL_FILES[name]
     damage(path)
-    with pytest.raises(CheckpointError, match=message) as caught:
-        load_components(copy)
-    assert str(path) in str(caught.value) and "gain" in str(caught.value)
+    said = refusal(copy, message)
+    assert str(path) in said and "gain" in said
 
 
 @pytest.mark.parametrize("ending", ["bin", "ckpt", "pt"])
 def test_pickle_weights_are_never_read(copy, no_building, ending):
     path = copy / MODEL_FILES["unet"]
     path.rename(path.parent / f"diffusion_pytorch_model.{ending}")
-    for use_safetensors in (True, None):
-        with pytest.raises(CheckpointError, match=rf"unet holds only pickle.*\.{ending}.*safe_serialization"):
-            load_components(copy, use_safetensors=use_safetensors)
+    said = refusal(copy, rf"unet holds only pickle.*\.{ending}.*safe_serialization")
+    with pytest.raises(CheckpointError) as caught:
+        load_components(copy, use_safetensors=None)
+    assert str(caught.value) == said
     with pytest.raises(CheckpointError, match="can run code"):
         load_components(copy, use_safetensors=False)
 
@@ -516,14 +533,11 @@ def test_pickle_weights_are_never_read(copy, no_building, ending):
 @pytest.mark.parametrize("name", ["vae", "unet", "text_encoder"])
 def test_missing_weights_config_and_folder(copy, no_building, name):
     (copy / MODEL_FILES[name]).unlink()
-    with pytest.raises(CheckpointError, match=rf"{name} has no weights; it holds config.json"):
-        load_components(copy)
+    refusal(copy, rf"{name} has no weights; it holds config.json")
     (copy / name / "config.json").unlink()
-    with pytest.raises(CheckpointError, match=rf"{name}/config.json is missing"):
-        load_components(copy)
+    refusal(copy, rf"{name}/config.json is missing")
     (copy / name).rmdir()
-    with pytest.raises(CheckpointError, match=rf"{name}/config.json is missing"):
-        load_components(copy)
+    refusal(copy, rf"{name}/config.json is missing")
 
 
 @pytest.mark.parametrize(
@@ -532,22 +546,20 @@ def test_missing_weights_config_and_folder(copy, no_building, name):
 @pytest.mark.parametrize("content", ["", "{", "[1]", "\xff"])
 def test_damaged_json(copy, no_building, file, content):
     (copy / file).write_bytes(content.encode("latin-1"))
-    with pytest.raises(CheckpointError, match="JSON") as caught:
-        load_components(copy)
-    assert str(copy / file) in str(caught.value)
+    assert str(copy / file) in refusal(copy, "JSON")
 
 
 @pytest.mark.parametrize("file", ["vocab.json", "merges.txt"])
 def test_incomplete_tokenizer(copy, no_building, file):
     (copy / "tokenizer" / file).unlink()
-    with pytest.raises(CheckpointError, match=f"lacks {file}"):
-        load_components(copy)
+    refusal(copy, f"lacks {file}")
 
 
 def test_damaged_tokenizer(copy, no_building):
     (copy / "tokenizer/vocab.json").write_text("{")
     with pytest.raises(CheckpointError, match="tokenizer cannot be read"):
         load_components(copy)
+    check_folder(copy)  # that is for transformers to find out
 
 
 def test_config_that_builds_no_model(copy):
@@ -562,19 +574,16 @@ def test_config_that_builds_no_model(copy):
 
 
 def test_missing_folder_and_folder_without_index(tmp_path):
-    with pytest.raises(CheckpointError, match="is not a folder"):
-        load_components(tmp_path / "none")
+    refusal(tmp_path / "none", "is not a folder")
     (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(CheckpointError, match=r"no model_index.json.*holds notes.txt"):
-        load_components(tmp_path)
+    refusal(tmp_path, r"no model_index.json.*holds notes.txt")
 
 
 @pytest.mark.parametrize("name", ["vae", "text_encoder", "tokenizer", "unet", "scheduler"])
 @pytest.mark.parametrize("entry", [None, [None, None]])
 def test_required_components(copy, no_building, name, entry):
     change_json(copy / "model_index.json", **{name: entry})
-    with pytest.raises(CheckpointError, match=rf"\(StableDiffusionPipeline\) has no {name}; .* lists "):
-        load_components(copy)
+    refusal(copy, rf"\(StableDiffusionPipeline\) has no {name}; .* lists ")
 
 
 @pytest.mark.parametrize(
@@ -586,16 +595,21 @@ def test_required_components(copy, no_building, name, entry):
         ({"vae": ["diffusers", "AutoencoderTiny"]}, "vae is a AutoencoderTiny, expected AutoencoderKL"),
         ({"text_encoder": ["transformers", "T5EncoderModel"]}, "expected CLIPTextModel"),
         ({"tokenizer": ["transformers", "T5Tokenizer"]}, "expected CLIPTokenizer or CLIPTokenizerFast"),
-        ({"scheduler": ["diffusers", "NoSuchScheduler"]}, "no scheduler 'NoSuchScheduler'"),
-        ({"scheduler": ["diffusers", "UNet2DConditionModel"]}, "no scheduler 'UNet2DConditionModel'"),
         ({"unet": "UNet2DConditionModel"}, r"unet: expected \[library, class\]"),
         ({"unet": ["diffusers"]}, r"unet: expected \[library, class\]"),
     ],
 )
 def test_other_classes(copy, no_building, changes, message):
     change_json(copy / "model_index.json", **changes)
-    with pytest.raises(CheckpointError, match=message):
+    refusal(copy, message)
+
+
+@pytest.mark.parametrize("name", ["NoSuchScheduler", "UNet2DConditionModel"])
+def test_schedulers_that_mindone_has_not(copy, no_building, name):
+    change_json(copy / "model_index.json", scheduler=["diffusers", name])
+    with pytest.raises(CheckpointError, match=f"no scheduler '{name}'"):
         load_components(copy)
+    check_folder(copy)  # that is for mindone to find out
 
 
 @pytest.mark.parametrize(
@@ -606,18 +620,57 @@ def test_other_classes(copy, no_building, changes, message):
         ("unet", {"cross_attention_dim": 768}, "text encoder is 32 wide, the UNet takes 768"),
         ("unet", {"addition_embed_type": "text_time"}, "needs more inputs"),
         ("unet", {"num_class_embeds": 1000}, "needs more inputs"),
-        ("text_encoder", {"vocab_size": 100}, "tokenizer has ids up to 593, the text encoder knows 100"),
     ],
 )
 def test_components_that_do_not_go_together(copy, no_building, component, changes, message):
     change_json(copy / component / "config.json", **changes)
-    with pytest.raises(CheckpointError, match=message):
+    refusal(copy, message)
+
+
+def test_a_tokenizer_with_more_words_than_the_text_encoder(copy, no_building):
+    change_json(copy / "text_encoder/config.json", vocab_size=100)
+    with pytest.raises(CheckpointError, match="tokenizer has ids up to 593, the text encoder knows 100"):
         load_components(copy)
 
 
 def test_unused_components_of_the_folder_do_not_matter(copy):
     change_json(copy / "model_index.json", image_encoder=["transformers", "CLIPVisionModelWithProjection"])
     assert load_components(copy)["unet"] is not None
+
+
+# --- checking alone --------------------------------------------------------------------------------
+
+
+def test_a_checked_folder_gives_its_configs(checked_folder, sd1_folder):
+    configs = check_folder(checked_folder)
+    assert set(configs) == set(MODEL_FILES)
+    for name, config in configs.items():
+        assert config == json.loads((checked_folder / name / "config.json").read_text())
+    assert set(check_folder(str(sd1_folder))) == {"vae", "text_encoder", "unet"}
+
+
+def test_what_is_skipped_is_not_checked(checked_folder, tmp_path):
+    folder = Path(shutil.copytree(checked_folder, tmp_path / "copy"))
+    (folder / "feature_extractor/preprocessor_config.json").unlink()
+    refusal(folder, "preprocessor_config.json is missing")
+    (folder / MODEL_FILES["safety_checker"]).unlink()
+    refusal(folder, "safety_checker has no weights")
+    configs = check_folder(folder, skip=("safety_checker", "feature_extractor"))
+    assert set(configs) == {"vae", "text_encoder", "unet"}
+
+
+def test_checking_imports_no_framework(checked_folder):
+    code = (
+        "import sys\n"
+        "from mindiffedit.models import check_folder\n"
+        "check_folder(sys.argv[1])\n"
+        "heavy = {'mindspore', 'mindone', 'transformers', 'huggingface_hub', 'torch', 'diffusers'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    root = Path(models.__file__).resolve().parents[1]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    command = [sys.executable, "-c", code, str(checked_folder)]
+    subprocess.run(command, env=environment, timeout=120, check=True)
 
 
 # --- overrides -------------------------------------------------------------------------------------

@@ -284,9 +284,12 @@ def test_the_rule_lets_pass_what_it_should(source):
 # can be compared where none of the three is installed.
 GROUND = {
     "__init__",
+    "arguments",
     "cli",
     "devices",
     "errors",
+    "latents_file",
+    "models",
     "options",
     "pictures",
     "randomness",
