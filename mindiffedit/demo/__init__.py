@@ -19,18 +19,20 @@ SAMPLE_PROMPTS = {
 """What the sample picture shows, and what the demo turns it into."""
 
 SETTINGS = {
-    "steps": 30,
-    "strength": 0.8,
-    "guidance": 7.5,
+    "steps": 20,
+    "strength": 0.9,
+    "guidance": 5.0,
+    "invert_guidance": 1.0,
     "maps": 10,
-    "mask_strength": 0.5,
+    "mask_strength": 0.8,
     "mask_threshold": 3.0,
 }
 """Settings that suit the demo checkpoint, under the command line's names.
 
 They map to the pipeline's parameters as follows: ``steps`` is ``num_inference_steps`` everywhere;
 ``strength`` is ``inpaint_strength`` of ``invert`` and of the call; ``guidance`` is ``guidance_scale``
-everywhere; ``maps``, ``mask_strength`` and ``mask_threshold`` are ``num_maps_per_mask``,
+of the mask and the edit, ``invert_guidance`` that of ``invert`` (the paper inverts without guidance);
+``maps``, ``mask_strength`` and ``mask_threshold`` are ``num_maps_per_mask``,
 ``mask_encode_strength`` and ``mask_thresholding_ratio`` of ``generate_mask``.
 """
 
