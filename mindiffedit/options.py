@@ -385,6 +385,27 @@ def _wrong_count(name: str, batch_size: int, steps: int, got: str) -> str:
     )
 
 
+def check_attention_kwargs(given) -> dict:
+    """`cross_attention_kwargs` as a dict of plain values, which can be compiled into a graph.
+
+    Raises
+    ------
+    TypeError
+        Not a dict, or a value that is no number, string, boolean or None.
+    """
+    if given is None:
+        return {}
+    if not isinstance(given, dict):
+        raise TypeError(f"`cross_attention_kwargs` has to be a dict or None, but is {type(given).__name__}.")
+    for name, value in given.items():
+        if value is not None and not isinstance(value, (bool, int, float, str)):
+            raise TypeError(
+                f"`cross_attention_kwargs[{name!r}]` is {type(value).__name__}; only numbers, strings, booleans and "
+                "None can be compiled into the UNet. Pass a plain value."
+            )
+    return dict(given)
+
+
 def check_generators(generator, count: int) -> None:
     """A list of generators has one for each of `count` samples; anything else is left to the random door."""
     if isinstance(generator, (list, tuple)) and len(generator) != count:

@@ -36,19 +36,39 @@ def _as_its_own(scheduler, timestep):
     return ms.Tensor(timestep.item(), scheduler.timesteps.dtype)
 
 
+def _texts(prompt, batch: int) -> List[str]:
+    """Prompts as a list; None is the empty text."""
+    if prompt is None:
+        return [""] * batch
+    return [prompt] * batch if isinstance(prompt, str) else list(prompt)
+
+
 class _Output:
-    """Attribute access, indexing by name or position and ``to_tuple`` like diffusers' outputs."""
+    """Attributes, and a mapping of those that are not None with access by position: diffusers' outputs."""
+
+    def keys(self) -> List[str]:
+        """Names of the values that are not None, in order."""
+        return [f.name for f in fields(self) if getattr(self, f.name) is not None]
 
     def to_tuple(self) -> tuple:
         """The values that are not None, in order."""
-        return tuple(v for v in (getattr(self, f.name) for f in fields(self)) if v is not None)
+        return tuple(getattr(self, name) for name in self.keys())
 
     def __getitem__(self, key):
         if isinstance(key, str):
-            if key not in {f.name for f in fields(self)}:
+            if key not in self.keys():
                 raise KeyError(key)
             return getattr(self, key)
         return self.to_tuple()[key]
+
+    def __contains__(self, key) -> bool:
+        return key in self.keys()
+
+    def __iter__(self):
+        return iter(self.keys())
+
+    def __len__(self) -> int:
+        return len(self.keys())
 
 
 @dataclass
@@ -128,6 +148,7 @@ class StableDiffusionDiffEditPipeline:
         self.unet_batch_size = 8
         self._progress_bar_config: Dict[str, Any] = {}
         self._stages_built = None
+        self._own_inverse = None
 
     @staticmethod
     def _outdated_options_mended(scheduler) -> None:
@@ -187,7 +208,9 @@ class StableDiffusionDiffEditPipeline:
         accepted = set(inspect.signature(cls.__init__).parameters) - {"self", "mode"}
         overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in accepted}
         if kwargs:
-            logger.warning("Ignored arguments of from_pretrained that mean nothing here: %s.", ", ".join(sorted(kwargs)))
+            logger.warning(
+                "Ignored arguments of from_pretrained that mean nothing here: %s.", ", ".join(sorted(kwargs))
+            )
         dtype = mindspore_dtype
         if mindspore_dtype is not None:
             dtype, reason = devices.supported_dtype(mindspore_dtype)
@@ -195,11 +218,19 @@ class StableDiffusionDiffEditPipeline:
                 _say_once(reason)
         requires_safety_checker = overrides.pop("requires_safety_checker", None)
         folder = models.resolve_folder(
-            pretrained_model_name_or_path, cache_dir=cache_dir, force_download=force_download,
-            local_files_only=local_files_only, token=token, revision=revision, proxies=proxies, variant=variant,
+            pretrained_model_name_or_path,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+            token=token,
+            revision=revision,
+            proxies=proxies,
+            variant=variant,
             skip=overrides,
         )
-        parts = models.load_components(folder, overrides=overrides, dtype=dtype, variant=variant, use_safetensors=True)
+        parts = models.load_components(
+            folder, overrides=overrides, dtype=dtype, variant=variant, use_safetensors=True
+        )
         if requires_safety_checker is not None:
             parts["requires_safety_checker"] = requires_safety_checker
         return cls(**parts, mode=mode)
@@ -207,14 +238,25 @@ class StableDiffusionDiffEditPipeline:
     def save_pretrained(self, save_directory, variant: Optional[str] = None) -> None:
         """Writes a folder that this class and diffusers load; safetensors, written whole or not at all."""
         models.save_components(
-            save_directory, self.components, requires_safety_checker=self.requires_safety_checker, variant=variant
+            save_directory,
+            self.components,
+            requires_safety_checker=self.requires_safety_checker,
+            variant=variant,
         )
 
     @property
     def components(self) -> Dict[str, Any]:
         """The parts by name; ``StableDiffusionDiffEditPipeline(**pipe.components)`` shares them."""
-        names = ("vae", "text_encoder", "tokenizer", "unet", "scheduler", "safety_checker", "feature_extractor",
-                 "inverse_scheduler")
+        names = (
+            "vae",
+            "text_encoder",
+            "tokenizer",
+            "unet",
+            "scheduler",
+            "safety_checker",
+            "feature_extractor",
+            "inverse_scheduler",
+        )
         return {name: getattr(self, name) for name in names}
 
     @property
@@ -291,15 +333,16 @@ class StableDiffusionDiffEditPipeline:
     def _stages(self):
         from .steps import Stages
 
-        if self._stages_built is None or not self._stages_built.serves(self.unet, self.vae, self.text_encoder):
-            self._stages_built = Stages(self.unet, self.vae, self.text_encoder, self.mode)
+        parts = (self.unet, self.vae, self.text_encoder, self.mode)
+        if self._stages_built is None or not self._stages_built.serves(*parts):
+            self._stages_built = Stages(*parts)
         return self._stages_built
 
     @staticmethod
     def _tensor(array: np.ndarray, dtype=None):
         import mindspore as ms
 
-        tensor = ms.Tensor(np.ascontiguousarray(array))
+        tensor = ms.Tensor(np.asarray(array, order="C"))  # ascontiguousarray would make a 0-d array 1-d
         return tensor if dtype is None or tensor.dtype == dtype else tensor.astype(dtype)
 
     def _ready_scheduler(self):
@@ -309,24 +352,89 @@ class StableDiffusionDiffEditPipeline:
         return self.scheduler
 
     def _ready_inverse_scheduler(self):
+        """The inverse scheduler in use: the one that was set, or else the one that belongs to the scheduler."""
         from .schedulers import inverse_of, portable
 
-        if self.inverse_scheduler is None:
-            self.inverse_scheduler = inverse_of(self._ready_scheduler())
-        self.inverse_scheduler = portable(self.inverse_scheduler)
-        return self.inverse_scheduler
+        if self.inverse_scheduler is not None:
+            self.inverse_scheduler = portable(self.inverse_scheduler)
+            return self.inverse_scheduler
+        scheduler = self._ready_scheduler()
+        # Not stored as ``inverse_scheduler``: it has to follow when another scheduler is set.
+        if self._own_inverse is None or self._own_inverse[0] is not scheduler:
+            self._own_inverse = (scheduler, inverse_of(scheduler))
+        return self._own_inverse[1]
+
+    @staticmethod
+    def _set_timesteps(scheduler, num_inference_steps: int) -> None:
+        """``set_timesteps`` before any model runs, with errors that say what to do."""
+        name, trained = type(scheduler).__name__, scheduler.config.num_train_timesteps
+        if num_inference_steps > trained:
+            raise ValueError(
+                f"`num_inference_steps` is {num_inference_steps}, but the model was trained with {trained} timesteps;"
+                " give fewer steps."
+            )
+        try:
+            scheduler.set_timesteps(num_inference_steps)
+        except ValueError as error:
+            raise ValueError(
+                f"{name} cannot make a schedule of {num_inference_steps} steps: {error}"
+            ) from error
+
+    @staticmethod
+    def _check_range(scheduler, timesteps: np.ndarray, num_inference_steps: int) -> None:
+        """Timesteps beyond the noise table, which an offset on a full-length schedule gives, are an error."""
+        most = scheduler.config.num_train_timesteps - 1
+        if timesteps.max() > most:
+            raise ValueError(
+                f"{num_inference_steps} steps reach timestep {int(timesteps.max())}, but the model's last is {most}; give"
+                " fewer steps."
+            )
+
+    def _attention_kwargs(self, given) -> Dict[str, Any]:
+        """Checked ``cross_attention_kwargs`` that the attention processors know; others are ignored with a warning."""
+        given = options.check_attention_kwargs(given)
+        # The weight of LoRA layers, of which there are none here.
+        given.pop("scale", None)
+        if not given:
+            return {}
+        known = set()
+        for processor in self.unet.attn_processors.values():
+            method = getattr(processor, "construct", None) or processor.__call__
+            known |= set(inspect.signature(method).parameters)
+        known -= {
+            "self",
+            "attn",
+            "hidden_states",
+            "encoder_hidden_states",
+            "attention_mask",
+            "temb",
+            "args",
+            "kwargs",
+        }
+        for name in [name for name in given if name not in known]:
+            logger.warning(
+                "cross_attention_kwargs %r is not known to the attention processors and is ignored.", name
+            )
+            del given[name]
+        return given
 
     def _tokens(self, texts: List[str], length: int):
-        return self.tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="np")
+        return self.tokenizer(
+            texts, padding="max_length", max_length=length, truncation=True, return_tensors="np"
+        )
 
     def _warn_of_truncation(self, texts: List[str], token_ids: np.ndarray) -> None:
         whole = self.tokenizer(texts, padding="longest", return_tensors="np").input_ids
         if whole.shape[-1] >= token_ids.shape[-1] and not np.array_equal(whole, token_ids):
             limit = self.tokenizer.model_max_length
-            removed = self.tokenizer.batch_decode(whole[:, limit - 1: -1])
-            logger.warning("The text encoder reads %d tokens; this part of the prompt was cut off: %s", limit, removed)
+            removed = self.tokenizer.batch_decode(whole[:, limit - 1 : -1])
+            logger.warning(
+                "The text encoder reads %d tokens; this part of the prompt was cut off: %s", limit, removed
+            )
 
-    def _embed(self, texts: List[str], length: Optional[int] = None, skip: Optional[int] = None) -> np.ndarray:
+    def _embed(
+        self, texts: List[str], length: Optional[int] = None, skip: Optional[int] = None
+    ) -> np.ndarray:
         """Prompt embeddings (B, L, D) float32 of texts, padded or cut to the tokenizer's length."""
         inputs = self._tokens(texts, length or self.tokenizer.model_max_length)
         if length is None:
@@ -362,18 +470,34 @@ class StableDiffusionDiffEditPipeline:
             Prompt and negative embeddings, tensors (B * num_images_per_prompt, L, D) in the text encoder's dtype;
             the second is None (or what was given) without guidance.
         """
+        options.check_positive_int("num_images_per_prompt", num_images_per_prompt)
+        if clip_skip is not None:
+            options.check_clip_skip(clip_skip, self.text_encoder.config.num_hidden_layers)
         positive, negative = self._encode_prompt_arrays(
-            prompt, num_images_per_prompt, do_classifier_free_guidance, negative_prompt, prompt_embeds,
-            negative_prompt_embeds, clip_skip,
+            prompt,
+            num_images_per_prompt,
+            do_classifier_free_guidance,
+            negative_prompt,
+            prompt_embeds,
+            negative_prompt_embeds,
+            clip_skip,
         )
         dtype = self.text_encoder.dtype if self.text_encoder is not None else self.unet.dtype
         return self._tensor(positive, dtype), None if negative is None else self._tensor(negative, dtype)
 
     def _encode_prompt_arrays(
-        self, prompt, copies, is_guided, negative_prompt=None, prompt_embeds=None, negative_prompt_embeds=None,
-        clip_skip=None, prefix="",
+        self,
+        prompt,
+        copies,
+        is_guided,
+        negative_prompt=None,
+        prompt_embeds=None,
+        negative_prompt_embeds=None,
+        clip_skip=None,
+        prefix="",
     ):
         """``encode_prompt`` on the host: float32 arrays."""
+        self._check_widths(prompt_embeds, negative_prompt_embeds, is_guided, prefix)
         batch = options.check_prompt_inputs(
             prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, prefix, guided=is_guided
         )
@@ -398,17 +522,35 @@ class StableDiffusionDiffEditPipeline:
             negative = np.repeat(negative.astype(np.float32), copies, axis=0)
         return np.repeat(positive, copies, axis=0), negative
 
+    def _check_widths(self, prompt_embeds, negative_prompt_embeds, is_guided: bool, prefix: str) -> None:
+        """Embeddings as wide as the UNet takes them, and no longer than a negative made of text can be."""
+        width = self.unet.config.cross_attention_dim
+        for name, embeds in (
+            ("prompt_embeds", prompt_embeds),
+            ("negative_prompt_embeds", negative_prompt_embeds),
+        ):
+            if embeds is not None and isinstance(width, int) and embeds.shape[-1] != width:
+                raise ValueError(f"`{prefix}{name}` is {embeds.shape[-1]} wide, but this UNet takes {width}.")
+        if prompt_embeds is None or negative_prompt_embeds is not None or not is_guided:
+            return
+        most = self.tokenizer.model_max_length
+        if prompt_embeds.shape[1] > most:
+            raise ValueError(
+                f"`{prefix}prompt_embeds` is {prompt_embeds.shape[1]} tokens long, but the text encoder, which makes the"
+                f" negative, reads {most}; give `{prefix}negative_prompt_embeds` as well."
+            )
+
     def get_timesteps(self, num_inference_steps: int, strength: float, device=None):
         """The scheduler's timesteps (NumPy, noisiest first) that a strength leaves, and their number of steps."""
         kept = min(int(num_inference_steps * strength), num_inference_steps)
         start = max(num_inference_steps - kept, 0)
-        return self.scheduler.timesteps.asnumpy()[start * self.scheduler.order:], num_inference_steps - start
+        return self.scheduler.timesteps.asnumpy()[start * self.scheduler.order :], num_inference_steps - start
 
     def get_inverse_timesteps(self, num_inference_steps: int, strength: float, device=None):
         """The inverse scheduler's timesteps (NumPy, cleanest first) that a strength leaves, and their number."""
         kept = min(int(num_inference_steps * strength), num_inference_steps)
         start = max(num_inference_steps - kept, 0)
-        timesteps = self.inverse_scheduler.timesteps.asnumpy()
+        timesteps = self._ready_inverse_scheduler().timesteps.asnumpy()
         return (timesteps if start == 0 else timesteps[:-start]), num_inference_steps - start
 
     def _image_latents(self, pixels: np.ndarray, batch: int, copies: int, source) -> np.ndarray:
@@ -417,36 +559,41 @@ class StableDiffusionDiffEditPipeline:
         Each picture is encoded once; the reference encodes every copy, with the same result, since the copies differ
         in the draw only.
         """
-        options.check_image_batch(len(pixels), batch)
         if pixels.shape[1] == self.vae.config.latent_channels:
             latents = np.repeat(pixels.astype(np.float32), copies, axis=0)
         else:
-            if isinstance(source, list):
-                options.check_generators(source, batch * copies)
-                if len(pixels) != batch:
-                    raise ValueError(
-                        f"A list of generators needs one picture for each prompt, but {len(pixels)} pictures were"
-                        f" given for {batch} prompts."
-                    )
             moments = self._stages.encode_image(pixels.astype(np.float32))
             options.check_finite(moments, "VAE encoding")
             mean, logvar = np.split(np.repeat(moments, copies, axis=0), 2, axis=1)
             std = np.exp(np.float32(0.5) * np.clip(logvar, -30.0, 20.0))
-            latents = np.float32(self.vae.config.scaling_factor) * (mean + std * randomness.randn(mean.shape, source))
+            latents = np.float32(self.vae.config.scaling_factor) * (
+                mean + std * randomness.randn(mean.shape, source)
+            )
         if len(latents) != batch * copies:
             _say_once("There are fewer pictures than prompts: the pictures are repeated.")
             latents = np.concatenate([latents] * (batch * copies // len(latents)))
         return latents.astype(np.float32)
 
-    def _pixels(self, image) -> np.ndarray:
+    def _pixels(self, image, batch: int) -> np.ndarray:
+        """The picture(s) of a call, (N, 3, H, W) in [-1, 1], or latents (N, C, h, w); N divides the batch."""
         if image is None:
-            raise ValueError("`image` is missing; give a picture (PIL, array, tensor, latents) or a list of them.")
-        pixels = pictures.preprocess_image(image, self.vae_scale_factor, self.vae.config.latent_channels)
-        if pixels.shape[1] not in (3, self.vae.config.latent_channels):
             raise ValueError(
-                f"`image` has {pixels.shape[1]} channels; pictures have 3 and latents {self.vae.config.latent_channels}."
+                "`image` is missing; give a picture (PIL, array, tensor, latents) or a list of them."
             )
+        pixels = pictures.preprocess_image(image, self.vae_scale_factor, self.vae.config.latent_channels)
+        options.check_image_batch(len(pixels), batch)
         return pixels
+
+    def _check_sources(self, source, pixels: np.ndarray, batch: int, copies: int) -> None:
+        """A list of generators needs one for each sample, and a picture for each prompt where the VAE encodes."""
+        if not isinstance(source, list) or len(source) == 1:
+            return
+        options.check_generators(source, batch * copies)
+        if pixels.shape[1] != self.vae.config.latent_channels and len(pixels) != batch:
+            raise ValueError(
+                f"A list of generators needs one picture for each prompt, but {len(pixels)} pictures were given for"
+                f" {batch} prompts."
+            )
 
     @staticmethod
     def _noised(scheduler, latents: np.ndarray, noise: np.ndarray, timestep) -> np.ndarray:
@@ -458,8 +605,10 @@ class StableDiffusionDiffEditPipeline:
 
         from .kernels import portable_kernels
 
-        with portable_kernels():
-            result = scheduler.add_noise(ms.Tensor(latents), ms.Tensor(noise), ms.Tensor(np.repeat(timestep, len(latents))))
+        with portable_kernels(), devices.eager():
+            result = scheduler.add_noise(
+                ms.Tensor(latents), ms.Tensor(noise), ms.Tensor(np.repeat(timestep, len(latents)))
+            )
         return result.asnumpy()
 
     @staticmethod
@@ -471,7 +620,7 @@ class StableDiffusionDiffEditPipeline:
 
         from .kernels import portable_kernels
 
-        with portable_kernels():
+        with portable_kernels(), devices.eager():
             return scheduler.scale_model_input(ms.Tensor(latents), _as_its_own(scheduler, timestep)).asnumpy()
 
     # --- generate_mask -------------------------------------------------------------------------------------------
@@ -525,43 +674,72 @@ class StableDiffusionDiffEditPipeline:
         options.check_guidance_scale(guidance_scale)
         is_guided = guidance_scale > 1.0
         batch = options.check_prompt_inputs(
-            target_prompt, target_negative_prompt, target_prompt_embeds, target_negative_prompt_embeds, "target_", is_guided
+            target_prompt,
+            target_negative_prompt,
+            target_prompt_embeds,
+            target_negative_prompt_embeds,
+            "target_",
+            is_guided,
         )
         sources = options.check_prompt_inputs(
-            source_prompt, source_negative_prompt, source_prompt_embeds, source_negative_prompt_embeds, "source_", is_guided
+            source_prompt,
+            source_negative_prompt,
+            source_prompt_embeds,
+            source_negative_prompt_embeds,
+            "source_",
+            is_guided,
         )
         if sources != batch:
-            raise ValueError(f"There are {sources} source prompts for {batch} target prompts; give as many of each.")
+            raise ValueError(
+                f"There are {sources} source prompts for {batch} target prompts; give as many of each."
+            )
         options.check_positive_int("num_maps_per_mask", num_maps_per_mask)
         options.check_strength(mask_encode_strength, "mask_encode_strength")
         options.check_ratio(mask_thresholding_ratio)
         options.check_steps(num_inference_steps)
         options.effective_steps(num_inference_steps, mask_encode_strength, "mask_encode_strength")
         options.check_output_type(output_type, ("np", "pil"))
-        if target_prompt is not None and target_prompt == source_prompt and (
-            not is_guided
-            or (target_negative_prompt == source_negative_prompt
-                and target_negative_prompt_embeds is None and source_negative_prompt_embeds is None)
+        same_negatives = _texts(target_negative_prompt, batch) == _texts(source_negative_prompt, batch) and (
+            target_negative_prompt_embeds is None and source_negative_prompt_embeds is None
+        )
+        if (
+            target_prompt is not None
+            and source_prompt is not None
+            and (
+                _texts(target_prompt, batch) == _texts(source_prompt, batch)
+                and (same_negatives or not is_guided)
+            )
         ):
             raise ValueError(
                 f"Source and target prompt are the same ({target_prompt!r}), so there is no difference to make a mask"
                 " of; say in the target prompt what shall change."
             )
         source = randomness.resolve(generator)
+        attention_kwargs = self._attention_kwargs(cross_attention_kwargs)
         scheduler = self._ready_scheduler()
-        if isinstance(source, list):
-            options.check_generators(source, batch * num_maps_per_mask)
-        pixels = self._pixels(image)
+        # 5. Set timesteps (before the models run, so that a bad schedule fails first)
+        self._set_timesteps(scheduler, num_inference_steps)
+        timestep = self.get_timesteps(num_inference_steps, mask_encode_strength)[0][0]
+        self._check_range(scheduler, timestep, num_inference_steps)
+        # 4. Preprocess image
+        pixels = self._pixels(image, batch)
+        self._check_sources(source, pixels, batch, num_maps_per_mask)
 
         # 2. to 8., up to the map
         maps = self._mask_map(
-            pixels, batch, num_maps_per_mask, mask_encode_strength, num_inference_steps, guidance_scale, source, scheduler,
+            pixels,
+            batch,
+            num_maps_per_mask,
+            timestep,
+            guidance_scale,
+            source,
+            scheduler,
             (target_prompt, target_negative_prompt, target_prompt_embeds, target_negative_prompt_embeds),
             (source_prompt, source_negative_prompt, source_prompt_embeds, source_negative_prompt_embeds),
-            cross_attention_kwargs or {},
+            attention_kwargs,
         )
 
-        # 8. The mask. The clamp is a mean over the whole batch, as in the reference.
+        # 8. The mask. D4: the clamp is a mean over the whole batch, as in the reference.
         magnitude = maps.mean(dtype=np.float64).astype(np.float32) * np.float32(mask_thresholding_ratio)
         if magnitude == 0:
             raise options.NumericalError(
@@ -574,8 +752,17 @@ class StableDiffusionDiffEditPipeline:
         return pictures.mask_to_pil(mask) if output_type == "pil" else mask
 
     def _mask_map(
-        self, pixels, batch, copies, strength, num_inference_steps, guidance_scale, source, scheduler, target_texts,
-        source_texts, attention_kwargs,
+        self,
+        pixels,
+        batch,
+        copies,
+        timestep,
+        guidance_scale,
+        source,
+        scheduler,
+        target_texts,
+        source_texts,
+        attention_kwargs,
     ) -> np.ndarray:
         """The averaged noise difference before the threshold, (B, h, w) float32, at least 0."""
         is_guided = guidance_scale > 1.0
@@ -594,11 +781,7 @@ class StableDiffusionDiffEditPipeline:
                 f"Source and target embeddings have the shapes {origin.shape} and {target.shape}; they have to match."
             )
 
-        # 5. Set timesteps
-        scheduler.set_timesteps(num_inference_steps)
-        timestep = self.get_timesteps(num_inference_steps, strength)[0][0]
-
-        # 4. and 6. Image latents, noised
+        # 6. Image latents, noised
         latents = self._image_latents(pixels, batch, copies, source)
         noise = randomness.randn(latents.shape, source)
         noised = self._noised(scheduler, latents, noise, timestep)
@@ -633,10 +816,10 @@ class StableDiffusionDiffEditPipeline:
                 # The last batch is moved back to be full; what it computes again is left out.
                 begin = min(start, len(latents) - size)
                 output = self._stages.predict(
-                    latents[begin: begin + size], timestep, embeds[begin: begin + size], attention_kwargs
+                    latents[begin : begin + size], timestep, embeds[begin : begin + size], attention_kwargs
                 )
                 options.check_finite(output, "mask noise prediction", start // size)
-                outputs.append(output[start - begin:])
+                outputs.append(output[start - begin :])
                 bar.update()
         return np.concatenate(outputs)
 
@@ -696,36 +879,60 @@ class StableDiffusionDiffEditPipeline:
         options.check_strength(inpaint_strength, "inpaint_strength")
         options.check_steps(num_inference_steps)
         options.effective_steps(num_inference_steps, inpaint_strength, "inpaint_strength")
-        options.check_output_type(output_type, ("pil", "np"))
+        if decode_latents:
+            options.check_output_type(output_type, ("pil", "np"))
         options.check_callback(callback, callback_steps)
         options.check_regularisation(lambda_auto_corr, lambda_kl, num_reg_steps, num_auto_corr_rolls)
         source = randomness.resolve(generator)
+        attention_kwargs = self._attention_kwargs(cross_attention_kwargs)
         scheduler = self._ready_inverse_scheduler()
-        if isinstance(source, list):
-            options.check_generators(source, batch)
+        if num_reg_steps > 0 and is_guided and batch > 1 and scheduler.config.prediction_type != "epsilon":
+            raise ValueError(  # D7
+                f"`num_reg_steps` with guidance and prediction type {scheduler.config.prediction_type!r} works for one"
+                f" prompt at a time, but {batch} were given; set guidance_scale=1 or invert them one by one."
+            )
+        # 6. Prepare timesteps (before the models run, so that a bad schedule fails first)
+        self._set_timesteps(scheduler, num_inference_steps)
+        timesteps, steps = self.get_inverse_timesteps(num_inference_steps, inpaint_strength)
+        self._check_range(scheduler, timesteps, num_inference_steps)
 
         # 2. to 4. Picture to latents
-        pixels = self._pixels(image)
+        pixels = self._pixels(image, batch)
+        self._check_sources(source, pixels, batch, 1)
         latents = self._image_latents(pixels, batch, 1, source)
 
         # 5. Encode input prompt
-        embeds = self._joined_embeds(prompt, 1, is_guided, negative_prompt, prompt_embeds, negative_prompt_embeds)
-
-        # 6. Prepare timesteps
-        scheduler.set_timesteps(num_inference_steps)
-        timesteps, steps = self.get_inverse_timesteps(num_inference_steps, inpaint_strength)
+        embeds = self._joined_embeds(
+            prompt, 1, is_guided, negative_prompt, prompt_embeds, negative_prompt_embeds
+        )
 
         # 7. Noising loop
         def regularised(noise_pred, model_input, t):
             return regularisers.regularise(
-                noise_pred, model_input, scheduler.alphas_cumprod.asnumpy()[int(t)], scheduler.config.prediction_type,
-                lambda n: randomness.randint(n, source), lambda_auto_corr, lambda_kl, num_reg_steps,
+                noise_pred,
+                model_input,
+                scheduler.alphas_cumprod.asnumpy()[int(t)],
+                scheduler.config.prediction_type,
+                lambda n: randomness.randint(n, source),
+                lambda_auto_corr,
+                lambda_kl,
+                num_reg_steps,
                 num_auto_corr_rolls,
             )
 
         inverted = self._run(
-            "inversion", scheduler, timesteps, steps, latents, embeds, guidance_scale, cross_attention_kwargs or {},
-            callback, callback_steps, regularise=regularised if num_reg_steps > 0 else None,
+            "inversion",
+            scheduler,
+            timesteps,
+            steps,
+            latents,
+            embeds,
+            guidance_scale,
+            attention_kwargs,
+            callback,
+            callback_steps,
+            source=source,
+            regularise=regularised if num_reg_steps > 0 else None,
         )
         stacked = np.stack(inverted[::-1], axis=1)
 
@@ -739,7 +946,9 @@ class StableDiffusionDiffEditPipeline:
             return result, images
         return DiffEditInversionPipelineOutput(latents=result, images=images)
 
-    def _joined_embeds(self, prompt, copies, is_guided, negative_prompt, prompt_embeds, negative_prompt_embeds, skip=None):
+    def _joined_embeds(
+        self, prompt, copies, is_guided, negative_prompt, prompt_embeds, negative_prompt_embeds, skip=None
+    ):
         """Embeddings as the step takes them: negatives first with guidance."""
         positive, negative = self._encode_prompt_arrays(
             prompt, copies, is_guided, negative_prompt, prompt_embeds, negative_prompt_embeds, skip
@@ -752,8 +961,23 @@ class StableDiffusionDiffEditPipeline:
         return images
 
     def _run(
-        self, stage, scheduler, timesteps, steps, latents, embeds, guidance_scale, attention_kwargs, callback,
-        callback_steps, *, mask=None, backgrounds=None, eta=0.0, source=None, regularise=None,
+        self,
+        stage,
+        scheduler,
+        timesteps,
+        steps,
+        latents,
+        embeds,
+        guidance_scale,
+        attention_kwargs,
+        callback,
+        callback_steps,
+        *,
+        mask=None,
+        backgrounds=None,
+        eta=0.0,
+        source=None,
+        regularise=None,
     ) -> List[np.ndarray]:
         """The loop of ``invert`` (no mask) and of the edit: latents after every step, each (B, C, h, w) float32."""
         is_guided = guidance_scale > 1.0
@@ -762,10 +986,21 @@ class StableDiffusionDiffEditPipeline:
             accepts_eta = "eta" in inspect.signature(scheduler.plan).parameters
             plan = scheduler.plan(timesteps, eta) if accepts_eta else scheduler.plan(timesteps)
         if plan is not None:
-            advance = self._fused_advance(plan, embeds, guidance_scale, attention_kwargs, latents, mask, backgrounds, source)
+            advance = self._fused_advance(
+                plan, embeds, guidance_scale, attention_kwargs, latents, mask, backgrounds, source
+            )
         else:
             advance = self._stepwise_advance(
-                scheduler, embeds, guidance_scale, is_guided, attention_kwargs, mask, backgrounds, eta, source, regularise
+                scheduler,
+                embeds,
+                guidance_scale,
+                is_guided,
+                attention_kwargs,
+                mask,
+                backgrounds,
+                eta,
+                source,
+                regularise,
             )
         warmup = len(timesteps) - steps * scheduler.order
         results = []
@@ -795,27 +1030,47 @@ class StableDiffusionDiffEditPipeline:
             noise = self._tensor(randomness.randn(like.shape, source)) if plan.noisy else zeros
             background = zeros if backgrounds is None else self._tensor(backgrounds[i])
             updated, previous_clean = run(
-                self._tensor(latents), previous_clean, self._tensor(np.float32(t)), prompt_embeds, guidance,
-                self._tensor(plan.coefficients[i]), inside, background, noise,
+                self._tensor(latents),
+                previous_clean,
+                self._tensor(np.float32(t)),
+                prompt_embeds,
+                guidance,
+                self._tensor(plan.coefficients[i]),
+                inside,
+                background,
+                noise,
             )
             return updated.asnumpy()
 
         return advance
 
     def _stepwise_advance(
-        self, scheduler, embeds, guidance_scale, is_guided, attention_kwargs, mask, backgrounds, eta, source, regularise
+        self,
+        scheduler,
+        embeds,
+        guidance_scale,
+        is_guided,
+        attention_kwargs,
+        mask,
+        backgrounds,
+        eta,
+        source,
+        regularise,
     ):
         """The compiled UNet with guidance, then the scheduler's own ``step``: any scheduler, any option."""
         import mindspore as ms
 
         from .kernels import portable_kernels
 
+        embeds = self._tensor(embeds, self.unet.dtype)
         accepted = inspect.signature(scheduler.step).parameters
         extra = {"eta": eta} if "eta" in accepted else {}
         wants_noise = "variance_noise" in accepted
-        stochastic = (eta > 0 and "eta" in accepted) or "sde" in str(scheduler.config.get("algorithm_type", ""))
+        stochastic = (eta > 0 and "eta" in accepted) or "sde" in str(
+            scheduler.config.get("algorithm_type", "")
+        )
         if not wants_noise and "generator" in accepted:
-            extra["generator"] = source[0] if isinstance(source, list) else source
+            extra["generator"] = randomness.Draws(source)
 
         def advance(i, t, latents):
             model_input = self._scaled_input(scheduler, latents, t)
@@ -905,8 +1160,9 @@ class StableDiffusionDiffEditPipeline:
         if image_latents is None:
             raise ValueError("`image_latents` is missing; `invert()` computes them from a picture.")
         source = randomness.resolve(generator)
-        if isinstance(source, list):
+        if isinstance(source, list) and len(source) > 1 and eta > 0:
             options.check_generators(source, batch * num_images_per_prompt)
+        attention_kwargs = self._attention_kwargs(cross_attention_kwargs)
         scheduler = self._ready_scheduler()
 
         # 4. Preprocess mask (before the prompts are encoded, so that bad input fails first)
@@ -917,25 +1173,43 @@ class StableDiffusionDiffEditPipeline:
         mask = np.concatenate([np.broadcast_to(mask, (batch, *mask.shape[1:]))] * num_images_per_prompt)
 
         # 5. Set timesteps
-        scheduler.set_timesteps(num_inference_steps)
+        self._set_timesteps(scheduler, num_inference_steps)
         timesteps, steps = self.get_timesteps(num_inference_steps, inpaint_strength)
+        self._check_range(scheduler, timesteps, num_inference_steps)
 
         # 6. Preprocess image latents
-        array = self._latents_array(image_latents)
-        if array.ndim == 4 and array.shape[0] == batch * len(timesteps):
-            array = array.reshape(batch, len(timesteps), *array.shape[1:])
-        options.check_image_latents(array, batch, len(timesteps), latent_shape)
+        array = options.check_image_latents(
+            self._latents_array(image_latents), batch, len(timesteps), latent_shape
+        )
         backgrounds = np.repeat(np.swapaxes(array, 0, 1), num_images_per_prompt, axis=1).astype(np.float32)
 
         # 3. Encode input prompt
         embeds = self._joined_embeds(
-            prompt, num_images_per_prompt, is_guided, negative_prompt, prompt_embeds, negative_prompt_embeds, clip_skip
+            prompt,
+            num_images_per_prompt,
+            is_guided,
+            negative_prompt,
+            prompt_embeds,
+            negative_prompt_embeds,
+            clip_skip,
         )
 
         # 8. Denoising loop. D3: the background of step i is image_latents[i], one noise level late, as in the reference.
         edited = self._run(
-            "edit", scheduler, timesteps, steps, backgrounds[0], embeds, guidance_scale, cross_attention_kwargs or {},
-            callback, callback_steps, mask=mask, backgrounds=backgrounds, eta=eta, source=source,
+            "edit",
+            scheduler,
+            timesteps,
+            steps,
+            backgrounds[0],
+            embeds,
+            guidance_scale,
+            attention_kwargs,
+            callback,
+            callback_steps,
+            mask=mask,
+            backgrounds=backgrounds,
+            eta=eta,
+            source=source,
         )[-1]
 
         # 9. Decode, check, convert
@@ -954,10 +1228,15 @@ class StableDiffusionDiffEditPipeline:
     def _latents_array(image_latents) -> np.ndarray:
         if isinstance(image_latents, (list, tuple)):
             parts = [pictures.to_numpy(part) for part in image_latents]
-            if len({part.shape[1:] for part in parts}) > 1:
-                raise ValueError(f"`image_latents` has parts of different shapes: {[part.shape for part in parts]}.")
+            parts = [part[None] if part.ndim == 3 else part for part in parts]
+            if not parts or len({part.shape[1:] for part in parts}) > 1:
+                shapes = [part.shape for part in parts]
+                raise ValueError(
+                    f"`image_latents` has to be a list of latents of one shape, but has {shapes}."
+                )
             return np.concatenate(parts)
-        return pictures.to_numpy(image_latents)
+        array = pictures.to_numpy(image_latents)
+        return array[None] if array.ndim == 3 else array
 
     def run_safety_checker(self, images: np.ndarray):
         """Pictures (B, 3, H, W) in [-1, 1] with flagged ones zeroed, and the flags; (pictures, None) without a checker."""
@@ -970,11 +1249,17 @@ class StableDiffusionDiffEditPipeline:
         inputs = self.feature_extractor(pictures.postprocess_image(images, "pil"), return_tensors="np")
         with portable_kernels(), devices.eager():
             # The checker blackens its second argument; only its flags are used, so a token array does.
-            flags = self.safety_checker(
-                ms.Tensor(inputs.pixel_values.astype(np.float32)).astype(self.safety_checker.dtype),
-                ms.Tensor(np.ones((len(images), 1), np.float32)),
-            )[1].asnumpy().tolist()
+            flags = (
+                self.safety_checker(
+                    ms.Tensor(inputs.pixel_values.astype(np.float32)).astype(self.safety_checker.dtype),
+                    ms.Tensor(np.ones((len(images), 1), np.float32)),
+                )[1]
+                .asnumpy()
+                .tolist()
+            )
         if any(flags):
-            logger.warning("The safety checker blackened %d of %d pictures; try another prompt.", sum(flags), len(flags))
+            logger.warning(
+                "The safety checker blackened %d of %d pictures; try another prompt.", sum(flags), len(flags)
+            )
             images = np.where(np.array(flags)[:, None, None, None], np.float32(0), images)
         return images, [bool(flag) for flag in flags]

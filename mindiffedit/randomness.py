@@ -34,7 +34,9 @@ def resolve(generator) -> Union[NoiseSource, List[NoiseSource]]:
     """
     if isinstance(generator, (list, tuple)):
         if len(generator) == 0:
-            raise ValueError("`generator` is an empty list; give one generator or seed for each sample, or None.")
+            raise ValueError(
+                "`generator` is an empty list; give one generator or seed for each sample, or None."
+            )
         return [_single(item) for item in generator]
     return _single(generator)
 
@@ -44,7 +46,9 @@ def _single(generator) -> NoiseSource:
         return np.random.default_rng()
     if isinstance(generator, (int, np.integer)) and not isinstance(generator, (bool, np.bool_)):
         if generator < 0:
-            raise ValueError(f"`generator` was given as the seed {generator}; a seed is a whole number of at least 0.")
+            raise ValueError(
+                f"`generator` was given as the seed {generator}; a seed is a whole number of at least 0."
+            )
         return np.random.default_rng(int(generator))
     if isinstance(generator, NoiseSource):
         return generator
@@ -61,6 +65,8 @@ def randn(shape, source: Union[NoiseSource, List[NoiseSource]]) -> np.ndarray:
     ``randn_tensor`` draws it); the list must have ``shape[0]`` entries.
     """
     shape = tuple(int(n) for n in shape)
+    if isinstance(source, list) and len(source) == 1:
+        source = source[0]  # as the reference takes it
     if isinstance(source, list):
         if len(source) != shape[0]:
             raise ValueError(
@@ -69,6 +75,17 @@ def randn(shape, source: Union[NoiseSource, List[NoiseSource]]) -> np.ndarray:
             )
         return np.concatenate([randn((1,) + shape[1:], each) for each in source])
     return np.asarray(source.standard_normal(size=shape, dtype=np.float32), np.float32)
+
+
+class Draws:
+    """A source, or list of sources, under the one call that mindone's schedulers make of a generator."""
+
+    def __init__(self, source: Union[NoiseSource, List[NoiseSource]]):
+        self._source = source
+
+    def standard_normal(self, size) -> np.ndarray:
+        """Noise of the whole batch; a list of sources is split by ``randn``."""
+        return randn(size, self._source)
 
 
 def randint(high: int, source: Union[NoiseSource, List[NoiseSource]]) -> int:

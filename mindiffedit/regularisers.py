@@ -100,7 +100,9 @@ def regularise(
     def descended(output, loss_and_gradient, rate):
         value, slope = epsilon(output)
         gradient = loss_and_gradient(value)[1] * slope
-        if gradient.shape[0] != output.shape[0]:  # the doubled batch of the doc string: add up what was broadcast
+        if (
+            gradient.shape[0] != output.shape[0]
+        ):  # the doubled batch of the doc string: add up what was broadcast
             gradient = gradient.sum(axis=0, keepdims=True)
         return (output - rate * gradient).astype(np.float32)
 
@@ -108,7 +110,9 @@ def regularise(
         if lambda_auto_corr > 0:
             for _ in range(num_auto_corr_rolls):
                 noise_pred = descended(
-                    noise_pred, lambda n: auto_correlation(n, draw_roll), lambda_auto_corr / num_auto_corr_rolls
+                    noise_pred,
+                    lambda n: auto_correlation(n, draw_roll),
+                    lambda_auto_corr / num_auto_corr_rolls,
                 )
         if lambda_kl > 0:
             noise_pred = descended(noise_pred, kl_divergence, lambda_kl)

@@ -90,7 +90,9 @@ class DDIMScheduler(_DDIMTables, _DDIM):
     def plan(self, timesteps: np.ndarray, eta: float = 0.0) -> Optional[schedules.StepPlan]:
         """Coefficients for denoising along ``timesteps``; None where only ``step`` covers the options."""
         jump = self.config.num_train_timesteps // self.num_inference_steps
-        return self._plan([schedules.ddim_row(self._alpha(t), self._alpha(t - jump), eta) for t in timesteps], eta)
+        return self._plan(
+            [schedules.ddim_row(self._alpha(t), self._alpha(t - jump), eta) for t in timesteps], eta
+        )
 
 
 @_with_exact_tables
@@ -99,16 +101,26 @@ class DDIMInverseScheduler(_DDIMTables, _DDIMInverse):
 
     def plan(self, timesteps: np.ndarray) -> Optional[schedules.StepPlan]:
         """Coefficients for inverting along ``timesteps``."""
-        jump, last = self.config.num_train_timesteps // self.num_inference_steps, self.config.num_train_timesteps - 1
-        return self._plan([schedules.ddim_row(self._alpha(min(t - jump, last)), self._alpha(t)) for t in timesteps])
+        jump, last = (
+            self.config.num_train_timesteps // self.num_inference_steps,
+            self.config.num_train_timesteps - 1,
+        )
+        return self._plan(
+            [schedules.ddim_row(self._alpha(min(t - jump, last)), self._alpha(t)) for t in timesteps]
+        )
 
 
 class _DPMTables:
     """Noise levels and plan rows shared by DPM-Solver++ and its inverse."""
 
     def _rescaled_levels(self) -> bool:
-        options = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_flow_sigmas",
-                   "use_lu_lambdas")
+        options = (
+            "use_karras_sigmas",
+            "use_exponential_sigmas",
+            "use_beta_sigmas",
+            "use_flow_sigmas",
+            "use_lu_lambdas",
+        )
         return any(self.config.get(name) for name in options)
 
     def _exact_sigmas(self) -> np.ndarray:
@@ -128,12 +140,23 @@ class _DPMTables:
     def plan(self, timesteps: np.ndarray, eta: float = 0.0) -> Optional[schedules.StepPlan]:
         """Coefficients along ``timesteps``; None for SDE variants, third order, thresholding and flow levels."""
         config = self.config
-        if (config.algorithm_type != "dpmsolver++" or config.solver_order > 2 or config.thresholding
-                or config.get("use_flow_sigmas") or config.prediction_type not in ("epsilon", "sample", "v_prediction")):
+        if (
+            config.algorithm_type != "dpmsolver++"
+            or config.solver_order > 2
+            or config.thresholding
+            or config.get("use_flow_sigmas")
+            or config.prediction_type not in ("epsilon", "sample", "v_prediction")
+        ):
             return None
         first = schedules.index_of_timestep(self.exact_timesteps, int(timesteps[0]))
-        rows = schedules.dpm_rows(self.exact_sigmas, first, len(timesteps), config.solver_order, config.solver_type,
-                                  self._falls_to_first_order)
+        rows = schedules.dpm_rows(
+            self.exact_sigmas,
+            first,
+            len(timesteps),
+            config.solver_order,
+            config.solver_type,
+            self._falls_to_first_order,
+        )
         return schedules.StepPlan("dpm", config.prediction_type, None, rows)
 
 
@@ -147,7 +170,9 @@ class DPMSolverMultistepScheduler(_DPMTables, _DPM):
     def _falls_to_first_order(self, index: int) -> bool:
         config, count = self.config, len(self.exact_timesteps)
         return index == count - 1 and (
-            config.euler_at_final or (config.lower_order_final and count < 15) or config.final_sigmas_type == "zero"
+            config.euler_at_final
+            or (config.lower_order_final and count < 15)
+            or config.final_sigmas_type == "zero"
         )
 
 
@@ -189,8 +214,15 @@ def inverse_of(scheduler):
 
 def portable(scheduler):
     """The scheduler itself, or ours with the same configuration where mindone's own class of that name is given."""
-    ours = {c.__name__: c for c in (DDIMScheduler, DDIMInverseScheduler, DPMSolverMultistepScheduler,
-                                    DPMSolverMultistepInverseScheduler)}.get(type(scheduler).__name__)
+    ours = {
+        c.__name__: c
+        for c in (
+            DDIMScheduler,
+            DDIMInverseScheduler,
+            DPMSolverMultistepScheduler,
+            DPMSolverMultistepInverseScheduler,
+        )
+    }.get(type(scheduler).__name__)
     if ours is None or isinstance(scheduler, ours):
         return scheduler
     return ours.from_config(scheduler.config)

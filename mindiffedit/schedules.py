@@ -41,12 +41,15 @@ def betas(config) -> np.ndarray:
     elif schedule == "scaled_linear":
         table = linspace(config["beta_start"] ** 0.5, config["beta_end"] ** 0.5, count) ** 2
     elif schedule == "squaredcos_cap_v2":
+
         def bar(t):
             return math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
 
         table = np.array([min(1 - bar((i + 1) / count) / bar(i / count), 0.999) for i in range(count)], F32)
     else:
-        raise NotImplementedError(f"beta schedule {schedule!r} is not one of linear, scaled_linear, squaredcos_cap_v2.")
+        raise NotImplementedError(
+            f"beta schedule {schedule!r} is not one of linear, scaled_linear, squaredcos_cap_v2."
+        )
     return _zero_terminal_snr(table) if config.get("rescale_betas_zero_snr") else table
 
 
@@ -102,7 +105,9 @@ def ddim_row(alpha_t: F32, alpha_next: F32, eta: float = 0.0) -> np.ndarray:
     return np.array([np.sqrt(alpha_t), np.sqrt(beta_t), np.sqrt(alpha_next), direction, sigma], F32)
 
 
-def dpm_rows(sigmas: np.ndarray, first: int, count: int, order: int, solver_type: str, first_order) -> np.ndarray:
+def dpm_rows(
+    sigmas: np.ndarray, first: int, count: int, order: int, solver_type: str, first_order
+) -> np.ndarray:
     """Coefficients of ``count`` multistep DPM-Solver++ updates (arXiv 2211.01095), orders 1 and 2, either direction.
 
     Args:

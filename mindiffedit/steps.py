@@ -30,9 +30,10 @@ class Stages:
         self.unet, self.vae, self.text_encoder, self.mode = unet, vae, text_encoder, mode
         self._built: Dict[tuple, Callable] = {}
 
-    def serves(self, unet, vae, text_encoder) -> bool:
-        """Whether these stages were built over exactly these models."""
-        return self.unet is unet and self.vae is vae and self.text_encoder is text_encoder
+    def serves(self, unet, vae, text_encoder, mode: str) -> bool:
+        """Whether these stages were built over exactly these models, in this mode."""
+        same = self.unet is unet and self.vae is vae and self.text_encoder is text_encoder
+        return same and self.mode == mode
 
     def forget(self) -> None:
         """Drops every built stage; for a change inside a model that its graph would not notice."""
@@ -40,16 +41,20 @@ class Stages:
 
     # --- the stages, called with NumPy arrays or tensors ---------------------------------------------------------
 
-    def encode_text(self, token_ids: np.ndarray, attention_mask: Optional[np.ndarray], skip: Optional[int]) -> np.ndarray:
+    def encode_text(
+        self, token_ids: np.ndarray, attention_mask: Optional[np.ndarray], skip: Optional[int]
+    ) -> np.ndarray:
         """Hidden states (B, L, D) float32 of token ids (B, L).
 
         One row at a time: the graph then serves every batch size. ``skip`` takes the output ``skip`` layers before
         the last, with the final layer norm (``clip_skip``).
         """
-        stage = self._stage(("text", skip, attention_mask is not None), lambda: _text(self.text_encoder, skip))
+        stage = self._stage(
+            ("text", skip, attention_mask is not None), lambda: _text(self.text_encoder, skip)
+        )
         rows, known = [], {}
         for i, row in enumerate(token_ids):
-            mask = None if attention_mask is None else attention_mask[i: i + 1]
+            mask = None if attention_mask is None else attention_mask[i : i + 1]
             key = (row.tobytes(), None if mask is None else mask.tobytes())
             if key not in known:
                 arguments = [ms.Tensor(row[None], ms.int32)]
@@ -66,25 +71,44 @@ class Stages:
         """
         # Tiling runs operator by operator: mindone blends tiles in place and reads them again, which a graph does not
         # reproduce (it compiles, and gives other values).
-        stage = self._stage(("encode",), lambda: _encoder(self.vae), eager=bool(getattr(self.vae, "use_tiling", False)))
-        return np.concatenate([_host(stage(self._sample(pixels[i: i + 1], self.vae))) for i in range(len(pixels))])
+        stage = self._stage(
+            ("encode",), lambda: _encoder(self.vae), eager=bool(getattr(self.vae, "use_tiling", False))
+        )
+        return np.concatenate(
+            [_host(stage(self._sample(pixels[i : i + 1], self.vae))) for i in range(len(pixels))]
+        )
 
     def decode_latents(self, latents: np.ndarray) -> np.ndarray:
         """Pixels (B, 3, H, W) float32, about [-1, 1], of unscaled latents (B, C, h, w); one at a time."""
-        stage = self._stage(("decode",), lambda: _decoder(self.vae), eager=bool(getattr(self.vae, "use_tiling", False)))
-        return np.concatenate([_host(stage(self._sample(latents[i: i + 1], self.vae))) for i in range(len(latents))])
+        stage = self._stage(
+            ("decode",), lambda: _decoder(self.vae), eager=bool(getattr(self.vae, "use_tiling", False))
+        )
+        return np.concatenate(
+            [_host(stage(self._sample(latents[i : i + 1], self.vae))) for i in range(len(latents))]
+        )
 
     def predict(self, latents, timestep, prompt_embeds, attention_kwargs) -> np.ndarray:
         """Bare model output, float32, of latents (N, C, h, w) at one timestep with embeddings (N, L, D)."""
-        stage = self._stage(("predict", _key(attention_kwargs)), lambda: _predictor(self.unet, attention_kwargs))
-        return _host(stage(self._sample(latents, self.unet), _timestep(timestep), self._sample(prompt_embeds, self.unet)))
+        stage = self._stage(
+            ("predict", _key(attention_kwargs)), lambda: _predictor(self.unet, attention_kwargs)
+        )
+        return _host(
+            stage(
+                self._sample(latents, self.unet), _timestep(timestep), self._sample(prompt_embeds, self.unet)
+            )
+        )
 
-    def guided(self, latents, timestep, prompt_embeds, guidance_scale, is_guided, attention_kwargs) -> ms.Tensor:
+    def guided(
+        self, latents, timestep, prompt_embeds, guidance_scale, is_guided, attention_kwargs
+    ) -> ms.Tensor:
         """Model output after guidance, float32 (B, C, h, w); for schedulers that step by themselves."""
         stage = self._stage(
-            ("guided", is_guided, _key(attention_kwargs)), lambda: _guided(self.unet, is_guided, attention_kwargs)
+            ("guided", is_guided, _key(attention_kwargs)),
+            lambda: _guided(self.unet, is_guided, attention_kwargs),
         )
-        return stage(latents, _timestep(timestep), self._sample(prompt_embeds, self.unet), _scalar(guidance_scale))
+        return stage(
+            latents, _timestep(timestep), self._sample(prompt_embeds, self.unet), _scalar(guidance_scale)
+        )
 
     def step(self, plan: StepPlan, is_guided: bool, attention_kwargs) -> Callable:
         """The whole step: UNet, guidance, solver update, blend. See ``_step`` for its arguments."""
@@ -140,17 +164,7 @@ def _timestep(value) -> ms.Tensor:
 
 
 def _key(attention_kwargs: dict):
-    """A hashable key for constants that are compiled in.
-
-    Raises:
-        TypeError: for values that are no plain numbers, strings, booleans or None.
-    """
-    for name, value in attention_kwargs.items():
-        if value is not None and not isinstance(value, (bool, int, float, str)):
-            raise TypeError(
-                f"`cross_attention_kwargs[{name!r}]` is {type(value).__name__}; only numbers, strings, booleans and"
-                " None can be compiled into the UNet. Pass a plain value."
-            )
+    """A hashable key for constants that are compiled in; ``options.check_attention_kwargs`` has seen to the types."""
     return tuple(sorted((k, type(v).__name__, v) for k, v in attention_kwargs.items()))
 
 
@@ -238,7 +252,9 @@ def _noise_prediction(prediction_type):
 
 def _update(solver, prediction_type, clip):
     """One solver update: latents, model output, previous x0, coefficients, noise -> new latents, this x0."""
-    clean_prediction, noise_prediction = _clean_prediction(prediction_type), _noise_prediction(prediction_type)
+    clean_prediction, noise_prediction = _clean_prediction(prediction_type), _noise_prediction(
+        prediction_type
+    )
 
     def ddim(latents, output, previous_clean, c, noise):
         clean = clean_prediction(latents, output, c[0], c[1])
@@ -257,7 +273,17 @@ def _update(solver, prediction_type, clip):
 def _step(unet, solver, prediction_type, clip, is_guided, attention_kwargs):
     guided, update = _guided(unet, is_guided, attention_kwargs), _update(solver, prediction_type, clip)
 
-    def step(latents, previous_clean, timestep, prompt_embeds, guidance_scale, coefficients, mask, background, noise):
+    def step(
+        latents,
+        previous_clean,
+        timestep,
+        prompt_embeds,
+        guidance_scale,
+        coefficients,
+        mask,
+        background,
+        noise,
+    ):
         """One step of inversion or editing.
 
         Args (float32 unless said):

@@ -103,11 +103,19 @@ def sample_scene(rng: np.random.Generator, number_of_objects: int | None = None)
             x = SIZE * (0.26 + 0.48 * i) + rng.uniform(-3, 3)
         y = rng.uniform(radius + 6, SIZE - radius - 6)
         objects.append(
-            SceneObject(KINDS[kinds[i]], list(COLOURS)[colours[i]], float(x), float(y), float(radius),
-                        float(rng.uniform(-12, 12)))
+            SceneObject(
+                KINDS[kinds[i]],
+                list(COLOURS)[colours[i]],
+                float(x),
+                float(y),
+                float(radius),
+                float(rng.uniform(-12, 12)),
+            )
         )
     return Scene(
-        tuple(objects), BACKGROUNDS[rng.integers(len(BACKGROUNDS))], int(rng.integers(2**31)),
+        tuple(objects),
+        BACKGROUNDS[rng.integers(len(BACKGROUNDS))],
+        int(rng.integers(2**31)),
         float(rng.uniform(0.92, 1.06)),
     )
 
@@ -123,9 +131,13 @@ def draw_scene(scene: Scene) -> tuple[Image.Image, np.ndarray]:
     masks = []
     for item in scene.objects:
         colours, alpha = _draw_object(item)
-        shadow = np.asarray(
-            Image.fromarray((alpha * 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(4)), np.float32
-        ) / 255
+        shadow = (
+            np.asarray(
+                Image.fromarray((alpha * 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(4)),
+                np.float32,
+            )
+            / 255
+        )
         shadow = np.roll(shadow, (4, 3), (0, 1))
         picture *= 1 - 0.30 * shadow[..., None]
         picture = picture * (1 - alpha[..., None]) + colours * alpha[..., None]
@@ -198,8 +210,10 @@ class _Pen:
     def _points(self, points):
         scale = self.item.radius * _OVERSAMPLING
         return [
-            ((self.item.x * _OVERSAMPLING) + scale * (x * self.cos - y * self.sin),
-             (self.item.y * _OVERSAMPLING) + scale * (x * self.sin + y * self.cos))
+            (
+                (self.item.x * _OVERSAMPLING) + scale * (x * self.cos - y * self.sin),
+                (self.item.y * _OVERSAMPLING) + scale * (x * self.sin + y * self.cos),
+            )
             for x, y in points
         ]
 

@@ -37,27 +37,52 @@ MAX_TOKENS = 32
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 VAE_CONFIG = dict(
-    in_channels=3, out_channels=3, latent_channels=4, sample_size=scenes.SIZE, norm_num_groups=8,
-    block_out_channels=(16, 32, 64), layers_per_block=1,
-    down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+    in_channels=3,
+    out_channels=3,
+    latent_channels=4,
+    sample_size=scenes.SIZE,
+    norm_num_groups=8,
+    block_out_channels=(16, 32, 64),
+    layers_per_block=1,
+    down_block_types=("DownEncoderBlock2D",) * 3,
+    up_block_types=("UpDecoderBlock2D",) * 3,
 )
 UNET_CONFIG = dict(
-    sample_size=32, in_channels=4, out_channels=4, layers_per_block=1, norm_num_groups=8,
-    block_out_channels=(32, 64, 128), cross_attention_dim=128, attention_head_dim=4,
+    sample_size=32,
+    in_channels=4,
+    out_channels=4,
+    layers_per_block=1,
+    norm_num_groups=8,
+    block_out_channels=(32, 64, 128),
+    cross_attention_dim=128,
+    attention_head_dim=4,
     down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
     up_block_types=("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
 )
 TEXT_CONFIG = dict(
-    hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
-    max_position_embeddings=MAX_TOKENS, projection_dim=128, hidden_act="quick_gelu",
+    hidden_size=128,
+    intermediate_size=512,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=MAX_TOKENS,
+    projection_dim=128,
+    hidden_act="quick_gelu",
 )
 NOISE_SCHEDULE = dict(
-    num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-    clip_sample=False, set_alpha_to_one=False, steps_offset=1, prediction_type="epsilon",
+    num_train_timesteps=1000,
+    beta_start=0.00085,
+    beta_end=0.012,
+    beta_schedule="scaled_linear",
+    clip_sample=False,
+    set_alpha_to_one=False,
+    steps_offset=1,
+    prediction_type="epsilon",
 )
 
 # The picture that ships beside the checkpoint; mindiffedit.demo.SAMPLE_PROMPTS names it.
-SAMPLE = scenes.Scene((scenes.SceneObject("apple", "red", 60.0, 68.0, 36.0, 5.0),), "wooden table", texture_seed=5)
+SAMPLE = scenes.Scene(
+    (scenes.SceneObject("apple", "red", 60.0, 68.0, 36.0, 5.0),), "wooden table", texture_seed=5
+)
 
 
 # --- tokenizer ---------------------------------------------------------------------------------------------------
@@ -105,8 +130,13 @@ def make_tokenizer(folder: Path):
     (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}, ensure_ascii=False))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(m) for m in merges) + "\n")
     tokenizer = CLIPTokenizer(
-        str(folder / "vocab.json"), str(folder / "merges.txt"), unk_token=END, bos_token=START, eos_token=END,
-        pad_token=END, model_max_length=MAX_TOKENS,
+        str(folder / "vocab.json"),
+        str(folder / "merges.txt"),
+        unk_token=END,
+        bos_token=START,
+        eos_token=END,
+        pad_token=END,
+        model_max_length=MAX_TOKENS,
     )
     for word in scenes.vocabulary():
         assert len(tokenizer.tokenize(word)) == 1, word
@@ -141,8 +171,10 @@ def log(stage: str, step: int, steps: int, started: float, begun_at: int, **valu
     done = max(1, step - begun_at)
     left = (time.time() - started) / done * (steps - step)
     numbers = "  ".join(f"{k} {v:.4f}" for k, v in values.items())
-    print(f"[{stage}] {step}/{steps}  {numbers}  ({(time.time() - started) / done:.3f} s/step, {left / 60:.1f} min left)",
-          flush=True)
+    print(
+        f"[{stage}] {step}/{steps}  {numbers}  ({(time.time() - started) / done:.3f} s/step, {left / 60:.1f} min left)",
+        flush=True,
+    )
 
 
 def drawn(seed: int) -> tuple[scenes.Scene, np.ndarray]:
@@ -192,7 +224,7 @@ def train_vae(args, pictures, device):
         rng = np.random.default_rng((args.seed, 1, step))
         index = rng.integers(len(pictures), size=args.vae_batch)
         corner = rng.integers(scenes.SIZE - crop + 1, size=(args.vae_batch, 2))
-        batch = np.stack([pictures[i, y:y + crop, x:x + crop] for i, (y, x) in zip(index, corner)])
+        batch = np.stack([pictures[i, y : y + crop, x : x + crop] for i, (y, x) in zip(index, corner)])
         batch = to_model_range(batch, device).contiguous(memory_format=torch.channels_last)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.vae_steps, 2e-3)
@@ -223,10 +255,10 @@ def encode_all(args, vae, pictures, device):
     if not path.exists():
         moments = np.empty((len(pictures), 8, 32, 32), np.float16)
         for i in range(0, len(pictures), 64):
-            batch = to_model_range(pictures[i:i + 64], device).contiguous(memory_format=torch.channels_last)
+            batch = to_model_range(pictures[i : i + 64], device).contiguous(memory_format=torch.channels_last)
             with torch.autocast(device.type, torch.bfloat16):
                 posterior = vae.encode(batch).latent_dist
-            moments[i:i + 64] = torch.cat([posterior.mean, posterior.logvar], 1).float().cpu().numpy()
+            moments[i : i + 64] = torch.cat([posterior.mean, posterior.logvar], 1).float().cpu().numpy()
             if i % 6400 == 0:
                 print(f"[latents] {i}/{len(pictures)}", flush=True)
         np.save(str(path) + ".partial.npy", moments)
@@ -267,7 +299,9 @@ def classifier_sample(seed: int):
     pixels = np.asarray(picture)
     if rng.random() < 0.5:
         coarse = rng.normal(0, 1, (32, 32, 3)).astype(np.float32) * rng.uniform(0, 14)
-        fine = np.stack([np.asarray(Image.fromarray(coarse[..., c]).resize((scenes.SIZE,) * 2)) for c in range(3)], -1)
+        fine = np.stack(
+            [np.asarray(Image.fromarray(coarse[..., c]).resize((scenes.SIZE,) * 2)) for c in range(3)], -1
+        )
         pixels = np.clip(pixels + fine, 0, 255).astype(np.uint8)
     crop = scene_classifier.object_crop(pixels, masks[which], rng.uniform(-5, 5, 2), rng.uniform(0.85, 1.2))
     item = scene.objects[which]
@@ -308,8 +342,11 @@ def train_classifier(args, device):
     }
     print("[classifier]", scores, flush=True)
     partial = target.with_suffix(".partial")
-    save_file({k: v.contiguous().cpu() for k, v in model.state_dict().items()}, str(partial),
-              {k: f"{v:.4f}" for k, v in scores.items()})
+    save_file(
+        {k: v.contiguous().cpu() for k, v in model.state_dict().items()},
+        str(partial),
+        {k: f"{v:.4f}" for k, v in scores.items()},
+    )
     os.replace(partial, target)
 
 
@@ -338,16 +375,21 @@ def build_denoiser(tokenizer, device):
     from transformers import CLIPTextConfig, CLIPTextModel
 
     config = CLIPTextConfig(
-        vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id, **TEXT_CONFIG,
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **TEXT_CONFIG,
     )
     unet = UNet2DConditionModel(**UNET_CONFIG).to(memory_format=torch.channels_last)
     # At these sizes the plain formula is several times faster on a CPU than the fused kernel's backward pass.
     unet.set_attn_processor(AttnProcessor())
-    return torch.nn.ModuleDict({
-        "unet": unet,
-        "text": CLIPTextModel(config),
-    }).to(device)
+    return torch.nn.ModuleDict(
+        {
+            "unet": unet,
+            "text": CLIPTextModel(config),
+        }
+    ).to(device)
 
 
 def train_unet(args, tokenizer, moments, described, scaling_factor, device):
@@ -396,8 +438,14 @@ def train_unet(args, tokenizer, moments, described, scaling_factor, device):
         if (step + 1) % 100 == 0:
             log("unet", step + 1, args.unet_steps, started, begin, loss=float(np.mean(recent[-100:])))
         if (step + 1) % 500 == 0 or step + 1 == args.unet_steps:
-            stage.save({"model": model.state_dict(), "average": average.state_dict(),
-                        "optimizer": optimizer.state_dict(), "step": step + 1})
+            stage.save(
+                {
+                    "model": model.state_dict(),
+                    "average": average.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "step": step + 1,
+                }
+            )
     return average.eval()
 
 
@@ -407,9 +455,13 @@ def export(args, tokenizer, vae, denoiser, scaling_factor):
 
     vae.register_to_config(scaling_factor=round(scaling_factor, 6))
     pipeline = StableDiffusionPipeline(
-        vae=vae.to("cpu", torch.float16), text_encoder=denoiser["text"].to("cpu", torch.float16),
-        tokenizer=tokenizer, unet=denoiser["unet"].to("cpu", torch.float16),
-        scheduler=DDIMScheduler(**NOISE_SCHEDULE), safety_checker=None, feature_extractor=None,
+        vae=vae.to("cpu", torch.float16),
+        text_encoder=denoiser["text"].to("cpu", torch.float16),
+        tokenizer=tokenizer,
+        unet=denoiser["unet"].to("cpu", torch.float16),
+        scheduler=DDIMScheduler(**NOISE_SCHEDULE),
+        safety_checker=None,
+        feature_extractor=None,
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(str(args.output), safe_serialization=True)
@@ -420,7 +472,9 @@ def export(args, tokenizer, vae, denoiser, scaling_factor):
 
 def main():
     here = Path(__file__).resolve().parent
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--work", type=Path, required=True, help="folder for the stages' states")
     parser.add_argument("--output", type=Path, default=here.parent / "mindiffedit" / "demo" / "checkpoint")
     parser.add_argument("--classifier", type=Path, default=scene_classifier.WEIGHTS)
@@ -433,8 +487,11 @@ def main():
     parser.add_argument("--unet-steps", type=int, default=4_000)
     parser.add_argument("--unet-batch", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--stages", default="vae,latents,classifier,unet,export",
-                        help="comma-separated; earlier stages are read from WORKDIR")
+    parser.add_argument(
+        "--stages",
+        default="vae,latents,classifier,unet,export",
+        help="comma-separated; earlier stages are read from WORKDIR",
+    )
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)

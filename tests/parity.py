@@ -57,5 +57,5 @@ def picture(width=80, height=64, seed=0):
     y, x = np.mgrid[0:height, 0:width]
     waves = [127 + 90 * np.sin(x / (5 + 3 * c) + y / (9 - 2 * c) + c) for c in range(3)]
     pixels = np.stack(waves, -1) + rng.normal(0, 12, (height, width, 3))
-    pixels[height // 4: height // 2, width // 3: width // 2] = (220, 40, 60)
+    pixels[height // 4 : height // 2, width // 3 : width // 2] = (220, 40, 60)
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))

@@ -35,12 +35,30 @@ def reference(case):
     pipe = their_pipeline(folder)
     with parity.recorded_map(pipe) as maps:
         mask = pipe.generate_mask(
-            image, target_prompt=target, source_prompt=source, num_maps_per_mask=2, num_inference_steps=STEPS, guidance_scale=guidance,
+            image,
+            target_prompt=target,
+            source_prompt=source,
+            num_maps_per_mask=2,
+            num_inference_steps=STEPS,
+            guidance_scale=guidance,
             generator=parity.torch_noise(0),
         )
-    inverted = pipe.invert(source, image, num_inference_steps=STEPS, guidance_scale=guidance, inpaint_strength=1.0, generator=parity.torch_noise(1))
+    inverted = pipe.invert(
+        source,
+        image,
+        num_inference_steps=STEPS,
+        guidance_scale=guidance,
+        inpaint_strength=1.0,
+        generator=parity.torch_noise(1),
+    )
     edited = pipe(
-        target, mask.copy(), inverted.latents, negative_prompt=source, num_inference_steps=STEPS, guidance_scale=guidance, inpaint_strength=1.0,
+        target,
+        mask.copy(),
+        inverted.latents,
+        negative_prompt=source,
+        num_inference_steps=STEPS,
+        guidance_scale=guidance,
+        inpaint_strength=1.0,
         output_type="latent",
     )
     return maps[0], mask, inverted.latents.numpy(), edited.images.numpy()
@@ -54,7 +72,12 @@ def ours(request, case):
 def test_mask(case, reference, ours):
     _, image, source, target, guidance = case
     mask = ours.generate_mask(
-        image, target_prompt=target, source_prompt=source, num_maps_per_mask=2, num_inference_steps=STEPS, guidance_scale=guidance,
+        image,
+        target_prompt=target,
+        source_prompt=source,
+        num_maps_per_mask=2,
+        num_inference_steps=STEPS,
+        guidance_scale=guidance,
         generator=parity.TorchNoise(0),
     )
     assert np.array_equal(mask, reference[1])
@@ -64,7 +87,12 @@ def test_mask(case, reference, ours):
 def test_inverted_latents(case, reference, ours):
     _, image, source, _, guidance = case
     latents = ours.invert(
-        source, image, num_inference_steps=STEPS, guidance_scale=guidance, inpaint_strength=1.0, generator=parity.TorchNoise(1)
+        source,
+        image,
+        num_inference_steps=STEPS,
+        guidance_scale=guidance,
+        inpaint_strength=1.0,
+        generator=parity.TorchNoise(1),
     ).latents.asnumpy()
     assert latents.shape == reference[2].shape
     for mine, expected in zip(latents[0], reference[2][0]):
@@ -74,7 +102,13 @@ def test_inverted_latents(case, reference, ours):
 def test_edited_latents(case, reference, ours):
     _, _, source, target, guidance = case
     edited = ours(
-        target, reference[1], reference[2], negative_prompt=source, num_inference_steps=STEPS, guidance_scale=guidance, inpaint_strength=1.0,
+        target,
+        reference[1],
+        reference[2],
+        negative_prompt=source,
+        num_inference_steps=STEPS,
+        guidance_scale=guidance,
+        inpaint_strength=1.0,
         output_type="latent",
     ).images.asnumpy()
     assert parity.relative(edited, reference[3]) < CLOSE
@@ -93,11 +127,25 @@ def test_the_gate_sees_a_planted_defect(case, reference, ours):
 
     type(scheduler).plan = shifted
     try:
-        latents = ours.invert(source, image, num_inference_steps=STEPS, guidance_scale=guidance, inpaint_strength=1.0,
-                              generator=parity.TorchNoise(1)).latents.asnumpy()
+        latents = ours.invert(
+            source,
+            image,
+            num_inference_steps=STEPS,
+            guidance_scale=guidance,
+            inpaint_strength=1.0,
+            generator=parity.TorchNoise(1),
+        ).latents.asnumpy()
     finally:
         type(scheduler).plan = original
     assert parity.relative(latents, reference[2]) > CLOSE
-    edited = ours(source, reference[1], reference[2], negative_prompt=target, num_inference_steps=STEPS, guidance_scale=guidance,
-                  inpaint_strength=1.0, output_type="latent").images.asnumpy()
+    edited = ours(
+        source,
+        reference[1],
+        reference[2],
+        negative_prompt=target,
+        num_inference_steps=STEPS,
+        guidance_scale=guidance,
+        inpaint_strength=1.0,
+        output_type="latent",
+    ).images.asnumpy()
     assert parity.relative(edited, reference[3]) > CLOSE

@@ -18,7 +18,10 @@ SD = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", ste
 DDIM = dict(SD, clip_sample=False, set_alpha_to_one=False)
 PAIRS = [
     (DDIMScheduler, DDIM),
-    (DDIMScheduler, dict(DDIM, prediction_type="v_prediction", timestep_spacing="trailing", set_alpha_to_one=True)),
+    (
+        DDIMScheduler,
+        dict(DDIM, prediction_type="v_prediction", timestep_spacing="trailing", set_alpha_to_one=True),
+    ),
     (DDIMScheduler, dict(beta_schedule="squaredcos_cap_v2", prediction_type="sample", clip_sample=True)),
     (DDIMScheduler, dict(beta_schedule="linear", clip_sample=True, timestep_spacing="linspace")),
     (DDIMInverseScheduler, DDIM),
@@ -94,9 +97,15 @@ def test_eta_adds_the_references_noise():
     for i, t in enumerate(mine.exact_timesteps):
         latents, output, noise = rng.standard_normal((3, 1, 4, 5, 3), np.float32)
         update = steps._update(plan.solver, plan.prediction_type, plan.clip)
-        got = update(*map(ms.Tensor, (latents, output, latents * 0, plan.coefficients[i], noise)))[0].asnumpy()
+        got = update(*map(ms.Tensor, (latents, output, latents * 0, plan.coefficients[i], noise)))[
+            0
+        ].asnumpy()
         expected = theirs.step(
-            torch.from_numpy(output), t, torch.from_numpy(latents), eta=0.7, variance_noise=torch.from_numpy(noise)
+            torch.from_numpy(output),
+            t,
+            torch.from_numpy(latents),
+            eta=0.7,
+            variance_noise=torch.from_numpy(noise),
         ).prev_sample.numpy()
         np.testing.assert_allclose(got, expected, atol=2e-6)
 
@@ -113,9 +122,14 @@ def test_noise_is_added_as_in_the_reference(ours, options):
         np.testing.assert_allclose(scale * latents + spread * noise, expected.numpy(), atol=1e-6)
 
 
-@pytest.mark.parametrize("options", [
-    dict(SD, solver_order=3), dict(SD, algorithm_type="sde-dpmsolver++"), dict(SD, thresholding=True),
-])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(SD, solver_order=3),
+        dict(SD, algorithm_type="sde-dpmsolver++"),
+        dict(SD, thresholding=True),
+    ],
+)
 def test_options_outside_the_compiled_formulas_have_no_plan(options):
     scheduler = DPMSolverMultistepScheduler(**options)
     scheduler.set_timesteps(10)
@@ -126,9 +140,13 @@ def test_configurations_travel_between_the_classes_and_to_diffusers(tmp_path):
     scheduler = DDIMScheduler(**dict(DDIM, prediction_type="v_prediction"))
     inverse = schedulers.inverse_of(scheduler)
     assert type(inverse) is DDIMInverseScheduler and inverse.config.prediction_type == "v_prediction"
-    assert type(schedulers.inverse_of(DPMSolverMultistepScheduler(**SD))) is DPMSolverMultistepInverseScheduler
+    assert (
+        type(schedulers.inverse_of(DPMSolverMultistepScheduler(**SD))) is DPMSolverMultistepInverseScheduler
+    )
     inverse.save_pretrained(str(tmp_path))
-    assert diffusers.DDIMInverseScheduler.from_pretrained(str(tmp_path)).config.prediction_type == "v_prediction"
+    assert (
+        diffusers.DDIMInverseScheduler.from_pretrained(str(tmp_path)).config.prediction_type == "v_prediction"
+    )
 
 
 def test_a_scheduler_without_an_inverse_is_an_error_that_helps():
