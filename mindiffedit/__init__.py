@@ -7,8 +7,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "StableDiffusionDiffEditPipeline": "pipeline",
-    "DiffEditInversionPipelineOutput": "pipeline",
-    "StableDiffusionPipelineOutput": "pipeline",
+    "DiffEditInversionPipelineOutput": "outputs",
+    "StableDiffusionPipelineOutput": "outputs",
     "DDIMScheduler": "schedulers",
     "DDIMInverseScheduler": "schedulers",
     "DPMSolverMultistepScheduler": "schedulers",

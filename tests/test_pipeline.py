@@ -501,9 +501,9 @@ def test_switches_never_raise(ours, inverted):
 
 
 def test_half_precision_on_a_cpu_is_float32_with_one_warning(sd1_folder, caplog):
-    from mindiffedit import pipeline
+    from mindiffedit import components
 
-    pipeline._ALREADY_SAID.clear()
+    components._ALREADY_SAID.clear()
     for _ in range(2):
         pipe = StableDiffusionDiffEditPipeline.from_pretrained(
             sd1_folder, mindspore_dtype=ms.float16, safety_checker=None, use_safetensors=True

@@ -1,0 +1,261 @@
+"""The pipeline's components: construction, loading, saving, and the switches around them."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from typing import Any, Dict, Optional
+
+import numpy as np
+
+from . import devices, models
+
+logger = logging.getLogger(__name__)
+
+_ALREADY_SAID = set()
+
+
+def say_once(message: str) -> None:
+    """A warning the first time in this process, silence afterwards."""
+    if message not in _ALREADY_SAID:
+        _ALREADY_SAID.add(message)
+        logger.warning(message)
+
+
+class PipelineComponents:
+    """Holds the components and the mode; loads and saves them; the switches that users of diffusers know.
+
+    The constructor's arguments are documented at ``StableDiffusionDiffEditPipeline``.
+    """
+
+    MODES = ("graph", "pynative")
+
+    def __init__(
+        self,
+        vae,
+        text_encoder,
+        tokenizer,
+        unet,
+        scheduler,
+        safety_checker,
+        feature_extractor,
+        inverse_scheduler,
+        requires_safety_checker: bool = True,
+        mode: str = "graph",
+    ):
+        if mode not in self.MODES:
+            raise ValueError(f"`mode` has to be one of {self.MODES}, but is {mode!r}.")
+        if safety_checker is not None and feature_extractor is None:
+            raise ValueError(
+                "A safety checker needs a feature extractor, and none was given. Give `feature_extractor`, or"
+                " `safety_checker=None` to run without one."
+            )
+        if safety_checker is None and requires_safety_checker:
+            say_once(
+                "The safety checker is off (`safety_checker=None`): pictures are returned unfiltered. Keep it on where"
+                " results are shown to the public; `requires_safety_checker=False` silences this notice."
+            )
+        self.vae, self.text_encoder, self.tokenizer, self.unet = vae, text_encoder, tokenizer, unet
+        self.safety_checker, self.feature_extractor = safety_checker, feature_extractor
+        self._outdated_options_mended(scheduler)
+        self.scheduler, self.inverse_scheduler = scheduler, inverse_scheduler
+        self.requires_safety_checker = requires_safety_checker
+        self.mode = mode
+        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.unet_batch_size = 8
+        self._progress_bar_config: Dict[str, Any] = {}
+        self._stages_built = None
+        self._own_inverse = None
+
+    @staticmethod
+    def _outdated_options_mended(scheduler) -> None:
+        """Options of first-generation checkpoints that the reference corrects too (steps_offset, skip_prk_steps)."""
+        config = getattr(scheduler, "config", {})
+        if config.get("steps_offset", 1) != 1:
+            say_once(
+                f"{type(scheduler).__name__} was configured with steps_offset={config['steps_offset']}; it is set to"
+                " 1, which Stable Diffusion's schedules expect. Correct scheduler_config.json to silence this."
+            )
+            scheduler.register_to_config(steps_offset=1)
+        if config.get("skip_prk_steps", True) is False:
+            say_once(f"{type(scheduler).__name__} was configured without skip_prk_steps; it is set to True.")
+            scheduler.register_to_config(skip_prk_steps=True)
+
+    # --- loading and saving --------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path,
+        *,
+        mode: str = "graph",
+        mindspore_dtype=None,
+        use_safetensors: Optional[bool] = None,
+        variant: Optional[str] = None,
+        cache_dir=None,
+        force_download: bool = False,
+        local_files_only: Optional[bool] = None,
+        token=None,
+        revision: Optional[str] = None,
+        proxies=None,
+        **kwargs,
+    ) -> "PipelineComponents":
+        """Loads a checkpoint in Stable Diffusion layout.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or a model id on the hub.
+            mode: "graph" or "pynative".
+            mindspore_dtype: dtype of the models; default float32. What the device does not have is loaded in float32
+                with one warning.
+            use_safetensors: None or True; weights are only ever read from safetensors files.
+            variant, cache_dir, force_download, local_files_only, token, revision, proxies: as in huggingface_hub.
+            kwargs: components by name that are taken as given instead of being loaded (``safety_checker=None``), and
+                ``requires_safety_checker``.
+
+        Raises:
+            ValueError: a folder that is missing, incomplete or corrupt, or weights that do not fit.
+        """
+        if mode not in cls.MODES:
+            raise ValueError(f"`mode` has to be one of {cls.MODES}, but is {mode!r}.")
+        if use_safetensors is False:
+            raise ValueError(
+                "`use_safetensors=False` asks for pickled weights, which can run code when they are read; only"
+                " safetensors files are loaded. Leave the argument out and use a folder that holds them."
+            )
+        accepted = set(inspect.signature(cls.__init__).parameters) - {"self", "mode"}
+        overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in accepted}
+        if kwargs:
+            logger.warning(
+                "Ignored arguments of from_pretrained that mean nothing here: %s.", ", ".join(sorted(kwargs))
+            )
+        dtype = mindspore_dtype
+        if mindspore_dtype is not None:
+            dtype, reason = devices.supported_dtype(mindspore_dtype)
+            if reason:
+                say_once(reason)
+        requires_safety_checker = overrides.pop("requires_safety_checker", None)
+        folder = models.resolve_folder(
+            pretrained_model_name_or_path,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+            token=token,
+            revision=revision,
+            proxies=proxies,
+            variant=variant,
+            skip=overrides,
+        )
+        parts = models.load_components(
+            folder, overrides=overrides, dtype=dtype, variant=variant, use_safetensors=True
+        )
+        if requires_safety_checker is not None:
+            parts["requires_safety_checker"] = requires_safety_checker
+        return cls(**parts, mode=mode)
+
+    def save_pretrained(self, save_directory, variant: Optional[str] = None) -> None:
+        """Writes a folder that this class and diffusers load; safetensors, written whole or not at all."""
+        models.save_components(
+            save_directory,
+            self.components,
+            requires_safety_checker=self.requires_safety_checker,
+            variant=variant,
+        )
+
+    @property
+    def components(self) -> Dict[str, Any]:
+        """The parts by name; ``StableDiffusionDiffEditPipeline(**pipe.components)`` shares them."""
+        names = (
+            "vae",
+            "text_encoder",
+            "tokenizer",
+            "unet",
+            "scheduler",
+            "safety_checker",
+            "feature_extractor",
+            "inverse_scheduler",
+        )
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def dtype(self):
+        """dtype of the UNet."""
+        return self.unet.dtype
+
+    # --- switches that users of diffusers know --------------------------------------------------------------------
+
+    def enable_model_cpu_offload(self, *args, **kwargs) -> None:
+        """Accepted for compatibility: models are not moved between host and device here (said once)."""
+        if devices.device_target() != "CPU":
+            say_once("enable_model_cpu_offload() changes nothing here: all models stay on the device.")
+
+    def enable_sequential_cpu_offload(self, *args, **kwargs) -> None:
+        """Accepted for compatibility, like ``enable_model_cpu_offload``."""
+        self.enable_model_cpu_offload()
+
+    def enable_vae_slicing(self) -> None:
+        """Pictures always pass the VAE one at a time here, so there is nothing to switch on."""
+
+    def disable_vae_slicing(self) -> None:
+        """Slicing cannot be switched off (said once)."""
+        say_once("disable_vae_slicing() changes nothing here: pictures always pass the VAE one at a time.")
+
+    def enable_vae_tiling(self) -> None:
+        """Encode and decode in overlapping tiles, for large pictures; runs operator by operator."""
+        self.vae.enable_tiling()
+
+    def disable_vae_tiling(self) -> None:
+        """Encode and decode whole pictures again."""
+        self.vae.disable_tiling()
+
+    def enable_attention_slicing(self, slice_size="auto") -> None:
+        """Accepted for compatibility (said once)."""
+        say_once("enable_attention_slicing() changes nothing here yet: attention runs whole.")
+
+    def disable_attention_slicing(self) -> None:
+        """Nothing to undo."""
+
+    def enable_xformers_memory_efficient_attention(self, attention_op=None) -> None:
+        """mindone's flash attention where the device has it; elsewhere nothing changes (said once)."""
+        if devices.device_target() == "Ascend":
+            self.unet.enable_xformers_memory_efficient_attention()
+            if self._stages_built is not None:
+                self._stages_built.forget()
+        else:
+            say_once("enable_xformers_memory_efficient_attention() changes nothing on this device.")
+
+    def disable_xformers_memory_efficient_attention(self) -> None:
+        """Back to plain attention."""
+        if devices.device_target() == "Ascend":
+            self.unet.disable_xformers_memory_efficient_attention()
+            if self._stages_built is not None:
+                self._stages_built.forget()
+
+    def set_progress_bar_config(self, **kwargs) -> None:
+        """Options of ``tqdm`` for all progress bars; ``disable=True`` silences them."""
+        self._progress_bar_config = kwargs
+
+    def progress_bar(self, iterable=None, total: Optional[int] = None):
+        """A ``tqdm`` bar with the configured options."""
+        from tqdm.auto import tqdm
+
+        if (iterable is None) == (total is None):
+            raise ValueError("`progress_bar` takes either `iterable` or `total`.")
+        if iterable is not None:
+            return tqdm(iterable, **self._progress_bar_config)
+        return tqdm(total=total, **self._progress_bar_config)
+
+    @property
+    def _stages(self):
+        from .steps import Stages
+
+        parts = (self.unet, self.vae, self.text_encoder, self.mode)
+        if self._stages_built is None or not self._stages_built.serves(*parts):
+            self._stages_built = Stages(*parts)
+        return self._stages_built
+
+    @staticmethod
+    def _tensor(array: np.ndarray, dtype=None):
+        import mindspore as ms
+
+        tensor = ms.Tensor(np.asarray(array, order="C"))  # ascontiguousarray would make a 0-d array 1-d
+        return tensor if dtype is None or tensor.dtype == dtype else tensor.astype(dtype)

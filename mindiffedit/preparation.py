@@ -1,0 +1,303 @@
+"""What comes before the models run: prompts to embeddings, pictures to latents, schedules, noise."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from typing import Any, Dict, List, Optional
+
+import numpy as np
+
+from . import devices, options, pictures, randomness
+from .components import PipelineComponents, say_once
+
+logger = logging.getLogger(__name__)
+
+
+def as_its_own(scheduler, timestep):
+    """A timestep as the scheduler's own ``timesteps`` would give it: some refuse anything else."""
+    import mindspore as ms
+
+    return ms.Tensor(timestep.item(), scheduler.timesteps.dtype)
+
+
+class Preparation(PipelineComponents):
+    """Everything that the three calls share before their loops."""
+
+    def _ready_scheduler(self):
+        from .schedulers import portable
+
+        self.scheduler = portable(self.scheduler)
+        return self.scheduler
+
+    def _ready_inverse_scheduler(self):
+        """The inverse scheduler in use: the one that was set, or else the one that belongs to the scheduler."""
+        from .schedulers import inverse_of, portable
+
+        if self.inverse_scheduler is not None:
+            self.inverse_scheduler = portable(self.inverse_scheduler)
+            return self.inverse_scheduler
+        scheduler = self._ready_scheduler()
+        # Not stored as ``inverse_scheduler``: it has to follow when another scheduler is set.
+        if self._own_inverse is None or self._own_inverse[0] is not scheduler:
+            self._own_inverse = (scheduler, inverse_of(scheduler))
+        return self._own_inverse[1]
+
+    @staticmethod
+    def _set_timesteps(scheduler, num_inference_steps: int) -> None:
+        """``set_timesteps`` before any model runs, with errors that say what to do."""
+        name, trained = type(scheduler).__name__, scheduler.config.num_train_timesteps
+        if num_inference_steps > trained:
+            raise ValueError(
+                f"`num_inference_steps` is {num_inference_steps}, but the model was trained with {trained} timesteps;"
+                " give fewer steps."
+            )
+        try:
+            scheduler.set_timesteps(num_inference_steps)
+        except ValueError as error:
+            raise ValueError(
+                f"{name} cannot make a schedule of {num_inference_steps} steps: {error}"
+            ) from error
+
+    @staticmethod
+    def _check_range(scheduler, timesteps: np.ndarray, num_inference_steps: int) -> None:
+        """Timesteps beyond the noise table, which an offset on a full-length schedule gives, are an error."""
+        most = scheduler.config.num_train_timesteps - 1
+        if timesteps.max() > most:
+            raise ValueError(
+                f"{num_inference_steps} steps reach timestep {int(timesteps.max())}, but the model's last is {most}; give"
+                " fewer steps."
+            )
+
+    def _attention_kwargs(self, given) -> Dict[str, Any]:
+        """Checked ``cross_attention_kwargs`` that the attention processors know; others are ignored with a warning."""
+        given = options.check_attention_kwargs(given)
+        # The weight of LoRA layers, of which there are none here.
+        given.pop("scale", None)
+        if not given:
+            return {}
+        known = set()
+        for processor in self.unet.attn_processors.values():
+            method = getattr(processor, "construct", None) or processor.__call__
+            known |= set(inspect.signature(method).parameters)
+        known -= {
+            "self",
+            "attn",
+            "hidden_states",
+            "encoder_hidden_states",
+            "attention_mask",
+            "temb",
+            "args",
+            "kwargs",
+        }
+        for name in [name for name in given if name not in known]:
+            logger.warning(
+                "cross_attention_kwargs %r is not known to the attention processors and is ignored.", name
+            )
+            del given[name]
+        return given
+
+    def _tokens(self, texts: List[str], length: int):
+        return self.tokenizer(
+            texts, padding="max_length", max_length=length, truncation=True, return_tensors="np"
+        )
+
+    def _warn_of_truncation(self, texts: List[str], token_ids: np.ndarray) -> None:
+        whole = self.tokenizer(texts, padding="longest", return_tensors="np").input_ids
+        if whole.shape[-1] >= token_ids.shape[-1] and not np.array_equal(whole, token_ids):
+            limit = self.tokenizer.model_max_length
+            removed = self.tokenizer.batch_decode(whole[:, limit - 1 : -1])
+            logger.warning(
+                "The text encoder reads %d tokens; this part of the prompt was cut off: %s", limit, removed
+            )
+
+    def _embed(
+        self, texts: List[str], length: Optional[int] = None, skip: Optional[int] = None
+    ) -> np.ndarray:
+        """Prompt embeddings (B, L, D) float32 of texts, padded or cut to the tokenizer's length."""
+        inputs = self._tokens(texts, length or self.tokenizer.model_max_length)
+        if length is None:
+            self._warn_of_truncation(texts, inputs.input_ids)
+        uses_mask = getattr(self.text_encoder.config, "use_attention_mask", False)
+        return self._stages.encode_text(inputs.input_ids, inputs.attention_mask if uses_mask else None, skip)
+
+    def encode_prompt(
+        self,
+        prompt,
+        device,
+        num_images_per_prompt,
+        do_classifier_free_guidance,
+        negative_prompt=None,
+        prompt_embeds=None,
+        negative_prompt_embeds=None,
+        lora_scale: Optional[float] = None,
+        clip_skip: Optional[int] = None,
+    ):
+        """Text to prompt embeddings, as the reference's method of that name.
+
+        Args:
+            prompt: str or list of B str; or None with ``prompt_embeds`` (B, L, D).
+            device: ignored; MindSpore places tensors on its device target.
+            num_images_per_prompt: each embedding is repeated this often, one after the other.
+            do_classifier_free_guidance: whether to give negatives too.
+            negative_prompt: str or list of B str; None means the empty text.
+            negative_prompt_embeds: (B, L, D), instead of ``negative_prompt``.
+            lora_scale: accepted, not used (no LoRA layers are loaded here).
+            clip_skip: take the hidden state this many layers before the last; of the prompt only, like the reference.
+
+        Returns:
+            Prompt and negative embeddings, tensors (B * num_images_per_prompt, L, D) in the text encoder's dtype;
+            the second is None (or what was given) without guidance.
+        """
+        options.check_positive_int("num_images_per_prompt", num_images_per_prompt)
+        if clip_skip is not None:
+            options.check_clip_skip(clip_skip, self.text_encoder.config.num_hidden_layers)
+        positive, negative = self._encode_prompt_arrays(
+            prompt,
+            num_images_per_prompt,
+            do_classifier_free_guidance,
+            negative_prompt,
+            prompt_embeds,
+            negative_prompt_embeds,
+            clip_skip,
+        )
+        dtype = self.text_encoder.dtype if self.text_encoder is not None else self.unet.dtype
+        return self._tensor(positive, dtype), None if negative is None else self._tensor(negative, dtype)
+
+    def _encode_prompt_arrays(
+        self,
+        prompt,
+        copies,
+        is_guided,
+        negative_prompt=None,
+        prompt_embeds=None,
+        negative_prompt_embeds=None,
+        clip_skip=None,
+        prefix="",
+    ):
+        """``encode_prompt`` on the host: float32 arrays."""
+        self._check_widths(prompt_embeds, negative_prompt_embeds, is_guided, prefix)
+        batch = options.check_prompt_inputs(
+            prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, prefix, guided=is_guided
+        )
+        if prompt_embeds is None:
+            positive = self._embed([prompt] if isinstance(prompt, str) else prompt, skip=clip_skip)
+        else:
+            positive = pictures.to_numpy(prompt_embeds).astype(np.float32)
+        options.check_finite(positive, f"{prefix}prompt embeddings")
+        negative = None if negative_prompt_embeds is None else pictures.to_numpy(negative_prompt_embeds)
+        if is_guided:
+            if negative is None:
+                if negative_prompt is None:
+                    negative_prompt = ""
+                texts = [negative_prompt] * batch if isinstance(negative_prompt, str) else negative_prompt
+                negative = self._embed(texts, length=positive.shape[1])
+            if negative.shape != positive.shape:
+                raise ValueError(
+                    f"The negative prompt's embeddings have the shape {negative.shape}, the prompt's {positive.shape};"
+                    " they have to be the same."
+                )
+            options.check_finite(negative, f"{prefix}negative prompt embeddings")
+            negative = np.repeat(negative.astype(np.float32), copies, axis=0)
+        return np.repeat(positive, copies, axis=0), negative
+
+    def _check_widths(self, prompt_embeds, negative_prompt_embeds, is_guided: bool, prefix: str) -> None:
+        """Embeddings as wide as the UNet takes them, and no longer than a negative made of text can be."""
+        width = self.unet.config.cross_attention_dim
+        for name, embeds in (
+            ("prompt_embeds", prompt_embeds),
+            ("negative_prompt_embeds", negative_prompt_embeds),
+        ):
+            if embeds is not None and isinstance(width, int) and embeds.shape[-1] != width:
+                raise ValueError(f"`{prefix}{name}` is {embeds.shape[-1]} wide, but this UNet takes {width}.")
+        if prompt_embeds is None or negative_prompt_embeds is not None or not is_guided:
+            return
+        most = self.tokenizer.model_max_length
+        if prompt_embeds.shape[1] > most:
+            raise ValueError(
+                f"`{prefix}prompt_embeds` is {prompt_embeds.shape[1]} tokens long, but the text encoder, which makes the"
+                f" negative, reads {most}; give `{prefix}negative_prompt_embeds` as well."
+            )
+
+    def get_timesteps(self, num_inference_steps: int, strength: float, device=None):
+        """The scheduler's timesteps (NumPy, noisiest first) that a strength leaves, and their number of steps."""
+        kept = min(int(num_inference_steps * strength), num_inference_steps)
+        start = max(num_inference_steps - kept, 0)
+        return self.scheduler.timesteps.asnumpy()[start * self.scheduler.order :], num_inference_steps - start
+
+    def get_inverse_timesteps(self, num_inference_steps: int, strength: float, device=None):
+        """The inverse scheduler's timesteps (NumPy, cleanest first) that a strength leaves, and their number."""
+        kept = min(int(num_inference_steps * strength), num_inference_steps)
+        start = max(num_inference_steps - kept, 0)
+        timesteps = self._ready_inverse_scheduler().timesteps.asnumpy()
+        return (timesteps if start == 0 else timesteps[:-start]), num_inference_steps - start
+
+    def _image_latents(self, pixels: np.ndarray, batch: int, copies: int, source) -> np.ndarray:
+        """Clean scaled latents (batch * copies, C, h, w) with a posterior draw for each copy of each picture.
+
+        Each picture is encoded once; the reference encodes every copy, with the same result, since the copies differ
+        in the draw only.
+        """
+        if pixels.shape[1] == self.vae.config.latent_channels:
+            latents = np.repeat(pixels.astype(np.float32), copies, axis=0)
+        else:
+            moments = self._stages.encode_image(pixels.astype(np.float32))
+            options.check_finite(moments, "VAE encoding")
+            mean, logvar = np.split(np.repeat(moments, copies, axis=0), 2, axis=1)
+            std = np.exp(np.float32(0.5) * np.clip(logvar, -30.0, 20.0))
+            latents = np.float32(self.vae.config.scaling_factor) * (
+                mean + std * randomness.randn(mean.shape, source)
+            )
+        if len(latents) != batch * copies:
+            say_once("There are fewer pictures than prompts: the pictures are repeated.")
+            latents = np.concatenate([latents] * (batch * copies // len(latents)))
+        return latents.astype(np.float32)
+
+    def _pixels(self, image, batch: int) -> np.ndarray:
+        """The picture(s) of a call, (N, 3, H, W) in [-1, 1], or latents (N, C, h, w); N divides the batch."""
+        if image is None:
+            raise ValueError(
+                "`image` is missing; give a picture (PIL, array, tensor, latents) or a list of them."
+            )
+        pixels = pictures.preprocess_image(image, self.vae_scale_factor, self.vae.config.latent_channels)
+        options.check_image_batch(len(pixels), batch)
+        return pixels
+
+    def _check_sources(self, source, pixels: np.ndarray, batch: int, copies: int) -> None:
+        """A list of generators needs one for each sample, and a picture for each prompt where the VAE encodes."""
+        if not isinstance(source, list) or len(source) == 1:
+            return
+        options.check_generators(source, batch * copies)
+        if pixels.shape[1] != self.vae.config.latent_channels and len(pixels) != batch:
+            raise ValueError(
+                f"A list of generators needs one picture for each prompt, but {len(pixels)} pictures were given for"
+                f" {batch} prompts."
+            )
+
+    @staticmethod
+    def _noised(scheduler, latents: np.ndarray, noise: np.ndarray, timestep) -> np.ndarray:
+        """Latents brought to a timestep's noise level; DPM-Solver++, on which the reference fails here, included."""
+        if hasattr(scheduler, "noise_scale"):
+            scale, spread = scheduler.noise_scale(timestep)
+            return scale * latents + spread * noise
+        import mindspore as ms
+
+        from .kernels import portable_kernels
+
+        with portable_kernels(), devices.eager():
+            result = scheduler.add_noise(
+                ms.Tensor(latents), ms.Tensor(noise), ms.Tensor(np.repeat(timestep, len(latents)))
+            )
+        return result.asnumpy()
+
+    @staticmethod
+    def _scaled_input(scheduler, latents, timestep):
+        """``scale_model_input`` of schedulers that have more than an identity there; array in, array out."""
+        if hasattr(scheduler, "noise_scale"):
+            return latents
+        import mindspore as ms
+
+        from .kernels import portable_kernels
+
+        with portable_kernels(), devices.eager():
+            return scheduler.scale_model_input(ms.Tensor(latents), as_its_own(scheduler, timestep)).asnumpy()
