@@ -91,21 +91,21 @@ class StableDiffusionDiffEditPipeline(Preparation):
         # 1. Check inputs
         options.check_guidance_scale(guidance_scale)
         is_guided = guidance_scale > 1.0
-        batch = options.check_prompt_inputs(
+        batch = self._check_prompts(
             target_prompt,
             target_negative_prompt,
             target_prompt_embeds,
             target_negative_prompt_embeds,
-            "target_",
             is_guided,
+            "target_",
         )
-        sources = options.check_prompt_inputs(
+        sources = self._check_prompts(
             source_prompt,
             source_negative_prompt,
             source_prompt_embeds,
             source_negative_prompt_embeds,
-            "source_",
             is_guided,
+            "source_",
         )
         if sources != batch:
             raise ValueError(
@@ -291,8 +291,8 @@ class StableDiffusionDiffEditPipeline(Preparation):
         # 1. Check inputs
         options.check_guidance_scale(guidance_scale)
         is_guided = guidance_scale > 1.0
-        batch = options.check_prompt_inputs(
-            prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, guided=is_guided
+        batch = self._check_prompts(
+            prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, is_guided
         )
         options.check_strength(inpaint_strength, "inpaint_strength")
         options.check_steps(num_inference_steps)
@@ -561,8 +561,8 @@ class StableDiffusionDiffEditPipeline(Preparation):
         # 1. Check inputs
         options.check_guidance_scale(guidance_scale)
         is_guided = guidance_scale > 1.0
-        batch = options.check_prompt_inputs(
-            prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, guided=is_guided
+        batch = self._check_prompts(
+            prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, is_guided
         )
         options.check_strength(inpaint_strength, "inpaint_strength")
         options.check_steps(num_inference_steps)

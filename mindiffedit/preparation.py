@@ -176,9 +176,8 @@ class Preparation(PipelineComponents):
         prefix="",
     ):
         """``encode_prompt`` on the host: float32 arrays."""
-        self._check_widths(prompt_embeds, negative_prompt_embeds, is_guided, prefix)
-        batch = options.check_prompt_inputs(
-            prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, prefix, guided=is_guided
+        batch = self._check_prompts(
+            prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, is_guided, prefix
         )
         if prompt_embeds is None:
             positive = self._embed([prompt] if isinstance(prompt, str) else prompt, skip=clip_skip)
@@ -201,8 +200,16 @@ class Preparation(PipelineComponents):
             negative = np.repeat(negative.astype(np.float32), copies, axis=0)
         return np.repeat(positive, copies, axis=0), negative
 
-    def _check_widths(self, prompt_embeds, negative_prompt_embeds, is_guided: bool, prefix: str) -> None:
-        """Embeddings as wide as the UNet takes them, and no longer than a negative made of text can be."""
+    def _check_prompts(
+        self, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, is_guided: bool, prefix: str = ""
+    ) -> int:
+        """All that can be wrong with prompts or embeddings, before a model runs; returns the batch size.
+
+        Embeddings have to be as wide as the UNet takes them, and no longer than a negative made of text can be.
+        """
+        batch = options.check_prompt_inputs(
+            prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, prefix, guided=is_guided
+        )
         width = self.unet.config.cross_attention_dim
         for name, embeds in (
             ("prompt_embeds", prompt_embeds),
@@ -211,13 +218,14 @@ class Preparation(PipelineComponents):
             if embeds is not None and isinstance(width, int) and embeds.shape[-1] != width:
                 raise ValueError(f"`{prefix}{name}` is {embeds.shape[-1]} wide, but this UNet takes {width}.")
         if prompt_embeds is None or negative_prompt_embeds is not None or not is_guided:
-            return
+            return batch
         most = self.tokenizer.model_max_length
         if prompt_embeds.shape[1] > most:
             raise ValueError(
                 f"`{prefix}prompt_embeds` is {prompt_embeds.shape[1]} tokens long, but the text encoder, which makes the"
                 f" negative, reads {most}; give `{prefix}negative_prompt_embeds` as well."
             )
+        return batch
 
     def get_timesteps(self, num_inference_steps: int, strength: float, device=None):
         """The scheduler's timesteps (NumPy, noisiest first) that a strength leaves, and their number of steps."""
