@@ -13,6 +13,7 @@ _HOMES = {
     "DDIMInverseScheduler": "schedulers",
     "DPMSolverMultistepScheduler": "schedulers",
     "DPMSolverMultistepInverseScheduler": "schedulers",
+    "Generator": "generator",
     "load_image": "pictures",
     "make_image_grid": "pictures",
 }

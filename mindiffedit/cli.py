@@ -1,4 +1,4 @@
-"""The command `mindiffedit`: edit, mask, invert and demo.
+"""The command `mindiffedit`: edit, mask, invert and demo; `parity` has a module of its own.
 
 Everything that can be wrong with the input is found before a model runs, the cheapest first: numbers and
 texts, output paths, the latents file, the picture and the mask, the model folder, the device. MindSpore is
@@ -29,6 +29,7 @@ import PIL.Image
 
 from . import demo, devices, models, options, pictures
 from .arguments import BAD_INPUT, DEFAULTS, MASK_NUMBERS, SCHEDULERS, build_parser
+from .generator import check_seed
 from .latents_file import read_latents, write_latents
 
 # Pictures of more than this many times the pixels that the model was made for are scaled down: far above its
@@ -49,9 +50,9 @@ def main(argv: Optional[List[str]] = None) -> int:
     try:
         # Libraries print; stdout is for the result alone.
         with contextlib.redirect_stdout(sys.stderr):
-            line, result = _COMMANDS[args.command](args)
+            line, result, *code = _COMMANDS[args.command](args)
         print(json.dumps(result, ensure_ascii=True) if args.json else line, flush=True)
-        return OK
+        return code[0] if code else OK
     except KeyboardInterrupt:
         print("mindiffedit: interrupted.", file=sys.stderr)
         return INTERRUPTED
@@ -126,7 +127,8 @@ def _begin(args, extensions=None, **outputs) -> _Job:
     `outputs` are options and their paths, `extensions` what these may end in (None: any picture's).
     """
     job = _Job(args, {})
-    _check_given_numbers(args)
+    check_numbers(vars(args))
+    check_seed(args.seed, "--seed")
     if args.command != "invert":
         job.target = _text(args.target, "--target")
     if args.source is not None:
@@ -158,7 +160,8 @@ def _begin(args, extensions=None, **outputs) -> _Job:
     return job
 
 
-def _check_given_numbers(args) -> None:
+def check_numbers(given: Dict[str, Any]) -> None:
+    """Check the numbers among `given`, by option name; None was not given."""
     checks = {
         "steps": options.check_steps,
         "strength": options.check_strength,
@@ -170,11 +173,9 @@ def _check_given_numbers(args) -> None:
         "size": lambda value, name: options.check_positive_int(name, value),
     }
     for name, check in checks.items():
-        value = getattr(args, name, None)
+        value = given.get(name)
         if value is not None:
             check(value, f"--{name.replace('_', '-')}")
-    if args.seed < 0:
-        raise ValueError(f"--seed has to be a whole number of at least 0, but is {args.seed}.")
 
 
 def _text(value: str, name: str) -> str:
@@ -295,8 +296,7 @@ def _skipped(args) -> Tuple[str, ...]:
 
 def _fit(job: _Job) -> None:
     """Bring the picture to a size the model can work at, and judge --mask and --latents by it."""
-    levels = job.configs["vae"].get("block_out_channels")
-    job.factor = 2 ** (len(levels) - 1) if isinstance(levels, list) and levels else 8
+    job.factor, most_pixels = working_limits(job.configs, job.settings["size"])
     if job.made is not None:
         working = job.made["working_size"]
         if any(side % job.factor for side in working):
@@ -306,7 +306,7 @@ def _fit(job: _Job) -> None:
             )
         job.fitted = pictures.restore_size(job.picture, working)
     else:
-        job.fitted, notice = pictures.fit_picture(job.picture, job.factor, _most_pixels(job))
+        job.fitted, notice = pictures.fit_picture(job.picture, job.factor, most_pixels)
         if notice is not None:
             job.note(notice)
     grid = tuple(side // job.factor for side in job.fitted.size)
@@ -318,17 +318,26 @@ def _fit(job: _Job) -> None:
         options.check_image_latents(job.latents, 1, steps, (channels, grid[1], grid[0]), "--latents")
 
 
-def _most_pixels(job: _Job) -> int:
-    if job.settings["size"] is not None:
-        return job.settings["size"] ** 2
-    native = job.configs["unet"].get("sample_size") or 64
+def working_limits(configs: Dict[str, Dict[str, Any]], size: Optional[int]) -> Tuple[int, int]:
+    """Pixels per latent of a model, and the most pixels that it works at; `size` is --size."""
+    levels = configs["vae"].get("block_out_channels")
+    factor = 2 ** (len(levels) - 1) if isinstance(levels, list) and levels else 8
+    if size is not None:
+        return factor, size**2
+    native = configs["unet"].get("sample_size") or 64
     height, width = native if isinstance(native, list) else (native, native)
-    return int(AREA_FACTOR * height * width * job.factor**2)
+    return factor, int(AREA_FACTOR * height * width * factor**2)
 
 
 @contextlib.contextmanager
-def _hushed():
+def hushed():
     """Hold back what libraries print and deprecate while they are imported; it says nothing to our user."""
+    if "mindspore" not in sys.modules:
+        os.environ.setdefault("GLOG_v", "3")  # errors only: its warnings are for MindSpore's developers
+    # transformers advises to install torch; only its tokenizer and configs are used here. When mindone is
+    # imported it puts its own switch in place of that of transformers, and the advice comes once more.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("DIFFUSERS_NO_ADVISORY_WARNINGS", "1")
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -338,13 +347,7 @@ def _hushed():
 def _load(job: _Job):
     """The pipeline, on the device asked for. From here on MindSpore is imported."""
     args = job.args
-    with job.timed("load"), _hushed():
-        if "mindspore" not in sys.modules:
-            os.environ.setdefault("GLOG_v", "3")  # errors only: its warnings are for MindSpore's developers
-        # transformers advises to install torch; only its tokenizer and configs are used here. When mindone is
-        # imported it puts its own switch in place of that of transformers, and the advice comes once more.
-        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-        os.environ.setdefault("DIFFUSERS_NO_ADVISORY_WARNINGS", "1")
+    with job.timed("load"), hushed():
         try:
             job.device = devices.require_device(args.device)
         except RuntimeError as error:
@@ -629,4 +632,17 @@ def _common_result(job: _Job) -> Dict[str, Any]:
     }
 
 
-_COMMANDS = {"edit": _edit, "mask": _mask, "invert": _invert, "demo": _demo}
+def _parity(args):
+    # Imported when asked for: it imports this module.
+    command = importlib.import_module("mindiffedit.parity.command")
+    return command.record(args) if args.command == "parity record" else command.check(args)
+
+
+_COMMANDS = {
+    "edit": _edit,
+    "mask": _mask,
+    "invert": _invert,
+    "demo": _demo,
+    "parity record": _parity,
+    "parity check": _parity,
+}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from typing import Any, Dict, Optional
+from typing import Any, Callable, Dict, Optional
 
 import numpy as np
 
@@ -20,6 +20,11 @@ def say_once(message: str) -> None:
     if message not in _ALREADY_SAID:
         _ALREADY_SAID.add(message)
         logger.warning(message)
+
+
+Observer = Callable[[str, np.ndarray, Optional[int]], np.ndarray]
+"""Called as ``observer(stage, array, step)`` with every array that crosses from one stage to the next, on the host; the
+pipeline goes on with the array that it returns. ``step`` counts from 0 inside the loops and is None outside."""
 
 
 class PipelineComponents:
@@ -62,6 +67,7 @@ class PipelineComponents:
         self.requires_safety_checker = requires_safety_checker
         self.mode = mode
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.observer: Optional[Observer] = None
         self.unet_batch_size = 8
         self._progress_bar_config: Dict[str, Any] = {}
         self._stages_built = None
@@ -252,6 +258,10 @@ class PipelineComponents:
         if self._stages_built is None or not self._stages_built.serves(*parts):
             self._stages_built = Stages(*parts)
         return self._stages_built
+
+    def _crosses(self, stage: str, array: np.ndarray, step: Optional[int] = None) -> np.ndarray:
+        """Shows an array that crosses a stage to the observer, if there is one; returns what to go on with."""
+        return array if self.observer is None else self.observer(stage, array, step)
 
     @staticmethod
     def _tensor(array: np.ndarray, dtype=None):

@@ -676,6 +676,12 @@ def _class_of(index: Mapping[str, Any], folder: Path, name: str) -> str | None:
     return found
 
 
+def scheduler_class(folder: str | os.PathLike) -> str | None:
+    """Class of a checkpoint folder's scheduler, as its model_index.json names it."""
+    folder = Path(folder)
+    return _entry(_read_index(folder), folder, "scheduler")
+
+
 @dataclass(frozen=True)
 class _Source:
     """Where a model comes from: its config, its weight file (or index of shards) and what that holds."""

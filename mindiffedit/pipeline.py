@@ -7,6 +7,7 @@ of ``docs/differences.md``.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import logging
 from typing import Any, Callable, Dict, List, Optional, Union
@@ -136,9 +137,10 @@ class StableDiffusionDiffEditPipeline(Preparation):
         attention_kwargs = self._attention_kwargs(cross_attention_kwargs)
         scheduler = self._ready_scheduler()
         # 5. Set timesteps (before the models run, so that a bad schedule fails first)
-        self._set_timesteps(scheduler, num_inference_steps)
-        timestep = self.get_timesteps(num_inference_steps, mask_encode_strength)[0][0]
-        self._check_range(scheduler, timestep, num_inference_steps)
+        timesteps, _ = self._schedule(
+            scheduler, self.get_timesteps, num_inference_steps, mask_encode_strength
+        )
+        timestep = self._crosses("timestep", np.asarray(timesteps[0]))
         # 4. Preprocess image
         pixels = self._pixels(image, batch)
         self._check_sources(source, pixels, batch, num_maps_per_mask)
@@ -157,6 +159,8 @@ class StableDiffusionDiffEditPipeline(Preparation):
             attention_kwargs,
         )
 
+        maps = self._crosses("map", maps)
+
         # 8. The mask. D4: the clamp is a mean over the whole batch, as in the reference.
         magnitude = maps.mean(dtype=np.float64).astype(np.float32) * np.float32(mask_thresholding_ratio)
         if magnitude == 0:
@@ -164,7 +168,8 @@ class StableDiffusionDiffEditPipeline(Preparation):
                 "Source and target prompt give the same noise prediction everywhere, so there is no difference to"
                 " make a mask of; say in the target prompt what shall change."
             )
-        mask = np.where(np.clip(maps, 0, magnitude) / magnitude <= 0.5, 0, 1)
+        magnitude = self._crosses("clamp_magnitude", np.asarray(magnitude))
+        mask = self._crosses("mask", np.where(np.clip(maps, 0, magnitude) / magnitude <= 0.5, 0, 1))
 
         # 9. Convert
         return pictures.mask_to_pil(mask) if output_type == "pil" else mask
@@ -201,17 +206,18 @@ class StableDiffusionDiffEditPipeline(Preparation):
 
         # 6. Image latents, noised
         latents = self._image_latents(pixels, batch, copies, source)
-        noise = randomness.randn(latents.shape, source)
-        noised = self._noised(scheduler, latents, noise, timestep)
+        noise = self._crosses("noise", self._noise(latents.shape, source))
+        noised = self._crosses("noised_latents", self._noised(scheduler, latents, noise, timestep))
         noised = self._scaled_input(scheduler, noised, timestep)
 
         # 7. Predict the noise; guidance needs four predictions for each map, otherwise two
-        branches = [origin_negative, origin, target_negative, target] if is_guided else [origin, target]
+        branches = [origin, origin_negative, target, target_negative] if is_guided else [origin, target]
         predictions = self._predict_all(
             np.concatenate([noised] * len(branches)), timestep, np.concatenate(branches), attention_kwargs
         )
+        predictions = self._crosses("noise_predictions", predictions)
         if is_guided:
-            on_source_negative, on_source, on_target_negative, on_target = np.split(predictions, 4)
+            on_source, on_source_negative, on_target, on_target_negative = np.split(predictions, 4)
             # D1: the reference takes the negative for the prompt and the prompt for the negative here, which turns
             # the guidance round. Kept, so that masks are the reference's.
             scale = np.float32(guidance_scale)
@@ -291,9 +297,7 @@ class StableDiffusionDiffEditPipeline(Preparation):
         # 1. Check inputs
         options.check_guidance_scale(guidance_scale)
         is_guided = guidance_scale > 1.0
-        batch = self._check_prompts(
-            prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, is_guided
-        )
+        batch = self._check_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, is_guided)
         options.check_strength(inpaint_strength, "inpaint_strength")
         options.check_steps(num_inference_steps)
         options.effective_steps(num_inference_steps, inpaint_strength, "inpaint_strength")
@@ -310,9 +314,10 @@ class StableDiffusionDiffEditPipeline(Preparation):
                 f" prompt at a time, but {batch} were given; set guidance_scale=1 or invert them one by one."
             )
         # 6. Prepare timesteps (before the models run, so that a bad schedule fails first)
-        self._set_timesteps(scheduler, num_inference_steps)
-        timesteps, steps = self.get_inverse_timesteps(num_inference_steps, inpaint_strength)
-        self._check_range(scheduler, timesteps, num_inference_steps)
+        timesteps, steps = self._schedule(
+            scheduler, self.get_inverse_timesteps, num_inference_steps, inpaint_strength
+        )
+        timesteps = self._crosses("timesteps", timesteps)
 
         # 2. to 4. Picture to latents
         pixels = self._pixels(image, batch)
@@ -339,7 +344,7 @@ class StableDiffusionDiffEditPipeline(Preparation):
             )
 
         inverted = self._run(
-            "inversion",
+            "inverted_latents",
             scheduler,
             timesteps,
             steps,
@@ -376,7 +381,7 @@ class StableDiffusionDiffEditPipeline(Preparation):
     def _decoded(self, latents: np.ndarray) -> np.ndarray:
         images = self._stages.decode_latents(latents / np.float32(self.vae.config.scaling_factor))
         options.check_finite(images, "VAE decoding")
-        return images
+        return self._crosses("decoded", images)
 
     def _run(
         self,
@@ -397,13 +402,18 @@ class StableDiffusionDiffEditPipeline(Preparation):
         source=None,
         regularise=None,
     ) -> List[np.ndarray]:
-        """The loop of ``invert`` (no mask) and of the edit: latents after every step, each (B, C, h, w) float32."""
+        """The loop of ``invert`` (no mask) and of the edit: latents after every step, each (B, C, h, w) float32.
+
+        ``stage`` is "inverted_latents" or "edited_latents".
+        """
         is_guided = guidance_scale > 1.0
         plan = None
-        if regularise is None and hasattr(scheduler, "plan"):
+        if hasattr(scheduler, "plan"):
             accepts_eta = "eta" in inspect.signature(scheduler.plan).parameters
             plan = scheduler.plan(timesteps, eta) if accepts_eta else scheduler.plan(timesteps)
         if plan is not None:
+            plan = dataclasses.replace(plan, coefficients=self._crosses("coefficients", plan.coefficients))
+        if plan is not None and regularise is None:
             advance = self._fused_advance(
                 plan, embeds, guidance_scale, attention_kwargs, latents, mask, backgrounds, source
             )
@@ -425,7 +435,8 @@ class StableDiffusionDiffEditPipeline(Preparation):
         with self.progress_bar(total=steps) as bar:
             for i, t in enumerate(timesteps):
                 latents = advance(i, t, latents)
-                options.check_finite(latents, stage, i)
+                options.check_finite(latents, stage.replace("_", " "), i)
+                latents = self._crosses(stage, latents, i)
                 results.append(latents)
                 if i == len(timesteps) - 1 or ((i + 1) > warmup and (i + 1) % scheduler.order == 0):
                     bar.update()
@@ -445,7 +456,9 @@ class StableDiffusionDiffEditPipeline(Preparation):
 
         def advance(i, t, latents):
             nonlocal previous_clean
-            noise = self._tensor(randomness.randn(like.shape, source)) if plan.noisy else zeros
+            noise = zeros
+            if plan.noisy:
+                noise = self._tensor(self._crosses("step_noise", self._noise(like.shape, source), i))
             background = zeros if backgrounds is None else self._tensor(backgrounds[i])
             updated, previous_clean = run(
                 self._tensor(latents),
@@ -458,6 +471,10 @@ class StableDiffusionDiffEditPipeline(Preparation):
                 background,
                 noise,
             )
+            if plan.solver == "dpm" and self.observer is not None:
+                # The one other thing that a step hands to the next.
+                seen = self._crosses("clean_predictions", previous_clean.asnumpy(), i)
+                previous_clean = self._tensor(seen)
             return updated.asnumpy()
 
         return advance
@@ -487,10 +504,17 @@ class StableDiffusionDiffEditPipeline(Preparation):
         stochastic = (eta > 0 and "eta" in accepted) or "sde" in str(
             scheduler.config.get("algorithm_type", "")
         )
+
+        def draw(shape):
+            return self._crosses("step_noise", self._noise(shape, source), step)
+
         if not wants_noise and "generator" in accepted:
-            extra["generator"] = randomness.Draws(source)
+            extra["generator"] = randomness.Draws(draw)
+        step = 0
 
         def advance(i, t, latents):
+            nonlocal step
+            step = i
             model_input = self._scaled_input(scheduler, latents, t)
             output = self._stages.guided(
                 self._tensor(model_input), t, embeds, guidance_scale, is_guided, attention_kwargs
@@ -499,7 +523,7 @@ class StableDiffusionDiffEditPipeline(Preparation):
                 doubled = np.concatenate([model_input] * 2) if is_guided else model_input
                 output = ms.Tensor(regularise(output.asnumpy(), doubled, t))
             if wants_noise and stochastic:
-                extra["variance_noise"] = ms.Tensor(randomness.randn(latents.shape, source))
+                extra["variance_noise"] = ms.Tensor(draw(latents.shape))
             with portable_kernels(), devices.eager():
                 updated = scheduler.step(
                     output, as_its_own(scheduler, t), ms.Tensor(latents), **extra, return_dict=False
@@ -561,9 +585,7 @@ class StableDiffusionDiffEditPipeline(Preparation):
         # 1. Check inputs
         options.check_guidance_scale(guidance_scale)
         is_guided = guidance_scale > 1.0
-        batch = self._check_prompts(
-            prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, is_guided
-        )
+        batch = self._check_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, is_guided)
         options.check_strength(inpaint_strength, "inpaint_strength")
         options.check_steps(num_inference_steps)
         options.effective_steps(num_inference_steps, inpaint_strength, "inpaint_strength")
@@ -591,9 +613,10 @@ class StableDiffusionDiffEditPipeline(Preparation):
         mask = np.concatenate([np.broadcast_to(mask, (batch, *mask.shape[1:]))] * num_images_per_prompt)
 
         # 5. Set timesteps
-        self._set_timesteps(scheduler, num_inference_steps)
-        timesteps, steps = self.get_timesteps(num_inference_steps, inpaint_strength)
-        self._check_range(scheduler, timesteps, num_inference_steps)
+        timesteps, steps = self._schedule(
+            scheduler, self.get_timesteps, num_inference_steps, inpaint_strength
+        )
+        timesteps = self._crosses("timesteps", timesteps)
 
         # 6. Preprocess image latents
         array = options.check_image_latents(
@@ -614,7 +637,7 @@ class StableDiffusionDiffEditPipeline(Preparation):
 
         # 8. Denoising loop. D3: the background of step i is image_latents[i], one noise level late, as in the reference.
         edited = self._run(
-            "edit",
+            "edited_latents",
             scheduler,
             timesteps,
             steps,

@@ -43,9 +43,12 @@ class Preparation(PipelineComponents):
             self._own_inverse = (scheduler, inverse_of(scheduler))
         return self._own_inverse[1]
 
-    @staticmethod
-    def _set_timesteps(scheduler, num_inference_steps: int) -> None:
-        """``set_timesteps`` before any model runs, with errors that say what to do."""
+    def _schedule(self, scheduler, chosen, num_inference_steps: int, strength: float):
+        """Sets the scheduler's timesteps and returns what ``chosen`` (a ``get_…timesteps``) leaves of them.
+
+        Before any model runs, with errors that say what to do; timesteps beyond the noise table, which an offset on a
+        full-length schedule gives, are one.
+        """
         name, trained = type(scheduler).__name__, scheduler.config.num_train_timesteps
         if num_inference_steps > trained:
             raise ValueError(
@@ -58,16 +61,13 @@ class Preparation(PipelineComponents):
             raise ValueError(
                 f"{name} cannot make a schedule of {num_inference_steps} steps: {error}"
             ) from error
-
-    @staticmethod
-    def _check_range(scheduler, timesteps: np.ndarray, num_inference_steps: int) -> None:
-        """Timesteps beyond the noise table, which an offset on a full-length schedule gives, are an error."""
-        most = scheduler.config.num_train_timesteps - 1
-        if timesteps.max() > most:
+        timesteps, steps = chosen(num_inference_steps, strength)
+        if timesteps.max() > trained - 1:
             raise ValueError(
-                f"{num_inference_steps} steps reach timestep {int(timesteps.max())}, but the model's last is {most}; give"
-                " fewer steps."
+                f"{num_inference_steps} steps reach timestep {int(timesteps.max())}, but the model's last is"
+                f" {trained - 1}; give fewer steps."
             )
+        return timesteps, steps
 
     def _attention_kwargs(self, given) -> Dict[str, Any]:
         """Checked ``cross_attention_kwargs`` that the attention processors know; others are ignored with a warning."""
@@ -112,14 +112,18 @@ class Preparation(PipelineComponents):
             )
 
     def _embed(
-        self, texts: List[str], length: Optional[int] = None, skip: Optional[int] = None
+        self, texts: List[str], stage: str, length: Optional[int] = None, skip: Optional[int] = None
     ) -> np.ndarray:
-        """Prompt embeddings (B, L, D) float32 of texts, padded or cut to the tokenizer's length."""
+        """Prompt embeddings (B, L, D) float32 of texts, padded or cut to the tokenizer's length.
+
+        ``stage`` is the name that the token ids are observed under.
+        """
         inputs = self._tokens(texts, length or self.tokenizer.model_max_length)
         if length is None:
             self._warn_of_truncation(texts, inputs.input_ids)
         uses_mask = getattr(self.text_encoder.config, "use_attention_mask", False)
-        return self._stages.encode_text(inputs.input_ids, inputs.attention_mask if uses_mask else None, skip)
+        token_ids = self._crosses(stage, inputs.input_ids)
+        return self._stages.encode_text(token_ids, inputs.attention_mask if uses_mask else None, skip)
 
     def encode_prompt(
         self,
@@ -180,28 +184,37 @@ class Preparation(PipelineComponents):
             prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, is_guided, prefix
         )
         if prompt_embeds is None:
-            positive = self._embed([prompt] if isinstance(prompt, str) else prompt, skip=clip_skip)
+            texts = [prompt] if isinstance(prompt, str) else prompt
+            positive = self._embed(texts, f"{prefix}token_ids", skip=clip_skip)
         else:
             positive = pictures.to_numpy(prompt_embeds).astype(np.float32)
         options.check_finite(positive, f"{prefix}prompt embeddings")
+        positive = self._crosses(f"{prefix}prompt_embeds", positive)
         negative = None if negative_prompt_embeds is None else pictures.to_numpy(negative_prompt_embeds)
         if is_guided:
             if negative is None:
                 if negative_prompt is None:
                     negative_prompt = ""
                 texts = [negative_prompt] * batch if isinstance(negative_prompt, str) else negative_prompt
-                negative = self._embed(texts, length=positive.shape[1])
+                negative = self._embed(texts, f"{prefix}negative_token_ids", length=positive.shape[1])
             if negative.shape != positive.shape:
                 raise ValueError(
                     f"The negative prompt's embeddings have the shape {negative.shape}, the prompt's {positive.shape};"
                     " they have to be the same."
                 )
             options.check_finite(negative, f"{prefix}negative prompt embeddings")
-            negative = np.repeat(negative.astype(np.float32), copies, axis=0)
+            negative = self._crosses(f"{prefix}negative_prompt_embeds", negative.astype(np.float32))
+            negative = np.repeat(negative, copies, axis=0)
         return np.repeat(positive, copies, axis=0), negative
 
     def _check_prompts(
-        self, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, is_guided: bool, prefix: str = ""
+        self,
+        prompt,
+        negative_prompt,
+        prompt_embeds,
+        negative_prompt_embeds,
+        is_guided: bool,
+        prefix: str = "",
     ) -> int:
         """All that can be wrong with prompts or embeddings, before a model runs; returns the batch size.
 
@@ -251,15 +264,19 @@ class Preparation(PipelineComponents):
         else:
             moments = self._stages.encode_image(pixels.astype(np.float32))
             options.check_finite(moments, "VAE encoding")
-            mean, logvar = np.split(np.repeat(moments, copies, axis=0), 2, axis=1)
+            moments = np.repeat(self._crosses("moments", moments), copies, axis=0)
+            mean, logvar = np.split(moments, 2, axis=1)
             std = np.exp(np.float32(0.5) * np.clip(logvar, -30.0, 20.0))
-            latents = np.float32(self.vae.config.scaling_factor) * (
-                mean + std * randomness.randn(mean.shape, source)
-            )
+            drawn = self._crosses("posterior_noise", self._noise(mean.shape, source))
+            latents = np.float32(self.vae.config.scaling_factor) * (mean + std * drawn)
         if len(latents) != batch * copies:
             say_once("There are fewer pictures than prompts: the pictures are repeated.")
             latents = np.concatenate([latents] * (batch * copies // len(latents)))
-        return latents.astype(np.float32)
+        return self._crosses("latents", latents.astype(np.float32))
+
+    def _noise(self, shape, source) -> np.ndarray:
+        """Standard normal noise, float32, drawn as the reference draws it for models of this dtype."""
+        return randomness.randn(shape, source, str(self.vae.dtype).rpartition(".")[2].lower())
 
     def _pixels(self, image, batch: int) -> np.ndarray:
         """The picture(s) of a call, (N, 3, H, W) in [-1, 1], or latents (N, C, h, w); N divides the batch."""

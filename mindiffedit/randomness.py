@@ -1,15 +1,19 @@
 """The one door for randomness: every random number of the pipeline is drawn here, on the host, with NumPy.
 
-A *noise source* is anything with ``standard_normal(size, dtype)`` and ``integers(high)`` that behave like those of
-``numpy.random.Generator``: a NumPy generator itself, or an object that imitates another framework's stream. Models
-and compiled steps never draw; they take noise as an argument.
+A *noise source* is anything with ``standard_normal(size, dtype)`` and ``integers(high)`` that behave like
+those of ``numpy.random.Generator``: a NumPy generator itself, ``mindiffedit.Generator``, which draws
+PyTorch's numbers, or another object. An int seed stands for ``mindiffedit.Generator().manual_seed(seed)``, so
+``generator=0`` here is diffusers' ``generator=torch.Generator().manual_seed(0)``. Models and compiled steps
+never draw; they take noise as an argument.
 """
 
 from __future__ import annotations
 
-from typing import List, Protocol, Union, runtime_checkable
+from typing import Callable, List, Protocol, Union, runtime_checkable
 
 import numpy as np
+
+from .generator import Generator, check_seed, dtype_name, rounded
 
 
 @runtime_checkable
@@ -25,12 +29,14 @@ def resolve(generator) -> Union[NoiseSource, List[NoiseSource]]:
     """Turns what a user gives as ``generator=`` into one noise source or a list of them.
 
     Args:
-        generator: None (fresh entropy), an int seed (a new stream starting there), a ``numpy.random.Generator`` or
-            another noise source (its position moves on with every draw), or a list of these, one for each sample.
+        generator: None (fresh entropy), an int seed as PyTorch takes them, -2**63 to 2**64 - 1 (the stream of
+            ``mindiffedit.Generator().manual_seed(seed)``, from its beginning), a ``mindiffedit.Generator``, a
+            ``numpy.random.Generator`` or another noise source (its position moves on with every draw), or a
+            list of these, one for each sample.
 
     Raises:
         TypeError: for anything else, naming it.
-        ValueError: for a negative seed or an empty list.
+        ValueError: for a seed out of that range or an empty list.
     """
     if isinstance(generator, (list, tuple)):
         if len(generator) == 0:
@@ -45,47 +51,55 @@ def _single(generator) -> NoiseSource:
     if generator is None:
         return np.random.default_rng()
     if isinstance(generator, (int, np.integer)) and not isinstance(generator, (bool, np.bool_)):
-        if generator < 0:
-            raise ValueError(
-                f"`generator` was given as the seed {generator}; a seed is a whole number of at least 0."
-            )
-        return np.random.default_rng(int(generator))
+        return Generator().manual_seed(check_seed(generator, "`generator`"))
     if isinstance(generator, NoiseSource):
         return generator
     raise TypeError(
-        f"`generator` has to be None, an int seed, a numpy.random.Generator or a list of these, but is"
-        f" {type(generator).__module__}.{type(generator).__qualname__}."
+        "`generator` has to be None, an int seed, a mindiffedit.Generator, a numpy.random.Generator or a list"
+        f" of these, but is {type(generator).__module__}.{type(generator).__qualname__}."
     )
 
 
-def randn(shape, source: Union[NoiseSource, List[NoiseSource]]) -> np.ndarray:
-    """Standard normal noise, float32, of ``shape``.
+def randn(shape, source: Union[NoiseSource, List[NoiseSource]], dtype: str = "float32") -> np.ndarray:
+    """Standard normal noise of ``shape``, a float32 array whatever ``dtype`` is.
 
     With a list of sources each sample along the first axis comes from its own source (as the reference's
     ``randn_tensor`` draws it); the list must have ``shape[0]`` entries.
+
+    Args:
+        dtype: "float32", "float16", "bfloat16" or "float64", the precision that the values have. A
+            ``mindiffedit.Generator`` is asked for that dtype, which PyTorch draws as a stream of its own (the
+            reference does so where its model has that dtype); other sources are asked for float32, rounded
+            here.
+
+    Raises:
+        ValueError: for a list of another length or another dtype.
     """
+    dtype = dtype_name(dtype)
     shape = tuple(int(n) for n in shape)
     if isinstance(source, list) and len(source) == 1:
         source = source[0]  # as the reference takes it
     if isinstance(source, list):
         if len(source) != shape[0]:
             raise ValueError(
-                f"You have passed a list of generators of length {len(source)}, but requested an effective batch size"
-                f" of {shape[0]}. Give one generator for each sample of the batch."
+                f"You have passed a list of generators of length {len(source)}, but requested an effective"
+                f" batch size of {shape[0]}. Give one generator for each sample of the batch."
             )
-        return np.concatenate([randn((1,) + shape[1:], each) for each in source])
-    return np.asarray(source.standard_normal(size=shape, dtype=np.float32), np.float32)
+        return np.concatenate([randn((1,) + shape[1:], each, dtype) for each in source])
+    if isinstance(source, Generator):
+        return source.randn(shape, dtype=dtype).astype(np.float32)
+    return rounded(source.standard_normal(size=shape, dtype=np.float32), dtype)
 
 
 class Draws:
-    """A source, or list of sources, under the one call that mindone's schedulers make of a generator."""
+    """A function that draws noise of a shape, under the one call that mindone's schedulers make of a generator."""
 
-    def __init__(self, source: Union[NoiseSource, List[NoiseSource]]):
-        self._source = source
+    def __init__(self, draw: Callable[[tuple], np.ndarray]):
+        self._draw = draw
 
     def standard_normal(self, size) -> np.ndarray:
-        """Noise of the whole batch; a list of sources is split by ``randn``."""
-        return randn(size, self._source)
+        """Noise of the whole batch."""
+        return self._draw(size)
 
 
 def randint(high: int, source: Union[NoiseSource, List[NoiseSource]]) -> int:

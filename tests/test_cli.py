@@ -83,7 +83,7 @@ class FakePipeline:
         steps = int(kwargs["num_inference_steps"] * kwargs["inpaint_strength"])
         width, height = kwargs["image"].size
         shape = (1, steps, 4, height // 8, width // 8)
-        values = np.random.default_rng(kwargs["generator"]).normal(size=shape)
+        values = np.random.default_rng(kwargs["generator"] % 2**64).normal(size=shape)
         return types.SimpleNamespace(latents=values.astype(np.float32))
 
     def __call__(self, **kwargs):
@@ -466,6 +466,13 @@ def test_invert_writes_what_edit_reads(work, capsys):
     assert type(pipe.scheduler).__name__ == "DPMSolverMultistepScheduler"
 
 
+@pytest.mark.parametrize("seed", [-9, -(2**63), 2**64 - 1])
+def test_every_seed_of_torch_is_taken_and_kept(work, capsys, seed):
+    assert f"seed {seed}" in invert(capsys, "--seed", str(seed))
+    assert arguments("invert")["generator"] == seed
+    assert read_latents("l.safetensors")[1]["seed"] == seed
+
+
 def test_latents_keep_their_size(work, capsys):
     invert(capsys, "--size", "64")
     _, made = read_latents("l.safetensors")
@@ -607,7 +614,8 @@ def test_an_incomplete_installation_is_said(work, capsys, monkeypatch):
         (["--mask-strength", "-0.1"], "--mask-strength"),
         (["--mask-threshold", "0"], "--mask-threshold"),
         (["--size", "0"], "--size"),
-        (["--seed", "-1"], "--seed"),
+        (["--seed", "-9223372036854775809"], "--seed"),
+        (["--seed", "18446744073709551616"], "--seed"),
         (["--seed", "1.0"], "--seed"),
         (["--mode", "fast"], "--mode"),
         (["--device", "TPU"], "TPU"),

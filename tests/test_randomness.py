@@ -2,17 +2,67 @@
 
 import numpy as np
 import pytest
+import torch
 
-from mindiffedit import randomness
+from mindiffedit import Generator, randomness
 
 
 def test_a_seed_starts_a_stream_anew_and_a_generator_moves_on():
     first = randomness.randn((2, 3), randomness.resolve(7))
     assert np.array_equal(first, randomness.randn((2, 3), randomness.resolve(7)))
-    generator = np.random.default_rng(7)
-    source = randomness.resolve(generator)
-    assert np.array_equal(first, randomness.randn((2, 3), source))
-    assert not np.array_equal(first, randomness.randn((2, 3), source))
+    for generator in (Generator().manual_seed(7), np.random.default_rng(7)):
+        source = randomness.resolve(generator)
+        assert source is generator
+        drawn = randomness.randn((2, 3), source)
+        assert np.array_equal(first, drawn) == isinstance(generator, Generator)
+        assert not np.array_equal(drawn, randomness.randn((2, 3), source))
+
+
+@pytest.mark.parametrize("seed", [0, 33, -7, 2**64 - 7, -(2**63), np.int32(-7), np.uint64(2**63)])
+def test_an_int_is_the_seed_of_a_torch_generator(seed):
+    reference = torch.Generator().manual_seed(int(seed))
+    source = randomness.resolve(seed)
+    for shape in ((1, 4, 8, 9), (2, 3), (2, 4, 5, 5)):
+        expected = torch.randn(shape, generator=reference).numpy()
+        assert np.abs(randomness.randn(shape, source) - expected).max() <= 1e-6
+        assert randomness.randint(32, source) == torch.randint(32, (1,), generator=reference).item()
+    assert np.array_equal(source.get_state()[:5024], reference.get_state().numpy()[:5024])
+
+
+def test_a_numpy_generator_draws_as_ever():
+    drawn = randomness.randn((3, 5), randomness.resolve(np.random.default_rng(4)))
+    assert np.array_equal(drawn, np.random.default_rng(4).standard_normal((3, 5), np.float32))
+    assert randomness.randint(9, np.random.default_rng(4)) == np.random.default_rng(4).integers(9)
+
+
+def test_no_generator_is_another_stream_each_time():
+    drawn = [randomness.randn((8,), randomness.resolve(None)) for _ in range(2)]
+    assert not np.array_equal(*drawn)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+@pytest.mark.parametrize("count", [5, 40])
+def test_a_dtype_is_that_of_the_stream_or_rounds(dtype, count):
+    kind = getattr(torch, dtype)
+    steps = {"float32": 1e-6, "float64": 1e-6, "float16": 2e-3, "bfloat16": 2e-2}
+    drawn = randomness.randn((2, count), randomness.resolve([3, -4]), dtype)
+    assert drawn.dtype == np.float32 and drawn.shape == (2, count)
+    for row, seed in zip(drawn, (3, -4)):
+        expected = torch.randn((1, count), generator=torch.Generator().manual_seed(seed), dtype=kind)
+        assert np.abs(row - expected[0].float().numpy()).max() <= steps[dtype]
+        if count == 40 and dtype != "float32":  # not the float32 stream, rounded
+            other = torch.randn((1, count), generator=torch.Generator().manual_seed(seed)).to(kind)
+            assert np.abs(row - other[0].float().numpy()).max() > 0.1
+    # What NumPy draws is float32, rounded, as PyTorch rounds.
+    single = np.random.default_rng(6).standard_normal(count, np.float32)
+    rounded = torch.from_numpy(single).to(kind).float().numpy()
+    assert np.array_equal(randomness.randn((count,), np.random.default_rng(6), dtype), rounded)
+
+
+def test_another_dtype_is_refused():
+    for source in (Generator(), np.random.default_rng(0), [Generator(), Generator()]):
+        with pytest.raises(ValueError, match="int8"):
+            randomness.randn((2, 3), source, "int8")
 
 
 def test_a_list_draws_each_sample_from_its_own_stream():
@@ -41,7 +91,7 @@ def test_other_things_are_refused_by_name(given):
         randomness.resolve(given)
 
 
-@pytest.mark.parametrize("given", [-1, []])
+@pytest.mark.parametrize("given", [2**64, -(2**63) - 1, [0, 2**64], []])
 def test_values_that_mean_nothing_are_refused(given):
     with pytest.raises(ValueError, match="generator"):
         randomness.resolve(given)

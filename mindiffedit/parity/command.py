@@ -1,0 +1,388 @@
+"""`mindiffedit parity record` and `mindiffedit parity check`: from arguments to golden files and verdicts.
+
+Both begin with everything that can be wrong, before a model runs. Recording imports torch and diffusers, checking
+imports MindSpore; neither needs the other's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import sys
+import time
+from argparse import Namespace
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+import numpy as np
+import PIL.Image
+
+from .. import __version__, cli, demo, devices, models, options, pictures
+from ..arguments import CASE_DEFAULTS, CASE_OPTIONS, DEFAULTS, SCHEDULERS
+from ..generator import check_seed
+from . import golden, metrics, report, tolerances
+from .case import Case
+
+PICTURE = "input/picture"
+"""The pictures at the size that the models work at, uint8 (N, H, W, 3)."""
+
+_PACKAGES = ("torch", "diffusers", "mindspore", "mindone", "transformers", "numpy", "safetensors")
+
+
+# --- record --------------------------------------------------------------------------------------------------------
+
+
+def record(args: Namespace):
+    """Runs the reference on a case and writes the golden file; returns (line, result)."""
+    settings = _settings(args)
+    pictures.check_output_path(args.output, (".safetensors",))
+    folder = _folder(args.model)
+    configs = models.check_folder(folder, ("safety_checker",))
+    images = _fitted(args, settings, configs)
+    case = _case(settings, images, folder)
+    try:
+        import torch
+
+        from . import floors, reference
+    except ImportError as error:
+        raise ValueError(
+            f"recording runs the PyTorch reference, but {error.name} is not installed: pip install"
+            " 'mindiffedit[parity]', in an environment of its own if you like."
+        ) from error
+    started = time.perf_counter()
+    weights = golden.hash_files(folder)
+    with cli.hushed():
+        pipe = reference.load(folder, case, getattr(torch, settings["dtype"]))
+        trace = reference.run(pipe, case)
+        _say(args, f"the reference ran: {len(trace)} stages.")
+        measured = None
+        if not args.no_floors:
+            measured = floors.measure(folder, case, trace)
+            _say(args, "its float64 run is done: floors measured.")
+    manifest = {
+        "arguments": settings,
+        "calls": case.described(),
+        "dtype": settings["dtype"],
+        "floors": measured,
+        "weights": weights,
+        "versions": _versions(),
+        "platform": _platform(),
+        "recorded": time.strftime("%Y-%m-%d", time.gmtime()),
+        "mended": _mended(case),
+    }
+    stored = {PICTURE: np.stack([np.asarray(image) for image in images]), **trace}
+    golden.write_golden(args.output, stored, manifest)
+    seconds, size = round(time.perf_counter() - started, 1), Path(args.output).stat().st_size
+    result = {
+        "command": args.command,
+        "output": str(args.output),
+        "stages": len(trace),
+        "bytes": size,
+        "model": str(folder),
+        "arguments": settings,
+        "seconds": seconds,
+    }
+    return f"{args.output}: {len(trace)} stages, {size / 1e6:.1f} MB, {seconds:.1f} s", result
+
+
+def _settings(args: Namespace) -> Dict[str, Any]:
+    """Every option of the case with its value, checked as far as that goes without a model."""
+    suited = demo.SETTINGS if args.model == "demo" else {}
+    settings: Dict[str, Any] = {}
+    for name in CASE_OPTIONS:
+        given = getattr(args, name)
+        default = suited.get(name, {**DEFAULTS, **CASE_DEFAULTS}.get(name))
+        settings[name] = default if given is None else given
+    if settings["invert_guidance"] is None:
+        settings["invert_guidance"] = settings["guidance"]
+    settings["seed"] = settings["seed"] or [0]
+    _check_numbers(settings)
+    _check_texts(settings)
+    _check_seeds(settings)
+    return settings
+
+
+def _check_numbers(settings: Dict[str, Any]) -> None:
+    cli.check_numbers(settings)
+    options.effective_steps(settings["steps"], settings["strength"], "--strength")
+    options.effective_steps(settings["steps"], settings["mask_strength"], "--mask-strength")
+    options.check_positive_int("--images-per-prompt", settings["images_per_prompt"])
+    options.check_eta(settings["eta"])
+    options.check_regularisation(
+        settings["lambda_auto_corr"],
+        settings["lambda_kl"],
+        settings["reg_steps"],
+        settings["auto_corr_rolls"],
+    )
+    if settings["clip_skip"] is not None:
+        options.check_positive_int("--clip-skip", settings["clip_skip"])
+    if settings["solver_order"] not in (None, 1, 2):
+        raise ValueError(f"--solver-order has to be 1 or 2, but is {settings['solver_order']}.")
+
+
+def _check_texts(settings: Dict[str, Any]) -> None:
+    batch = len(settings["source"])
+    if len(settings["target"]) != batch:
+        raise ValueError(
+            f"--source was given {batch} times and --target {len(settings['target'])} times; give as many of each."
+        )
+    if len(settings["image"]) not in (1, batch):
+        raise ValueError(
+            f"{len(settings['image'])} pictures were given for {batch} prompts; give one picture for each, or one."
+        )
+    for name in ("negative", "invert_negative", "source_negative", "target_negative"):
+        texts = settings[name]
+        if texts is not None and len(texts) != batch:
+            raise ValueError(
+                f"--{name.replace('_', '-')} was given {len(texts)} times for {batch} prompts; give one for each."
+            )
+    if settings["source"] == settings["target"]:
+        raise ValueError("--source and --target are the same text: there is nothing to change.")
+
+
+def _check_seeds(settings: Dict[str, Any]) -> None:
+    for name in ("seed", "mask_seed"):
+        for seed in settings[name] or ():
+            check_seed(seed, f"--{name.replace('_', '-')}")
+    batch, seeds, mask_seeds = len(settings["source"]), settings["seed"], settings["mask_seed"]
+    if len(seeds) == 1 and mask_seeds is None:
+        return
+    samples = batch * settings["maps"]
+    if mask_seeds is None or len(mask_seeds) != samples or len(seeds) != batch:
+        raise ValueError(
+            f"{batch} prompts with a generator each take {batch} --seed and {samples} --mask-seed (one for each of"
+            f" {settings['maps']} maps of each prompt), but {len(seeds)} and {len(mask_seeds or ())} were given."
+        )
+
+
+def _folder(model: str) -> Path:
+    if model == "demo":
+        return demo.checkpoint_folder()
+    if not Path(model).is_dir():
+        raise ValueError(
+            f"--model {model}: there is no such folder; parity works on 'demo' or a local folder."
+        )
+    return Path(model)
+
+
+def _fitted(args: Namespace, settings: Dict[str, Any], configs) -> List[PIL.Image.Image]:
+    """The pictures at the size that the models work at, all the same."""
+    fitted = []
+    for path in settings["image"]:
+        picture = pictures.load_image(path)
+        picture, notice = pictures.fit_picture(picture, *cli.working_limits(configs, settings["size"]))
+        if notice is not None:
+            _say(args, f"{path}: {notice}")
+        fitted.append(picture)
+    if len({picture.size for picture in fitted}) > 1:
+        sizes = ", ".join(f"{picture.width} x {picture.height}" for picture in fitted)
+        raise ValueError(
+            f"the pictures of a batch have to be of one size, but the models would work at {sizes}."
+        )
+    return fitted
+
+
+def _case(settings: Dict[str, Any], images: List[PIL.Image.Image], folder: Path) -> Case:
+    """The calls as `mindiffedit edit` makes them, with the options that only `parity` has."""
+    if settings["scheduler"] is None:
+        settings["scheduler"] = _own_scheduler(folder)
+    if settings["solver_order"] is not None and settings["scheduler"] != "dpm":
+        raise ValueError(
+            f"--solver-order is an option of --scheduler dpm, but the scheduler is {settings['scheduler']}."
+        )
+    order = settings["solver_order"]
+    alone = len(settings["source"]) == 1
+
+    def texts(name):
+        value = settings[name]
+        return value[0] if alone and value is not None else value
+
+    steps = settings["steps"]
+    mask = dict(
+        target_prompt=texts("target"),
+        source_prompt=texts("source"),
+        target_negative_prompt=texts("target_negative"),
+        source_negative_prompt=texts("source_negative"),
+        num_maps_per_mask=settings["maps"],
+        mask_encode_strength=settings["mask_strength"],
+        mask_thresholding_ratio=settings["mask_threshold"],
+        num_inference_steps=steps,
+        guidance_scale=settings["guidance"],
+    )
+    invert = dict(
+        prompt=texts("source"),
+        negative_prompt=texts("invert_negative"),
+        num_inference_steps=steps,
+        inpaint_strength=settings["strength"],
+        guidance_scale=settings["invert_guidance"],
+        decode_latents=settings["decode_latents"],
+        num_reg_steps=settings["reg_steps"],
+        lambda_auto_corr=settings["lambda_auto_corr"],
+        lambda_kl=settings["lambda_kl"],
+        num_auto_corr_rolls=settings["auto_corr_rolls"],
+    )
+    edit = dict(
+        prompt=texts("target"),
+        negative_prompt=texts("source" if settings["negative"] is None else "negative"),
+        num_inference_steps=steps,
+        inpaint_strength=settings["strength"],
+        guidance_scale=settings["guidance"],
+        num_images_per_prompt=settings["images_per_prompt"],
+        eta=settings["eta"],
+        clip_skip=settings["clip_skip"],
+    )
+    seeds = settings["seed"]
+    one = seeds[0] if settings["mask_seed"] is None else None
+    copies = settings["images_per_prompt"]
+    edit_seeds = [seed for seed in seeds for _ in range(copies)]
+    return Case(
+        image=images if len(images) > 1 else images[0],
+        mask=mask,
+        invert=invert,
+        edit=edit,
+        seeds={
+            "mask": settings["mask_seed"] if one is None else one,
+            "invert": seeds if one is None else one,
+            "edit": edit_seeds if one is None else one,
+        },
+        scheduler=SCHEDULERS[settings["scheduler"]][0],
+        scheduler_options={} if order is None else {"solver_order": order},
+    )
+
+
+def _own_scheduler(folder: Path) -> str:
+    """The model's own solver where the command line has a name for it, else ddim."""
+    own = models.scheduler_class(folder)
+    return next((name for name, (forward, _) in SCHEDULERS.items() if forward == own), "ddim")
+
+
+def _mended(case: Case) -> List[str]:
+    """Ids in docs/differences.md of crashes of the reference that were mended to record this case."""
+    without_guidance = case.mask is not None and case.mask.get("guidance_scale", 7.5) <= 1
+    by_index = case.mask is not None and case.scheduler != "DDIMScheduler"
+    return ["W1"] * without_guidance + ["W3"] * by_index
+
+
+# --- check ---------------------------------------------------------------------------------------------------------
+
+
+def check(args: Namespace):
+    """Replays a golden file; returns (table and verdict, result, exit code)."""
+    if args.report is not None:
+        report.check_report_path(args.report)
+    if args.save_diff is not None and Path(args.save_diff).exists() and not Path(args.save_diff).is_dir():
+        raise ValueError(f"--save-diff {args.save_diff} is a file; give the name of a folder.")
+    recording = golden.read_golden(args.golden)
+    manifest = recording.manifest
+    settings, case, floors = _recorded(args.golden, recording)
+    given = {name: getattr(args, name) for name in CASE_OPTIONS if name not in ("image", "model")}
+    golden.check_arguments(settings, given)
+    folder = _folder(args.model)
+    golden.check_files(folder, manifest["weights"])
+    if args.image is not None:
+        _check_pictures(args, settings, models.check_folder(folder, ("safety_checker",)), recording)
+
+    started = time.perf_counter()
+    with cli.hushed():
+        try:
+            device = devices.require_device(args.device)
+        except RuntimeError as error:
+            raise ValueError(str(error)) from error
+        from . import replay
+
+        pipe = replay.load(folder, case, args.mode, settings["dtype"])
+        _say(args, f"replaying on {device}, mode {args.mode}.")
+        ours = replay.run(pipe, case, recording.trace, isolate=args.isolate)
+    kind = "isolated" if args.isolate else "chained"
+    limits = tolerances.limits(recording.trace, (floors or {}).get(kind))
+    comparisons = metrics.compare_traces(ours, recording.trace, limits)
+    context = {
+        "golden file": str(args.golden),
+        "recorded": f"{manifest['recorded']} with {_said(manifest['versions'], ('torch', 'diffusers'))}",
+        "model": str(folder),
+        "device": device,
+        "mode": args.mode,
+        "dtype": settings["dtype"],
+        "inputs of each stage": (
+            "the reference's (isolated)" if args.isolate else "those of the stage before (chained)"
+        ),
+        "tolerances": "multiples of the recorded floors" if floors else "the table's, no floors recorded",
+        "versions": _said(_versions(), ("mindspore", "mindone", "numpy")),
+        "platform": _platform()["system"],
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    if args.report is not None:
+        report.write_report(args.report, comparisons, context)
+    drawn = []
+    if args.save_diff is not None:
+        drawn = [str(path) for path in report.save_diff(args.save_diff, comparisons, ours, recording.trace)]
+    ok = metrics.passed(comparisons)
+    result = {
+        "command": args.command,
+        "golden": str(args.golden),
+        "ok": ok,
+        "verdict": report.verdict(comparisons),
+        "report": args.report,
+        "heat_maps": drawn,
+        **{name: context[name] for name in ("model", "device", "mode", "dtype", "seconds")},
+        "isolated": args.isolate,
+        "stages": report.as_plain(comparisons),
+    }
+    line = f"{report.table_text(comparisons)}\n{report.verdict(comparisons)}"
+    return line, result, cli.OK if ok else cli.FAILED
+
+
+def _recorded(path, recording: golden.Golden):
+    """Arguments, case and floors of a golden file; one that lacks any was not made by `parity record`."""
+    manifest = recording.manifest
+    try:
+        settings, floors = manifest["arguments"], manifest["floors"]
+        stored = recording.inputs["picture"]
+        images = [PIL.Image.fromarray(pixels) for pixels in stored]
+        case = Case(image=images if len(images) > 1 else images[0], **manifest["calls"])
+        known = all(name in settings for name in CASE_OPTIONS) and {"weights", "versions", "recorded"} <= set(
+            manifest
+        )
+        if not known or case.scheduler not in [forward for forward, _ in SCHEDULERS.values()]:
+            raise KeyError("an option")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} does not say all that a replay needs ({error}); record it anew with `mindiffedit parity record`."
+        ) from error
+    return settings, case, floors
+
+
+def _check_pictures(args, settings, configs, recording: golden.Golden) -> None:
+    """--image, if it is given again, has to show the recorded pixels."""
+    again = _fitted(args, {**settings, "image": args.image}, configs)
+    if not np.array_equal(np.stack([np.asarray(image) for image in again]), recording.inputs["picture"]):
+        raise ValueError(
+            f"{args.golden} was recorded with another picture than --image {', '.join(args.image)}; leave it out or"
+            " record anew."
+        )
+
+
+# --- both ----------------------------------------------------------------------------------------------------------
+
+
+def _say(args: Namespace, text: str) -> None:
+    if not args.quiet:
+        print(f"note: {text}", file=sys.stderr)
+
+
+def _versions() -> Dict[str, Optional[str]]:
+    found: Dict[str, Optional[str]] = {"mindiffedit": __version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+def _platform() -> Dict[str, str]:
+    return {"system": f"{platform.system()} {platform.machine()}", "processor": platform.processor()}
+
+
+def _said(versions: Dict[str, Any], names) -> str:
+    return ", ".join(f"{name} {versions[name]}" for name in names if versions.get(name))

@@ -1,0 +1,56 @@
+"""Floors: how far PyTorch in float32 is from PyTorch in float64 on the same input, stage by stage. Needs torch.
+
+Two kinds. *Isolated*: every stage starts from the float32 run's own tensors, so each figure is the rounding of that
+stage alone. *Chained*: the float64 run goes its own way from the same noise, so figures grow along a run as rounding
+does. In loops the isolated figure is the largest of all steps (each does the same arithmetic), the chained one the
+largest up to each step.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Dict
+
+import numpy as np
+import torch
+
+from . import reference
+from .case import Case
+
+NOISE = ("posterior_noise", "noise", "step_noise")
+
+
+def measure(folder, case: Case, trace: Dict[str, np.ndarray]) -> Dict[str, Dict[str, Any]]:
+    """{"isolated": {stage: figure}, "chained": {stage: figure or list by step}} of a case and its float32 trace.
+
+    A figure is the largest absolute difference over the root mean square of the float32 values.
+    """
+    pipe = reference.load(folder, case, torch.float64)
+    return measure_on(pipe, case, trace)
+
+
+def measure_on(pipe, case: Case, trace: Dict[str, np.ndarray]) -> Dict[str, Dict[str, Any]]:
+    """``measure`` with a float64 pipeline that is there already."""
+    noise = {name: value for name, value in trace.items() if name.partition("/")[2] in NOISE}
+    # The mask is a decision, not a number: the float64 run edits inside the float32 run's mask.
+    chained = {**noise, **{name: trace[name] for name in ("mask/mask",) if name in trace}}
+    runs = {"isolated": reference.run(pipe, case, trace), "chained": reference.run(pipe, case, chained)}
+    return {kind: _figures(trace, exact, kind) for kind, exact in runs.items()}
+
+
+def _figures(trace, exact, kind: str) -> Dict[str, Any]:
+    found = {}
+    for name, value in trace.items():
+        if value.dtype.kind != "f" or name.partition("/")[2] in (*NOISE, "coefficients", "timesteps"):
+            continue
+        if name.endswith(("inverted_latents", "edited_latents", "clean_predictions")):
+            steps = [_figure(*pair) for pair in zip(value, exact[name])]
+            found[name] = max(steps) if kind == "isolated" else np.maximum.accumulate(steps).tolist()
+        else:
+            found[name] = _figure(value, exact[name])
+    return found
+
+
+def _figure(value, exact) -> float:
+    value, exact = np.asarray(value, np.float64), np.asarray(exact, np.float64)
+    scale = np.sqrt(np.mean(value**2))
+    return float(np.max(np.abs(value - exact)) / scale) if scale > 0 else 0.0

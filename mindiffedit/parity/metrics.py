@@ -1,0 +1,419 @@
+"""How far one tensor is from its reference, and whether that is near enough.
+
+A *trace* is an ordered dict of arrays, name -> array, in the order in which the stages run; a name is
+"<call>/<stage>", such as "invert/inverted_latents". Everything is computed in float64, scaled so that squares
+neither overflow nor vanish. What cannot be compared (NaN, another shape, a missing stage) is out of
+tolerance, never left out: a comparison passes only where a number was found to be small enough.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Dict, List, Mapping, Optional, Sequence, Tuple, Union
+
+import numpy as np
+
+# How stages are compared, and what is held against the tolerance.
+KINDS = {
+    "close": "largest difference over the reference's rms",
+    "absolute": "largest difference",
+    "exact": "every value equal",
+    "levels": "largest difference in levels of 0..255",
+    "mask": "every pixel equal, except where the reference's map is within a margin of the threshold",
+}
+
+# Where more than this share of a mask's pixels is excepted, the rest says nothing about the mask.
+MOST_EXCEPTED = 0.25
+
+_FAMILIES = {"f": "floating-point numbers", "i": "integers", "u": "integers", "b": "booleans"}
+
+__all__ = [
+    "KINDS",
+    "MOST_EXCEPTED",
+    "Comparison",
+    "Limit",
+    "compare",
+    "compare_traces",
+    "first_failure",
+    "passed",
+]
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What one stage is allowed: `kind` is one of `KINDS`, `value` the tolerance.
+
+    `value` is a number or, where `stacked` (the first axis counts steps), one number for each step.
+    """
+
+    kind: str
+    value: Union[float, Sequence[float], np.ndarray]
+    stacked: bool = False
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One tensor against its reference.
+
+    Attributes
+    ----------
+    name, kind : the stage, and how it was compared.
+    shape : the reference's, or ours where the reference has no such stage.
+    max_abs, relative, rms_relative, cosine : largest difference; that over the reference's rms; rms of the
+        difference over the reference's rms; cosine of the angle between the two. NaN where there is nothing
+        to compare. Of a stacked stage: those of `step`.
+    tolerance : what was allowed (at `step`); a mask's is the margin, relative to the rms of its map.
+    ok : whether it is within the tolerance.
+    reason : None, or why it is not, in a sentence without a full stop.
+    step, steps : of a stage that is stacked by step: the first step out of tolerance, or the worst where all
+        are within, counted from 0; and how many there are. None for other stages.
+    counts : "differing" and "total" values of exact and levels stages (over all steps); of masks also
+        "excepted" pixels and "excepted_differing", those of them that differ.
+    by_step : what was held against the tolerance, for each step of a stacked stage; else empty.
+    """
+
+    name: str
+    kind: str
+    shape: Tuple[int, ...]
+    max_abs: float
+    relative: float
+    rms_relative: float
+    cosine: float
+    tolerance: float
+    ok: bool
+    reason: Optional[str] = None
+    step: Optional[int] = None
+    steps: Optional[int] = None
+    counts: Dict[str, int] = field(default_factory=dict)
+    by_step: Tuple[float, ...] = ()
+
+    @property
+    def where(self) -> str:
+        """The stage and, where it has steps, which of them, counted from 1 for people."""
+        return self.name if self.step is None else f"{self.name}, step {self.step + 1} of {self.steps}"
+
+    @property
+    def measure(self) -> float:
+        """What is held against the tolerance, see `KINDS`; of exact stages and masks, how many differ."""
+        if self.kind == "close":
+            return self.relative
+        if self.kind in ("absolute", "levels"):
+            return self.max_abs
+        if not self.counts:
+            return math.nan
+        return float(self.counts["differing"] - self.counts.get("excepted_differing", 0))
+
+    @property
+    def excess(self) -> float:
+        """The measure as a multiple of what is allowed, to rank comparisons; inf where nothing is allowed."""
+        if math.isnan(self.measure) or math.isnan(self.tolerance):
+            return math.inf
+        return _over(self.measure, 0.0 if self.kind in ("exact", "mask") else self.tolerance)
+
+
+# --- one tensor ------------------------------------------------------------------------------------
+
+
+def compare(
+    ours,
+    theirs,
+    tolerance,
+    *,
+    name: str = "",
+    kind: str = "close",
+    stacked: bool = False,
+    reference_map=None,
+    clamp_magnitude=None,
+) -> Comparison:
+    """Compare one tensor with its reference.
+
+    Parameters
+    ----------
+    ours, theirs : arrays of numbers or booleans; None where a side does not have the stage.
+    tolerance : number of at least 0, or one for each step of a stacked stage. For kind "mask" the margin
+        around the threshold, relative to the rms of `reference_map`; "exact" has no use for it.
+    kind : one of `KINDS`.
+    stacked : the first axis counts steps. Each step is compared by itself, with its own rms.
+    reference_map, clamp_magnitude : for kind "mask", the reference's map (shape of the mask) and the value it
+        is clamped at, one number. The mask is clip(map, 0, magnitude) / magnitude > 0.5, so the threshold on
+        the map is magnitude / 2. Without them no pixel is excepted.
+
+    Returns
+    -------
+    The comparison. Out of tolerance, with a reason, is also what cannot be compared: a missing or empty side,
+    NaN or infinity, other shapes, integers against floats, a tolerance that is negative or not finite.
+
+    Raises
+    ------
+    ValueError
+        `kind` is none of `KINDS`.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"`kind` has to be one of {', '.join(KINDS)}, but is {kind!r}.")
+    ours = None if ours is None else np.asarray(ours)
+    theirs = None if theirs is None else np.asarray(theirs)
+    problem = _problem_of_arrays(ours, theirs, kind, stacked)
+    if problem is None:
+        problem = _problem_of_tolerance(tolerance, len(theirs) if stacked else None)
+    if problem is not None:
+        present = theirs if theirs is not None else ours
+        return _failed(name, kind, () if present is None else present.shape, problem, tolerance)
+    if stacked:
+        allowed = np.broadcast_to(np.asarray(tolerance, np.float64), (len(theirs),))
+        return _compare_steps(name, kind, ours, theirs, allowed)
+    excepted, problem = None, None
+    if kind == "mask" and (reference_map is not None or clamp_magnitude is not None):
+        excepted, problem = _excepted(reference_map, clamp_magnitude, float(tolerance), theirs.shape)
+    if problem is not None:
+        return _failed(name, kind, theirs.shape, problem, tolerance)
+    return _compare_whole(name, kind, ours, theirs, float(tolerance), excepted)
+
+
+def _failed(name, kind, shape, reason: str, tolerance=math.nan) -> Comparison:
+    """Out of tolerance because nothing could be computed."""
+    try:
+        allowed = float(np.max(np.asarray(tolerance, np.float64)))
+    except (TypeError, ValueError):
+        allowed = math.nan
+    nan = math.nan
+    return Comparison(name, kind, tuple(shape), nan, nan, nan, nan, allowed, False, reason)
+
+
+def _problem_of_arrays(ours, theirs, kind: str, stacked: bool) -> Optional[str]:
+    """Why two arrays cannot be compared value by value, or None."""
+    if theirs is None:
+        return "the reference does not have this stage"
+    if ours is None:
+        return "our run did not give this stage"
+    for side, array in (("ours", ours), ("the reference", theirs)):
+        if array.dtype.kind not in _FAMILIES:
+            return f"{side} is of dtype {array.dtype}, which holds no numbers that can be compared"
+    families = _FAMILIES[ours.dtype.kind], _FAMILIES[theirs.dtype.kind]
+    if families[0] != families[1]:
+        return f"ours holds {families[0]} ({ours.dtype}), the reference {families[1]} ({theirs.dtype})"
+    if ours.shape != theirs.shape:
+        return f"ours has shape {ours.shape}, the reference {theirs.shape}"
+    if theirs.size == 0:
+        return f"both sides are empty: their shape is {theirs.shape}"
+    if stacked and theirs.ndim == 0:
+        return "the stage should be stacked by step, but is a single number"
+    if kind == "levels" and theirs.dtype.kind not in "iu":
+        return f"levels of a picture have to be integers, but are {theirs.dtype}"
+    return None
+
+
+def _problem_of_tolerance(tolerance, steps: Optional[int]) -> Optional[str]:
+    try:
+        values = np.asarray(tolerance, np.float64)
+    except (TypeError, ValueError):
+        return f"the tolerance is {tolerance!r}, expected a number"
+    if values.ndim and (steps is None or values.shape != (steps,)):
+        expected = "one number" if steps is None else f"one number, or one for each of {steps} steps"
+        return f"the tolerance has shape {values.shape}, expected {expected}"
+    bad = ~(np.isfinite(values) & (values >= 0))
+    if bad.any():
+        return f"the tolerance is {values[bad].flat[0]:g}, expected a finite number of at least 0"
+    return None
+
+
+def _compare_steps(name: str, kind: str, ours, theirs, allowed) -> Comparison:
+    """The first step out of tolerance, or the worst of all where there is none."""
+    every = [
+        _compare_whole(name, kind, ours[i], theirs[i], float(allowed[i]), None) for i in range(len(theirs))
+    ]
+    bad = [i for i, one in enumerate(every) if not one.ok]
+    # Where nothing differs at all, the last step speaks for the stage.
+    step = bad[0] if bad else max(range(len(every)), key=lambda i: (every[i].excess, i))
+    counts: Dict[str, int] = {}
+    for one in every:
+        for what, number in one.counts.items():
+            counts[what] = counts.get(what, 0) + number
+    return replace(
+        every[step],
+        shape=theirs.shape,
+        step=step,
+        steps=len(every),
+        counts=counts,
+        by_step=tuple(one.measure for one in every),
+    )
+
+
+def _compare_whole(name: str, kind: str, ours, theirs, allowed: float, excepted) -> Comparison:
+    """Compare two arrays that fit together; `excepted` marks pixels of a mask that may differ, or is None."""
+    numbers = _numbers(ours, theirs)
+    counts: Dict[str, int] = {}
+    reason = _not_finite(ours, theirs)
+    if kind in ("exact", "levels", "mask"):
+        differs = ours != theirs
+        counts = {"differing": int(np.count_nonzero(differs)), "total": int(theirs.size)}
+    if kind == "mask" and excepted is not None:
+        counts["excepted"] = int(np.count_nonzero(excepted))
+        counts["excepted_differing"] = int(np.count_nonzero(differs & excepted))
+    done = Comparison(name, kind, theirs.shape, *numbers, tolerance=allowed, ok=True, counts=counts)
+    if reason is None and kind == "mask":
+        reason = _problem_of_mask(ours, theirs, counts)
+    if reason is None:
+        reason = _beyond(done, ours, theirs)
+    return done if reason is None else replace(done, ok=False, reason=reason)
+
+
+def _not_finite(ours, theirs) -> Optional[str]:
+    for side, array in (("ours", ours), ("the reference", theirs)):
+        if array.dtype.kind == "f":
+            bad = int(array.size - np.count_nonzero(np.isfinite(array)))
+            if bad:
+                return f"{bad} of {array.size} values of {side} are NaN or infinite"
+    return None
+
+
+def _beyond(done: Comparison, ours, theirs) -> Optional[str]:
+    """Why the numbers are not within the tolerance, or None. Written so that NaN is never within."""
+    counts, total = done.counts, done.counts.get("total")
+    if done.kind == "close" and not done.relative <= done.tolerance:
+        return (
+            f"the largest difference is {done.relative:.2e} of the reference's rms, above the tolerance "
+            f"{done.tolerance:.2e}"
+        )
+    if done.kind == "absolute" and not done.max_abs <= done.tolerance:
+        return f"the largest difference is {done.max_abs:.2e}, above the tolerance {done.tolerance:.2e}"
+    if done.kind == "exact" and counts["differing"] != 0:
+        at = tuple(int(i) for i in np.argwhere(ours != theirs)[0])
+        place = f", the first at {list(at)}" if at else ""
+        values = f"ours {ours[at]}, the reference {theirs[at]}"
+        return f"{counts['differing']} of {total} values differ{place}: {values}"
+    if done.kind == "levels" and not done.max_abs <= done.tolerance:
+        return (
+            f"the largest difference is {done.max_abs:g} levels, above the tolerance {done.tolerance:g}; "
+            f"{counts['differing']} of {total} values differ"
+        )
+    if done.kind == "mask" and done.measure != 0:
+        where = ", where the reference's map is not near the threshold" if "excepted" in counts else ""
+        return f"{done.measure:g} of {total} pixels differ{where}"
+    return None
+
+
+# --- masks -----------------------------------------------------------------------------------------
+
+
+def _excepted(reference_map, magnitude, margin: float, shape) -> Tuple[Optional[np.ndarray], Optional[str]]:
+    """(where the map is so near the threshold that rounding decides, None), or (None, what is wrong)."""
+    if reference_map is None or magnitude is None:
+        return None, "the reference's map or its clamp magnitude is missing, so nobody knows the threshold"
+    values = np.asarray(reference_map)
+    if values.shape != tuple(shape):
+        return None, f"the reference's map has shape {values.shape}, its mask {tuple(shape)}"
+    clamp = np.asarray(magnitude)
+    if clamp.size != 1 or values.dtype.kind not in "fiu" or clamp.dtype.kind not in "fiu":
+        return (
+            None,
+            "the reference's map and its clamp magnitude have to be numbers, the magnitude a single one",
+        )
+    values, clamp = values.astype(np.float64), float(clamp.reshape(()))
+    if not (np.isfinite(values).all() and math.isfinite(clamp) and clamp > 0):
+        return None, "the reference's map is not finite, or its clamp magnitude not a number above 0"
+    return np.abs(values - clamp / 2) <= margin * _rms(values), None
+
+
+def _problem_of_mask(ours, theirs, counts: Dict[str, int]) -> Optional[str]:
+    for side, mask in (("ours", ours), ("the reference", theirs)):
+        other = int(np.count_nonzero((mask != 0) & (mask != 1)))
+        if other:
+            return f"{other} of {mask.size} values of {side} are neither 0 nor 1"
+    if counts.get("excepted", 0) > MOST_EXCEPTED * counts["total"]:
+        return (
+            f"{counts['excepted']} of {counts['total']} pixels are too near the threshold to be judged, "
+            f"which leaves too few to tell"
+        )
+    return None
+
+
+# --- numbers ---------------------------------------------------------------------------------------
+
+
+def _numbers(ours, theirs) -> Tuple[float, float, float, float]:
+    """max_abs, relative, rms_relative and cosine; NaN or inf where values are not finite."""
+    # float64 holds every difference of integers of up to 53 bits, so that nothing wraps.
+    ours, theirs = ours.astype(np.float64).ravel(), theirs.astype(np.float64).ravel()
+    with np.errstate(over="ignore", invalid="ignore"):
+        difference = np.abs(ours - theirs)
+        max_abs, rms = float(difference.max()), _rms(theirs)
+        return max_abs, _over(max_abs, rms), _over(_rms(difference), rms), _cosine(ours, theirs)
+
+
+def _rms(values: np.ndarray) -> float:
+    scale = float(np.max(np.abs(values)))
+    if scale == 0 or not math.isfinite(scale):
+        return scale
+    return scale * math.sqrt(float(np.mean(np.square(values / scale))))
+
+
+def _over(difference: float, size: float) -> float:
+    """`difference / size`; nothing over nothing is 0, something over nothing infinite."""
+    if size == 0:
+        return 0.0 if difference == 0 else difference * math.inf
+    return difference / size
+
+
+def _cosine(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """1 where the two point the same way (two zero vectors do), 0 where only one is zero."""
+    sizes = float(np.max(np.abs(ours))), float(np.max(np.abs(theirs)))
+    if 0 in sizes:
+        return 1.0 if sizes[0] == sizes[1] else 0.0 * (sizes[0] + sizes[1])
+    ours, theirs = ours / sizes[0], theirs / sizes[1]
+    lengths = math.sqrt(float(ours @ ours)) * math.sqrt(float(theirs @ theirs))
+    return float(np.clip(float(ours @ theirs) / lengths, -1, 1))
+
+
+# --- a whole trace ---------------------------------------------------------------------------------
+
+
+def compare_traces(
+    ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray], limits: Mapping[str, Limit]
+) -> List[Comparison]:
+    """Compare all stages of two traces.
+
+    Parameters
+    ----------
+    ours, theirs : traces, {stage: array}.
+    limits : {stage: Limit}, see `tolerances.limits`; a stage without one is out of tolerance.
+
+    Returns
+    -------
+    One comparison for each stage of `theirs`, in its order, then one, out of tolerance, for each stage that
+    only `ours` has. The mask of a call is judged with the reference's map of the same call.
+    """
+    found = []
+    for name, reference in theirs.items():
+        limit = limits.get(name)
+        if limit is None:
+            found.append(_failed(name, "exact", np.shape(reference), "no tolerance is given for this stage"))
+            continue
+        call = name.partition("/")[0]
+        found.append(
+            compare(
+                ours.get(name),
+                reference,
+                limit.value,
+                name=name,
+                kind=limit.kind,
+                stacked=limit.stacked,
+                reference_map=theirs.get(f"{call}/map") if limit.kind == "mask" else None,
+                clamp_magnitude=theirs.get(f"{call}/clamp_magnitude") if limit.kind == "mask" else None,
+            )
+        )
+    for name in ours:
+        if name not in theirs:
+            kind = limits[name].kind if name in limits else "exact"
+            found.append(compare(ours[name], None, math.nan, name=name, kind=kind))
+    return found
+
+
+def first_failure(comparisons: Sequence[Comparison]) -> Optional[Comparison]:
+    """The first comparison that is out of tolerance, or None."""
+    return next((one for one in comparisons if not one.ok), None)
+
+
+def passed(comparisons: Sequence[Comparison]) -> bool:
+    """True where there is at least one comparison and all are within their tolerances."""
+    return len(comparisons) > 0 and first_failure(comparisons) is None

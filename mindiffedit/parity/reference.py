@@ -1,0 +1,414 @@
+"""The PyTorch reference under observation: diffusers' pipeline with every stage's tensors kept. Needs torch.
+
+Nothing of the reference is rewritten. Its own calls run; what they call (text encoder, VAE, random numbers, UNet,
+scheduler) is wrapped for the time of a call, so that values can be read and, to measure floors, replaced. Two crashes
+are mended on the way, since otherwise there would be nothing to compare: masks without guidance (W1 in
+docs/differences.md) and with schedulers that look their noise level up by index (W3).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import sys
+from typing import Any, Dict, Mapping, Optional
+from unittest import mock
+
+import diffusers
+import numpy as np
+import torch
+
+from .case import Case, Tape
+
+_PIPELINE = importlib.import_module(diffusers.StableDiffusionDiffEditPipeline.__module__)
+
+
+def load(folder, case: Case, dtype=torch.float32):
+    """diffusers' pipeline of a checkpoint folder, with the case's schedulers; no safety checker."""
+    pipe = diffusers.StableDiffusionDiffEditPipeline.from_pretrained(
+        str(folder),
+        safety_checker=None,
+        requires_safety_checker=False,
+        torch_dtype=dtype,
+        low_cpu_mem_usage=False,
+        local_files_only=True,
+        use_safetensors=True,
+    )
+    return with_schedulers(pipe, case)
+
+
+def with_schedulers(pipe, case: Case):
+    """The pipeline with the schedulers that a case asks for."""
+    config = getattr(pipe, "own_scheduler_config", None) or pipe.scheduler.config
+    pipe.own_scheduler_config = config
+    forward, inverse = getattr(diffusers, case.scheduler), getattr(diffusers, case.inverse_scheduler)
+    pipe.scheduler = forward.from_config(config, **case.scheduler_options)
+    pipe.inverse_scheduler = inverse.from_config(config, **case.scheduler_options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@torch.no_grad()
+def run(pipe, case: Case, substitutes: Optional[Mapping[str, np.ndarray]] = None) -> Dict[str, np.ndarray]:
+    """All calls of a case; returns their trace (see ``case.Tape``). Floating values come in the pipeline's dtype.
+
+    Substitutes take the place of a stage's result before the next stage sees it.
+    """
+    tape = Tape(substitutes)
+    mask = latents = None
+    with _default_dtype(pipe.unet.dtype):
+        if case.mask is not None:
+            tape.call = "mask"
+            mask = _generate_mask(pipe, case, tape)
+        if case.invert is not None:
+            tape.call = "invert"
+            latents = _invert(pipe, case, tape)
+        if case.edit is not None:
+            tape.call = "edit"
+            _edit(pipe, case, tape, mask, latents)
+    return tape.trace()
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype):
+    """transformers makes its attention mask in torch's default dtype, which fails for a float64 text encoder."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64 if dtype == torch.float64 else before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _generators(seeds):
+    if isinstance(seeds, list):
+        return [torch.Generator().manual_seed(seed) for seed in seeds]
+    return torch.Generator().manual_seed(seeds)
+
+
+def _arguments(given: Mapping[str, Any], dtype) -> Dict[str, Any]:
+    """Keyword arguments with arrays as tensors."""
+    return {
+        name: torch.tensor(value, dtype=dtype) if isinstance(value, np.ndarray) else value
+        for name, value in given.items()
+    }
+
+
+def _host(tensor) -> np.ndarray:
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor).numpy()
+
+
+def _through(tape: Tape, stage: str, tensor, step=None):
+    """A tensor past the tape and back."""
+    own = _host(tensor)
+    seen = tape(stage, own, step)
+    return tensor if seen is own else torch.as_tensor(seen).to(tensor.device, tensor.dtype)
+
+
+class _Rows:
+    """A stage that the reference computes for the whole batch or sample by sample; on the tape it is one array."""
+
+    def __init__(self, tape: Tape, stage: str, copies: int = 1):
+        self._tape, self._stage, self._copies = tape, stage, copies
+        self._parts, self._count = [], 0
+
+    def __call__(self, tensor):
+        self._parts.append(_host(tensor))
+        other = self._tape.substitute(self._stage)
+        start, self._count = self._count, self._count + len(tensor)
+        if other is None:
+            return tensor
+        rows = np.repeat(other, self._copies, axis=0)[start : self._count]
+        return torch.as_tensor(rows).to(tensor.device, tensor.dtype) if rows.shape == tensor.shape else tensor
+
+    def close(self) -> None:
+        if self._parts:
+            self._tape.keep(self._stage, np.concatenate(self._parts)[:: self._copies])
+
+
+@contextlib.contextmanager
+def _watched_text(pipe, tape: Tape, prefixes, copies: int, mend: bool = False):
+    """Token ids and embeddings of each ``encode_prompt``; ``prefixes`` name them in the order of the calls."""
+    prefixes = iter(prefixes)
+    original, ids = pipe.encode_prompt, []
+
+    def encode_prompt(prompt, device, repeats, guided, *args, **kwargs):
+        prefix = next(prefixes)
+        ids.clear()
+        positive, negative = original(prompt, device, repeats, guided, *args, **kwargs)
+        if prompt is not None:
+            tape.keep(f"{prefix}token_ids", ids[0])
+        positive = _through(tape, f"{prefix}prompt_embeds", positive[::copies]).repeat_interleave(copies, 0)
+        if guided:
+            if len(ids) > (prompt is not None):
+                tape.keep(f"{prefix}negative_token_ids", ids[-1])
+            negative = _through(tape, f"{prefix}negative_prompt_embeds", negative[::copies])
+            negative = negative.repeat_interleave(copies, 0)
+        # W1: `generate_mask` takes the results in the wrong order, which without guidance leaves it with None.
+        return (negative, positive) if mend and not guided else (positive, negative)
+
+    hook = pipe.text_encoder.register_forward_pre_hook(lambda module, args: ids.append(_host(args[0])))
+    try:
+        with mock.patch.object(pipe, "encode_prompt", encode_prompt):
+            yield
+    finally:
+        hook.remove()
+
+
+@contextlib.contextmanager
+def _watched_encoder(pipe, tape: Tape, copies: int):
+    """VAE moments, posterior draws and the latents made of them."""
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+    encode, prepare = pipe.vae.encode, pipe.prepare_image_latents
+    moments, drawn = _Rows(tape, "moments", copies), _Rows(tape, "posterior_noise")
+
+    def watched_encode(pixels, *args, **kwargs):
+        result = encode(pixels, *args, **kwargs)
+        result.latent_dist = DiagonalGaussianDistribution(moments(result.latent_dist.parameters))
+        return result
+
+    def watched_prepare(*args, **kwargs):
+        with _watched_draws("diffusers.models.autoencoders.vae", drawn):
+            latents = prepare(*args, **kwargs)
+        moments.close()
+        drawn.close()
+        return _through(tape, "latents", latents)
+
+    with mock.patch.object(pipe.vae, "encode", watched_encode):
+        with mock.patch.object(pipe, "prepare_image_latents", watched_prepare):
+            yield
+
+
+@contextlib.contextmanager
+def _watched_draws(module: str, seen):
+    """Every ``randn_tensor`` that a module of diffusers calls, passed through ``seen``.
+
+    A float64 pipeline gets float32 draws, so that it consumes the stream as the float32 one does.
+    """
+    home = sys.modules[module]
+    original = home.randn_tensor
+
+    def randn_tensor(shape, generator=None, device=None, dtype=None, layout=None):
+        drawn = torch.float32 if dtype == torch.float64 else dtype
+        return seen(original(shape, generator, device, drawn, layout).to(dtype))
+
+    with mock.patch.object(home, "randn_tensor", randn_tensor):
+        yield
+
+
+def _generate_mask(pipe, case: Case, tape: Tape):
+    copies = case.mask.get("num_maps_per_mask", 10)
+    ratio = case.mask.get("mask_thresholding_ratio", 3.0)
+    add_noise, clamp = pipe.scheduler.add_noise, torch.Tensor.clamp
+
+    def watched_add_noise(latents, noise, timestep):
+        tape.keep("timestep", _host(timestep))
+        # W3: several schedulers iterate over the timesteps and fail at the reference's 0-d one.
+        noised = add_noise(latents, noise, timestep.reshape(1).repeat(len(latents)))
+        return _through(tape, "noised_latents", noised)
+
+    def watched_unet(module, args, output):
+        output.sample = _through(tape, "noise_predictions", output.sample)
+        return output
+
+    def watched_clamp(tensor, *args, **kwargs):
+        # The one clamp with a tensor as its bound is that of the map.
+        if len(args) == 2 and isinstance(args[1], torch.Tensor):
+            maps = _through(tape, "map", tensor)
+            magnitude = args[1] if maps is tensor else maps.mean() * ratio
+            return clamp(maps, args[0], _through(tape, "clamp_magnitude", magnitude), **kwargs)
+        return clamp(tensor, *args, **kwargs)
+
+    hook = pipe.unet.register_forward_hook(watched_unet)
+    try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_watched_text(pipe, tape, ("target_", "source_"), copies, mend=True))
+            stack.enter_context(_watched_encoder(pipe, tape, copies))
+            noise = lambda drawn: _through(tape, "noise", drawn)  # noqa: E731
+            stack.enter_context(_watched_draws(_PIPELINE.__name__, noise))
+            stack.enter_context(mock.patch.object(pipe.scheduler, "add_noise", watched_add_noise))
+            stack.enter_context(mock.patch.object(torch.Tensor, "clamp", watched_clamp))
+            mask = pipe.generate_mask(
+                case.image, generator=_generators(case.seeds["mask"]), **_arguments(case.mask, pipe.dtype)
+            )
+    finally:
+        hook.remove()
+    return tape("mask", mask)
+
+
+@contextlib.contextmanager
+def _watched_loop(pipe, scheduler, chooser: str, tape: Tape, eta: float, after_step):
+    """Timesteps, coefficients and steps of a loop; ``after_step(prev_sample, i)`` gives what the step returns."""
+    choose, step = getattr(pipe, chooser), scheduler.step
+    count = 0
+
+    def watched_choose(*args):
+        timesteps, steps = choose(*args)
+        tape.keep("timesteps", _host(timesteps))
+        rows = coefficients(scheduler, timesteps, eta)
+        if rows is not None:
+            tape.keep("coefficients", rows)
+        return timesteps, steps
+
+    @functools.wraps(step)  # the reference looks at its signature
+    def watched_step(*args, **kwargs):
+        nonlocal count
+        result = step(*args, **kwargs)
+        other = tape.substitute("clean_predictions", count)
+        if other is not None:
+            # What the next step finds as this one's; this step's own result stays its own.
+            history = scheduler.model_outputs
+            history[-1] = torch.as_tensor(other).to(history[-1].device, history[-1].dtype)
+        result.prev_sample = after_step(result.prev_sample, count)
+        count += 1
+        return result
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(pipe, chooser, watched_choose))
+        stack.enter_context(mock.patch.object(scheduler, "step", watched_step))
+        module = type(scheduler).__module__
+        if hasattr(sys.modules[module], "randn_tensor"):
+            stack.enter_context(
+                _watched_draws(module, lambda drawn: _through(tape, "step_noise", drawn, count))
+            )
+        if hasattr(scheduler, "convert_model_output") and has_plan(scheduler):
+            convert = scheduler.convert_model_output
+
+            def watched_convert(*args, **kwargs):
+                clean = convert(*args, **kwargs)
+                tape.keep("clean_predictions", _host(clean), count)
+                return clean
+
+            stack.enter_context(mock.patch.object(scheduler, "convert_model_output", watched_convert))
+        yield
+
+
+def _invert(pipe, case: Case, tape: Tape):
+    decode = pipe.vae.decode
+
+    def watched_decode(*args, **kwargs):
+        return (_through(tape, "decoded", decode(*args, **kwargs)[0]),)
+
+    def after_step(sample, step):
+        return _through(tape, "inverted_latents", sample, step)
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_watched_text(pipe, tape, ("",), 1))
+        stack.enter_context(_watched_encoder(pipe, tape, 1))
+        scheduler = pipe.inverse_scheduler
+        stack.enter_context(_watched_loop(pipe, scheduler, "get_inverse_timesteps", tape, 0.0, after_step))
+        stack.enter_context(mock.patch.object(pipe.vae, "decode", watched_decode))
+        return pipe.invert(
+            image=case.image,
+            generator=_generators(case.seeds["invert"]),
+            output_type="np",
+            **_arguments(case.invert, pipe.dtype),
+        ).latents
+
+
+def _edit(pipe, case: Case, tape: Tape, mask, latents) -> None:
+    arguments = _arguments(case.edit, pipe.dtype)
+    copies = arguments.get("num_images_per_prompt", 1)
+    mask = np.array(arguments.pop("mask_image", mask))  # a copy: the reference writes into it
+    latents = arguments.pop("image_latents", latents)
+    backgrounds = latents.transpose(0, 1).repeat_interleave(copies, dim=1)
+    prepare = _PIPELINE.preprocess_mask
+    inside = None
+
+    def watched_mask(*args):
+        nonlocal inside
+        prepared = prepare(*args)
+        inside = torch.cat([prepared] * copies).to(pipe.dtype)
+        return prepared
+
+    def after_step(sample, step):
+        # What the reference's blend is going to make of it; the blend of a substitute with a binary mask is itself.
+        blended = sample * inside + backgrounds[step] * (1 - inside)
+        seen = _through(tape, "edited_latents", blended, step)
+        return sample if seen is blended else seen
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_watched_text(pipe, tape, ("",), copies))
+        stack.enter_context(mock.patch.object(_PIPELINE, "preprocess_mask", watched_mask))
+        eta = arguments.get("eta", 0.0)
+        stack.enter_context(_watched_loop(pipe, pipe.scheduler, "get_timesteps", tape, eta, after_step))
+        edited = pipe(
+            mask_image=mask,
+            image_latents=latents,
+            generator=_generators(case.seeds["edit"]),
+            output_type="latent",
+            **arguments,
+        ).images
+    decoded = pipe.vae.decode(edited / pipe.vae.config.scaling_factor, return_dict=False)[0]
+    decoded = _through(tape, "decoded", decoded)
+    picture = pipe.image_processor.postprocess(decoded, output_type="np")
+    tape.keep("picture", (picture * 255).round().astype("uint8"))
+
+
+# --- solver coefficients as the reference's schedulers compute them ----------------------------------------------
+
+
+def has_plan(scheduler) -> bool:
+    """Whether this scheduler, so configured, has a fused step of ours, whose coefficients are compared."""
+    config = scheduler.config
+    if type(scheduler).__name__.startswith("DDIM"):
+        return not config.get("thresholding")
+    if type(scheduler).__name__.startswith("DPMSolverMultistep"):
+        plain = config.algorithm_type == "dpmsolver++" and config.solver_order <= 2
+        return plain and not config.thresholding and not config.get("use_flow_sigmas")
+    return False
+
+
+def coefficients(scheduler, timesteps, eta: float) -> Optional[np.ndarray]:
+    """The five numbers of each step (see ``schedules``), float32, from the reference's tables in torch; or None."""
+    if not has_plan(scheduler):
+        return None
+    if type(scheduler).__name__.startswith("DDIM"):
+        rows = [_ddim_row(scheduler, int(t), eta) for t in timesteps]
+    else:
+        found = (scheduler.timesteps == timesteps[0]).nonzero().flatten()
+        first = int(found[1] if len(found) > 1 else found[0])
+        rows = [_dpm_row(scheduler, first + i, first) for i in range(len(timesteps))]
+    return np.array([[float(value) for value in row] for row in rows], np.float32)
+
+
+def _ddim_row(scheduler, timestep: int, eta: float):
+    jump = scheduler.config.num_train_timesteps // scheduler.num_inference_steps
+    table = scheduler.alphas_cumprod
+    if hasattr(scheduler, "initial_alpha_cumprod"):
+        end = scheduler.initial_alpha_cumprod
+        here, there = min(timestep - jump, scheduler.config.num_train_timesteps - 1), timestep
+    else:
+        end, here, there = scheduler.final_alpha_cumprod, timestep, timestep - jump
+    alpha, following = (table[t] if t >= 0 else end for t in (here, there))
+    variance = ((1 - following) / (1 - alpha)) * (1 - alpha / following)
+    spread = eta * variance**0.5 if eta > 0 else torch.tensor(0.0)
+    return alpha**0.5, (1 - alpha) ** 0.5, following**0.5, (1 - following - spread**2) ** 0.5, spread
+
+
+def _dpm_row(scheduler, index: int, first: int):
+    """Formulas of the reference's first- and second-order updates, gathered by factor."""
+    config, last = scheduler.config, len(scheduler.timesteps) - 1
+    zero_end = "Inverse" not in type(scheduler).__name__ and config.get("final_sigmas_type") == "zero"
+    falls = config.euler_at_final or (config.lower_order_final and last + 1 < 15) or zero_end
+    first_order = config.solver_order == 1 or index == first or (index == last and falls)
+
+    def level(i):
+        alpha, sigma = scheduler._sigma_to_alpha_sigma_t(scheduler.sigmas[i])
+        return alpha, sigma, torch.log(alpha) - torch.log(sigma)
+
+    alpha, sigma, position = level(index)
+    next_alpha, next_sigma, next_position = level(index + 1)
+    h = next_position - position
+    shrink = torch.exp(-h) - 1.0
+    second = torch.tensor(0.0)
+    if not first_order:
+        r = (position - level(index - 1)[2]) / h
+        if config.solver_type == "midpoint":
+            second = -0.5 * (next_alpha * shrink) / r
+        else:
+            second = next_alpha * (shrink / h + 1.0) / r
+    return alpha, sigma, next_sigma / sigma, -(next_alpha * shrink), second

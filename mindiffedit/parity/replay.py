@@ -1,0 +1,92 @@
+"""Our pipeline over a recorded case: every stage's tensors under the names of the reference's trace. Needs MindSpore."""
+
+from __future__ import annotations
+
+from typing import Any, Dict, Mapping, Optional
+
+import numpy as np
+
+from ..generator import Generator
+from .case import Case, Tape
+
+
+def load(folder, case: Case, mode: str = "graph", dtype: str = "float32"):
+    """Our pipeline of a checkpoint folder through the ordinary loader, with the case's schedulers."""
+    from ..pipeline import StableDiffusionDiffEditPipeline
+
+    pipe = StableDiffusionDiffEditPipeline.from_pretrained(
+        str(folder), mode=mode, mindspore_dtype=dtype, safety_checker=None, requires_safety_checker=False
+    )
+    return with_schedulers(pipe, case)
+
+
+def with_schedulers(pipe, case: Case):
+    """The pipeline with the schedulers that a case asks for."""
+    import mindone.diffusers
+
+    from .. import schedulers
+    from ..kernels import portable_kernels
+
+    config = getattr(pipe, "own_scheduler_config", None) or pipe.scheduler.config
+    pipe.own_scheduler_config = config
+    for name, wanted in (("scheduler", case.scheduler), ("inverse_scheduler", case.inverse_scheduler)):
+        home = schedulers if hasattr(schedulers, wanted) else mindone.diffusers
+        with portable_kernels():
+            setattr(pipe, name, getattr(home, wanted).from_config(config, **case.scheduler_options))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def run(
+    pipe, case: Case, reference: Optional[Mapping[str, np.ndarray]] = None, isolate: bool = False
+) -> Dict[str, np.ndarray]:
+    """All calls of a case; returns their trace (see ``case.Tape``), float32.
+
+    Args:
+        reference: the reference's trace. The edit then takes the mask from it (whether ours is the same is compared by
+            itself), so that one pixel on the threshold does not hide everything behind it.
+        isolate: every stage takes its input from ``reference``; otherwise errors add up, as in use.
+    """
+    tape = Tape(reference if isolate else None)
+    known = reference or {}
+    mask = latents = None
+    before, pipe.observer = pipe.observer, tape
+    try:
+        if case.mask is not None:
+            tape.call = "mask"
+            mask = pipe.generate_mask(
+                image=case.image, generator=_generators(case.seeds["mask"]), **_arguments(case.mask)
+            )
+            mask = known.get("mask/mask", mask)
+        if case.invert is not None:
+            tape.call = "invert"
+            latents = pipe.invert(
+                image=case.image,
+                generator=_generators(case.seeds["invert"]),
+                output_type="pil",
+                **_arguments(case.invert),
+            ).latents
+        if case.edit is not None:
+            tape.call = "edit"
+            arguments = {"mask_image": mask, "image_latents": latents, **_arguments(case.edit)}
+            done = pipe(generator=_generators(case.seeds["edit"]), output_type="pil", **arguments)
+            tape.keep("picture", np.stack([np.asarray(picture) for picture in done.images]))
+    finally:
+        pipe.observer = before
+    return tape.trace()
+
+
+def _generators(seeds):
+    if isinstance(seeds, list):
+        return [Generator().manual_seed(seed) for seed in seeds]
+    return Generator().manual_seed(seeds)
+
+
+def _arguments(given: Mapping[str, Any]) -> Dict[str, Any]:
+    """Keyword arguments with arrays of embeddings as tensors."""
+    import mindspore as ms
+
+    return {
+        name: ms.Tensor(value) if isinstance(value, np.ndarray) and name.endswith("embeds") else value
+        for name, value in given.items()
+    }

@@ -1,0 +1,303 @@
+"""How much each stage may differ from the reference: one table, with the reason for each row.
+
+Most tolerances are multiples of a measured *floor*: how far the reference, in float32, is from itself in
+float64 with the same inputs. It is the size of rounding in that stage of that checkpoint. A network may
+magnify rounding a hundredfold, so no one number suits all checkpoints; a small multiple of the floor does.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import dataclass
+from typing import Dict, Iterable, List, Mapping, Optional, Union
+
+import numpy as np
+
+from .metrics import KINDS, Limit
+
+__all__ = ["TABLE", "Tolerance", "floor_of", "for_stage", "limit", "limits", "render_markdown"]
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """One row of the table.
+
+    Attributes
+    ----------
+    pattern : of the stage's name without its call, as in `fnmatch`; the first row that matches counts.
+    kind : how the stage is compared, one of `metrics.KINDS`.
+    factor : the tolerance is this many times the measured floor; 0 where it is `least` whatever the floor.
+    least : the tolerance is never below this.
+    default : the tolerance where no floor was measured.
+    why : one sentence.
+    stacked : the first axis counts steps, each compared by itself.
+    floor_stage : stage of the same call whose floor is meant; None is the stage itself.
+    goal : what the project aims at, for the table; it is not enforced.
+    """
+
+    pattern: str
+    kind: str
+    factor: float
+    least: float
+    default: float
+    why: str
+    stacked: bool = False
+    floor_stage: Optional[str] = None
+    goal: Optional[float] = None
+
+
+def _fixed(pattern: str, kind: str, allowed: float, why: str, stacked: bool = False) -> Tolerance:
+    """A row whose tolerance depends on no floor."""
+    return Tolerance(pattern, kind, 0, allowed, allowed, why, stacked)
+
+
+TABLE = (
+    _fixed("*token_ids", "exact", 0, "Both sides cut the same text with the same vocabulary."),
+    _fixed("timestep", "exact", 0, "A timestep is a whole number."),
+    _fixed(
+        "timesteps", "exact", 0, "Timesteps are whole numbers; one off is another schedule.", stacked=True
+    ),
+    _fixed(
+        "coefficients",
+        "close",
+        2e-7,
+        "They follow the reference's float32 recipe; one unit in the last place remains where the reference "
+        "takes a vectorised square root, which is not always correctly rounded.",
+        stacked=True,
+    ),
+    _fixed(
+        "step_noise",
+        "absolute",
+        1e-6,
+        "Both sides take the same draws from a standard normal distribution, step by step.",
+        stacked=True,
+    ),
+    _fixed(
+        "*noise",
+        "absolute",
+        1e-6,
+        "Both sides take the same draws from a standard normal distribution; the functions that shape them "
+        "round differently in the last bits.",
+    ),
+    Tolerance("*prompt_embeds", "close", 5, 1e-6, 2e-5, "The text encoder, in another order of summation."),
+    Tolerance("moments", "close", 5, 1e-6, 1e-4, "The VAE's encoder, in another order of summation."),
+    Tolerance(
+        "noised_latents", "close", 5, 2e-6, 1e-4, "The latents and noise, weighted; as near as they are."
+    ),
+    Tolerance(
+        "latents", "close", 5, 2e-6, 1e-4, "Mean plus noise times deviation: carries the moments' rounding."
+    ),
+    Tolerance("noise_predictions", "close", 5, 2e-6, 1e-4, "The UNet, in another order of summation."),
+    Tolerance(
+        "map",
+        "close",
+        5,
+        2e-6,
+        1e-3,
+        "A difference of predictions that are nearly equal magnifies their rounding.",
+    ),
+    Tolerance("clamp_magnitude", "close", 5, 2e-6, 1e-3, "A mean of the map, times the threshold's ratio."),
+    Tolerance(
+        "mask",
+        "mask",
+        5,
+        2e-6,
+        1e-3,
+        "A pixel may flip only where the map is so near the threshold that the map's own tolerance decides.",
+        floor_stage="map",
+    ),
+    Tolerance(
+        "inverted_latents",
+        "close",
+        5,
+        2e-6,
+        1e-3,
+        "Each step magnifies the rounding of those before it, as the reference's own float32 does.",
+        stacked=True,
+        goal=1e-4,
+    ),
+    Tolerance(
+        "clean_predictions",
+        "close",
+        5,
+        2e-6,
+        1e-3,
+        "What a multistep solver hands to its next step; at high noise levels it divides by a small number.",
+        stacked=True,
+    ),
+    Tolerance(
+        "edited_latents",
+        "close",
+        5,
+        2e-6,
+        1e-3,
+        "As for the inversion, with the background of the inversion blended in at each step.",
+        stacked=True,
+        goal=1e-4,
+    ),
+    Tolerance("decoded", "close", 5, 2e-6, 1e-3, "The VAE's decoder, in another order of summation."),
+    _fixed(
+        "picture", "levels", 1, "Rounding to 256 levels turns any difference into one level here and there."
+    ),
+)
+
+
+# --- from stages to tolerances ---------------------------------------------------------------------
+
+
+def for_stage(name: str) -> Tolerance:
+    """The row for a stage, such as "invert/moments".
+
+    Raises
+    ------
+    ValueError
+        No row matches.
+    """
+    stage = _without_call(name)
+    for row in TABLE:
+        if fnmatch.fnmatchcase(stage, row.pattern):
+            return row
+    raise ValueError(f"there is no tolerance for the stage {name}; add a row to `tolerances.TABLE`.")
+
+
+def _without_call(name: str) -> str:
+    return name.partition("/")[2] or name
+
+
+def floor_of(name: str) -> str:
+    """The stage whose floor the tolerance of `name` is a multiple of: itself, or for a mask its map."""
+    row = for_stage(name)
+    if row.floor_stage is None:
+        return name
+    return f"{name[: len(name) - len(_without_call(name))]}{row.floor_stage}"
+
+
+def limit(name: str, floor=None) -> Union[float, np.ndarray]:
+    """The tolerance of a stage: the larger of `least` and `factor` times the floor.
+
+    Parameters
+    ----------
+    name : the stage.
+    floor : that of `floor_of(name)`, relative as the stage is compared; a number, for a stage that is stacked
+        by step also one for each step, or None where it was not measured.
+
+    Returns
+    -------
+    float, or float64 (T,) where there is a floor for each step.
+
+    Raises
+    ------
+    ValueError
+        No row matches, or the floor is no number of at least 0 (nor a list of them for a stacked stage).
+    """
+    row = for_stage(name)
+    if row.factor == 0:
+        return float(row.least)
+    if floor is None:
+        return float(row.default)
+    try:
+        floors = np.asarray(floor, np.float64)
+    except (TypeError, ValueError):
+        floors = np.array(np.nan)
+    if floors.size == 0 or not (np.isfinite(floors) & (floors >= 0)).all():
+        raise ValueError(f"the floor of {name} has to be a finite number of at least 0, but is {floor!r}.")
+    if floors.ndim > (1 if row.stacked else 0):
+        expected = "a list with one number for each step" if row.stacked else "one number"
+        raise ValueError(f"the floor of {name} has to be {expected}, but has shape {floors.shape}.")
+    allowed = np.maximum(row.least, row.factor * floors)
+    return float(allowed) if allowed.ndim == 0 else allowed
+
+
+def limits(names: Iterable[str], floors: Optional[Mapping[str, object]] = None) -> Dict[str, Limit]:
+    """What each stage is allowed, for `metrics.compare_traces`.
+
+    Parameters
+    ----------
+    names : the stages.
+    floors : {stage: floor} as in `limit`; stages that are not in it get the table's default.
+
+    Raises
+    ------
+    ValueError
+        As `limit` and `for_stage`.
+    """
+    floors = {} if floors is None else floors
+    allowed = {}
+    for name in names:
+        row = for_stage(name)
+        allowed[name] = Limit(row.kind, limit(name, floors.get(floor_of(name))), row.stacked)
+    return allowed
+
+
+# --- the table for people --------------------------------------------------------------------------
+
+
+def render_markdown(floors_by_checkpoint: Optional[Mapping[str, Mapping[str, object]]] = None) -> str:
+    """The table, and the floors that were measured, as Markdown.
+
+    Parameters
+    ----------
+    floors_by_checkpoint : {checkpoint: {stage: floor}}. Floors of one stage's steps are shown as the smallest
+        and the largest.
+
+    Returns
+    -------
+    One table of the rules, each with its reason; below it, where there are floors, one of the stages whose
+    tolerance depends on them, with the tolerances of the checkpoints in the order of their columns.
+    """
+    floors_by_checkpoint = floors_by_checkpoint or {}
+    lines = _row("stage", "compared as", "factor", "least", "without a floor", "goal", "why")
+    lines += _row(*["---"] * 7)
+    for row in TABLE:
+        stage = f"`{row.pattern}`" + (", each step" if row.stacked else "")
+        factor = "–" if row.factor == 0 else f"{row.factor:g} × floor"
+        if row.floor_stage is not None:
+            factor += f" of `{row.floor_stage}`"
+        numbers = (None, None, None) if row.kind == "exact" else (row.least, row.default, row.goal)
+        lines += _row(stage, KINDS[row.kind], factor, *(_number(value) for value in numbers), row.why)
+    stages = _stages_with_floors(floors_by_checkpoint)
+    if stages:
+        lines += ["", *_row("stage", "compared as", "factor", *floors_by_checkpoint, "tolerance")]
+        lines += _row(*["---"] * (len(floors_by_checkpoint) + 4))
+    for name in stages:
+        row = for_stage(name)
+        floors = [of_stage.get(floor_of(name)) for of_stage in floors_by_checkpoint.values()]
+        shown = ["–" if floor is None else _span(floor) for floor in floors]
+        allowed = " / ".join(_span(limit(name, floor)) for floor in floors)
+        lines += _row(f"`{name}`", row.kind, f"{row.factor:g}", *shown, allowed)
+    return "\n".join(lines) + "\n"
+
+
+def _stages_with_floors(floors_by_checkpoint) -> List[str]:
+    """Stages whose tolerance comes from a floor that some checkpoint has, masks after their maps."""
+    names: Dict[str, None] = {}
+    for floors in floors_by_checkpoint.values():
+        for name in floors:
+            if for_stage(name).factor:
+                names[name] = None
+            stage = _without_call(name)
+            for row in TABLE:
+                if row.floor_stage == stage:
+                    names[f"{name[: len(name) - len(stage)]}{row.pattern}"] = None
+    return list(names)
+
+
+def _row(*cells: str) -> List[str]:
+    return ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"]
+
+
+def _number(value: Optional[float]) -> str:
+    if value is None:
+        return "–"
+    # As a power of ten where it is one in spirit: 0.0001 would be hard to read among the others.
+    return (
+        f"{value:g}"
+        if value == 0 or value >= 0.01
+        else np.format_float_scientific(value, trim="-", exp_digits=2)
+    )
+
+
+def _span(values) -> str:
+    """Smallest to largest, with two digits; one number where they are the same."""
+    ends = [f"{end:.1e}" for end in (np.min(values), np.max(values))]
+    return ends[0] if ends[0] == ends[1] else f"{ends[0]} … {ends[1]}"

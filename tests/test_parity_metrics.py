@@ -1,0 +1,532 @@
+"""Comparisons and tolerances: every way to be out of tolerance, and that nothing slips through as within."""
+
+import math
+
+import numpy as np
+import pytest
+
+from mindiffedit.parity import metrics, tolerances
+from mindiffedit.parity.metrics import Limit, compare, compare_traces, first_failure, passed
+
+
+def normal(*shape, seed=0, dtype=np.float32):
+    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+
+
+def reason(one):
+    """Why a comparison is out of tolerance: one sentence without a line break or a full stop."""
+    assert not one.ok
+    assert one.reason and "\n" not in one.reason and not one.reason.endswith(".")
+    return one.reason
+
+
+# --- close and absolute ----------------------------------------------------------------------------
+
+
+def test_the_numbers_of_a_known_case():
+    theirs = np.array([3.0, -4.0, 0.0, 0.0], np.float32)  # rms 2.5
+    ours = np.array([3.0, -4.0, 0.0, 0.5], np.float32)
+    one = compare(ours, theirs, 0.2, name="mask/moments")
+    assert (one.name, one.kind, one.shape, one.step, one.steps) == ("mask/moments", "close", (4,), None, None)
+    assert one.max_abs == 0.5
+    assert one.relative == pytest.approx(0.2, abs=0)
+    assert one.rms_relative == pytest.approx(0.1)
+    assert one.cosine == pytest.approx(25 / (5 * math.sqrt(25.25)))
+    assert one.ok and one.reason is None and one.measure == one.relative and one.excess == 1
+    just_less = compare(ours, theirs, np.nextafter(0.2, 0))
+    assert "2.00e-01" in reason(just_less)
+
+
+def test_relative_differences_are_taken_from_the_reference():
+    small, large = np.full(4, 1.0), np.full(4, 2.0)
+    assert compare(small, large, 0.5).ok
+    assert not compare(large, small, 0.5).ok
+
+
+def test_equal_tensors_are_at_distance_zero():
+    one = compare(normal(2, 3), normal(2, 3), 0)
+    assert one.ok and (one.max_abs, one.relative, one.rms_relative) == (0, 0, 0)
+    assert one.cosine == pytest.approx(1, abs=1e-15)
+
+
+def test_the_opposite_direction_has_cosine_minus_one():
+    assert compare(-normal(50), normal(50), 1).cosine == pytest.approx(-1)
+
+
+def test_absolute_ignores_the_size_of_the_reference():
+    theirs = np.full(8, 1000.0)
+    assert compare(theirs + 0.5, theirs, 0.5, kind="absolute").ok
+    assert compare(theirs + 0.5, theirs, 0.5, kind="absolute").measure == 0.5
+    assert "6.00e-01" in reason(compare(theirs + 0.6, theirs, 0.5, kind="absolute"))
+
+
+def test_differences_are_computed_in_float64():
+    theirs = np.full(4, 1.0, np.float16)
+    ours = theirs + np.float16(2**-10)
+    assert compare(ours, theirs, 1).max_abs == 2**-10
+    big = np.full(4, 60000.0, np.float16)
+    one = compare(-big, big, 2.001)  # 120000 is above float16's largest number
+    assert one.ok and one.max_abs == 120000
+
+
+def test_a_reference_of_zeros():
+    zeros = np.zeros((2, 2), np.float32)
+    assert compare(zeros, zeros, 0).ok
+    assert compare(zeros, zeros, 0).cosine == 1
+    one = compare(zeros + np.float32(1e-30), zeros, 1e6)
+    assert one.relative == one.rms_relative == math.inf and one.cosine == 0
+    reason(one)
+
+
+@pytest.mark.parametrize("size", [1e300, 1e-300, 1e-30])
+def test_squares_neither_overflow_nor_vanish(size):
+    """The rms of 1e300 is not infinite, over which any difference would be 0."""
+    theirs = normal(100, dtype=np.float64) * size
+    one = compare(theirs * 1.5, theirs, 0.1)
+    assert 0.5 < one.relative < 2.5 and one.cosine == pytest.approx(1)
+    reason(one)
+    reason(compare(-np.full(3, 1.7e308), np.full(3, 1.7e308), 1))
+
+
+# --- what is never within --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["close", "absolute", "exact", "mask"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("side", ["ours", "the reference", "both"])
+def test_not_finite_values_are_out_of_tolerance(kind, bad, side):
+    ours, theirs = np.ones((2, 3)), np.ones((2, 3))
+    if side != "the reference":
+        ours[1, 2] = bad
+    if side != "ours":
+        theirs[1, 2] = bad
+    assert "1 of 6 values of" in reason(compare(ours, theirs, 1e30, kind=kind))
+
+
+@pytest.mark.parametrize("tolerance", [math.nan, -1e-9, math.inf, -math.inf, "x", None, [1, 1]])
+@pytest.mark.parametrize("kind", list(metrics.KINDS))
+def test_a_senseless_tolerance_lets_nothing_pass(kind, tolerance):
+    ones = np.ones(3, np.uint8)
+    assert "tolerance" in reason(compare(ones, ones, tolerance, kind=kind))
+    assert compare(ones, ones, 0, kind=kind).ok
+
+
+@pytest.mark.parametrize("kind", list(metrics.KINDS))
+def test_what_cannot_be_compared(kind):
+    ones = np.ones((2, 3), np.int64)
+    assert "our run" in reason(compare(None, ones, 1, kind=kind))
+    assert "the reference does not" in reason(compare(ones, None, 1, kind=kind))
+    assert "(3, 2)" in reason(compare(ones.T, ones, 1, kind=kind))
+    assert "(1, 2, 3)" in reason(compare(ones[None], ones, 1, kind=kind))
+    assert "empty" in reason(compare(ones[:0], ones[:0], 1, kind=kind))
+    assert "float32" in reason(compare(ones.astype(np.float32), ones, 1, kind=kind))
+    assert "booleans" in reason(compare(ones.astype(bool), ones, 1, kind=kind))
+    for dtype in (object, str, complex):
+        assert "no numbers" in reason(compare(ones.astype(dtype), ones.astype(dtype), 1, kind=kind))
+    assert compare(ones.astype(np.int32), ones, 1, kind=kind).ok
+
+
+def test_a_missing_side_keeps_the_shape_of_the_other():
+    assert compare(None, np.ones((2, 3)), 1).shape == (2, 3)
+    assert compare(np.ones(4), None, 1).shape == (4,)
+    assert compare(None, None, 1).shape == () and not compare(None, None, 1).ok
+
+
+def test_an_unknown_kind_is_a_mistake_of_the_caller():
+    with pytest.raises(ValueError, match="nearly"):
+        compare(np.ones(1), np.ones(1), 0, kind="nearly")
+
+
+# --- exact, levels ---------------------------------------------------------------------------------
+
+
+def test_exact_names_the_first_value_that_differs():
+    theirs = np.arange(12).reshape(3, 4)
+    ours = theirs.copy()
+    ours[1, 2], ours[2, 0] = 99, -1
+    one = compare(ours, theirs, 1000, kind="exact")
+    assert "2 of 12 values differ, the first at [1, 2]: ours 99, the reference 6" in reason(one)
+    assert one.counts == {"differing": 2, "total": 12} and one.measure == 2
+    assert compare(theirs, theirs, 0, kind="exact").ok
+    assert "ours 3, the reference 4" in reason(compare(np.int64(3), np.int64(4), 0, kind="exact"))
+
+
+def test_exact_sees_differences_that_float64_does_not():
+    big = np.array([2**53], np.int64)
+    one = compare(big + 1, big, 0, kind="exact")
+    assert one.max_abs == 0
+    reason(one)
+
+
+def test_levels_do_not_wrap():
+    """255 and 0 are 255 levels apart; in uint8 their difference would be 1."""
+    white, black = np.full((2, 2, 3), 255, np.uint8), np.zeros((2, 2, 3), np.uint8)
+    for ours, theirs in ((white, black), (black, white)):
+        one = compare(ours, theirs, 1, kind="levels")
+        assert one.max_abs == 255 and "255 levels" in reason(one)
+    near = black.copy()
+    near[0, 0, 0] = 1
+    for ours, theirs in ((near, black), (black, near)):
+        one = compare(ours, theirs, 1, kind="levels")
+        assert one.ok and one.max_abs == 1 and one.counts == {"differing": 1, "total": 12}
+    assert "integers" in reason(compare(np.ones(2), np.ones(2), 1, kind="levels"))
+
+
+# --- masks -----------------------------------------------------------------------------------------
+
+
+def mask_case():
+    """A map with threshold 1 (clamp magnitude 2) and rms 1, two pixels within 0.01 of it, and its mask."""
+    values = np.array([[0.2, 1.004, 1.6], [0.997, 0.5, 1.2], [0.9, 1.1, 0.8]])
+    values[2, 2] = math.sqrt(9 - (np.sum(values**2) - values[2, 2] ** 2))
+    return values, np.float32(2), (values > 1).astype(np.int64)
+
+
+def compare_masks(ours, theirs, margin=0.01, **changed):
+    values, magnitude, _ = mask_case()
+    return compare(
+        ours,
+        theirs,
+        margin,
+        kind="mask",
+        **{"reference_map": values, "clamp_magnitude": magnitude, **changed},
+    )
+
+
+def test_pixels_near_the_threshold_may_flip_others_may_not():
+    _, _, mask = mask_case()
+    one = compare_masks(mask, mask)
+    assert one.ok and one.counts == {"differing": 0, "total": 9, "excepted": 2, "excepted_differing": 0}
+    ours = mask.copy()
+    ours[0, 1] = 1 - ours[0, 1]
+    one = compare_masks(ours, mask)
+    assert one.ok and one.measure == 0
+    assert one.counts == {"differing": 1, "total": 9, "excepted": 2, "excepted_differing": 1}
+    ours[2, 1] = 1 - ours[2, 1]  # 0.1 from the threshold
+    one = compare_masks(ours, mask)
+    assert "1 of 9 pixels differ" in reason(one) and one.measure == 1
+    assert one.counts["differing"] == 2 and one.counts["excepted_differing"] == 1
+
+
+def test_the_margin_is_relative_to_the_rms_of_the_map():
+    values, magnitude, mask = mask_case()
+    for scale in (1e-3, 1e3):
+        one = compare_masks(mask, mask, reference_map=values * scale, clamp_magnitude=magnitude * scale)
+        assert one.counts["excepted"] == 2
+    assert compare_masks(mask, mask, margin=0.0035).counts["excepted"] == 1
+    assert compare_masks(mask, mask, margin=0).counts["excepted"] == 0
+
+
+def test_the_threshold_is_half_of_the_clamp_magnitude():
+    values, _, mask = mask_case()
+    ours = mask.copy()
+    ours[0, 1] = 1 - ours[0, 1]
+    reason(compare_masks(ours, mask, clamp_magnitude=np.float32(1)))
+
+
+def test_without_a_map_no_pixel_is_excepted():
+    _, _, mask = mask_case()
+    ours = mask.copy()
+    ours[0, 1] = 1 - ours[0, 1]
+    one = compare(ours, mask, 0.01, kind="mask")
+    assert reason(one) == "1 of 9 pixels differ" and "excepted" not in one.counts
+    assert compare(mask, mask, 0.01, kind="mask").ok
+
+
+@pytest.mark.parametrize(
+    "changed, words",
+    [
+        ({"reference_map": None}, "missing"),
+        ({"clamp_magnitude": None}, "missing"),
+        ({"reference_map": np.ones((3, 4))}, "(3, 4)"),
+        ({"reference_map": np.full((3, 3), math.nan)}, "not finite"),
+        ({"reference_map": np.full((3, 3), "x")}, "numbers"),
+        ({"clamp_magnitude": np.ones(2)}, "single"),
+        ({"clamp_magnitude": math.nan}, "above 0"),
+        ({"clamp_magnitude": 0.0}, "above 0"),
+    ],
+)
+def test_a_map_that_does_not_fit_fails_equal_masks(changed, words):
+    _, _, mask = mask_case()
+    assert words in reason(compare_masks(mask, mask, **changed))
+
+
+def test_masks_hold_zeros_and_ones_even_where_they_are_excepted():
+    _, _, mask = mask_case()
+    ours = mask.copy()
+    ours[0, 1] = 255
+    assert "1 of 9 values of ours are neither 0 nor 1" in reason(compare_masks(ours, mask))
+    assert "the reference" in reason(compare_masks(mask, ours))
+
+
+def test_a_margin_that_excepts_nearly_all_pixels_shows_nothing():
+    _, _, mask = mask_case()
+    one = compare_masks(mask, mask, margin=0.3)
+    assert "too near" in reason(one) and one.counts["excepted"] > 9 * metrics.MOST_EXCEPTED
+
+
+# --- stacked by step -------------------------------------------------------------------------------
+
+
+def test_the_first_bad_step_is_named_not_the_worst():
+    theirs = normal(5, 1, 2, 3)
+    ours = theirs.astype(np.float64)
+    ours[2] += 0.1
+    ours[4] += 10
+    one = compare(ours, theirs, 1e-3, name="invert/inverted_latents", stacked=True)
+    reason(one)
+    assert (one.step, one.steps, one.shape) == (2, 5, (5, 1, 2, 3))
+    assert one.max_abs == pytest.approx(0.1, rel=1e-6)
+    assert one.where == "invert/inverted_latents, step 3 of 5"
+    assert len(one.by_step) == 5 and one.by_step[4] > one.by_step[2] > one.by_step[0] == 0
+
+
+def test_where_all_is_well_the_worst_step_speaks():
+    theirs = normal(4, 3, dtype=np.float64)
+    ours = theirs + np.array([1e-6, 5e-6, 2e-6, 0])[:, None]
+    one = compare(ours, theirs, 1, stacked=True)
+    assert one.ok and one.step == 1
+    # by what each step is allowed, not by the difference itself
+    assert compare(ours, theirs, [1e-5, 1, 1, 1], stacked=True).step == 0
+
+
+def test_each_step_has_its_own_rms():
+    """An error in a small step is not hidden by a large one."""
+    theirs = np.stack([np.full(4, 1e-3), np.full(4, 1e3)])
+    ours = theirs.copy()
+    ours[0] *= 1.5
+    assert compare(ours, theirs, 1e-3).ok
+    one = compare(ours, theirs, 1e-3, stacked=True)
+    reason(one)
+    assert one.step == 0 and one.relative == pytest.approx(0.5)
+
+
+def test_a_tolerance_for_each_step():
+    theirs = np.ones((3, 2))
+    ours = theirs + np.array([0.01, 0.1, 0.3])[:, None]
+    assert compare(ours, theirs, [0.02, 0.2, 0.4], stacked=True).ok
+    one = compare(ours, theirs, [0.02, 0.2, 0.2], stacked=True)
+    reason(one)
+    assert one.step == 2 and one.tolerance == 0.2
+    assert "(2,)" in reason(compare(ours, theirs, [0.5, 0.5], stacked=True))
+    assert "nan" in reason(compare(ours, theirs, [0.5, math.nan, 0.5], stacked=True))
+
+
+def test_nan_in_a_step_names_the_step():
+    theirs = np.ones((3, 2))
+    ours = theirs.copy()
+    ours[1, 0] = math.nan
+    one = compare(ours, theirs, 1, stacked=True)
+    assert "NaN" in reason(one) and one.step == 1
+
+
+def test_stacked_integers_and_noise():
+    theirs = np.array([801, 601, 401])
+    one = compare(np.array([801, 602, 402]), theirs, 0, kind="exact", stacked=True)
+    assert one.step == 1 and reason(one) == "1 of 1 values differ: ours 602, the reference 601"
+    assert one.counts == {"differing": 2, "total": 3}
+    noise = normal(3, 4)
+    assert compare(noise + np.float32(5e-7), noise, 1e-6, kind="absolute", stacked=True).ok
+    assert not compare(noise + np.float32(5e-6), noise, 1e-6, kind="absolute", stacked=True).ok
+    assert "single number" in reason(compare(np.float32(1), np.float32(1), 0, stacked=True))
+
+
+# --- traces ----------------------------------------------------------------------------------------
+
+
+def traces():
+    values, magnitude, mask = mask_case()
+    theirs = {
+        "mask/token_ids": np.arange(6).reshape(1, 6),
+        "mask/moments": normal(1, 2, 3),
+        "mask/map": values,
+        "mask/clamp_magnitude": magnitude,
+        "mask/mask": mask,
+        "invert/inverted_latents": normal(4, 1, 2, 2),
+        "edit/picture": np.full((1, 2, 2, 3), 128, np.uint8),
+    }
+    return {name: array.copy() for name, array in theirs.items()}, theirs
+
+
+def limits_of(theirs):
+    """The table's limits, with a floor that makes the mask's margin that of `mask_case`."""
+    floor = 0.01 / tolerances.for_stage("mask/mask").factor
+    return tolerances.limits(theirs, {"mask/map": floor})
+
+
+def test_equal_traces_pass_in_the_order_of_the_reference():
+    ours, theirs = traces()
+    backwards = dict(reversed(list(ours.items())))
+    found = compare_traces(backwards, theirs, limits_of(theirs))
+    assert [one.name for one in found] == list(theirs)
+    assert passed(found) and first_failure(found) is None
+    assert {one.name: one.kind for one in found} == {
+        "mask/token_ids": "exact",
+        "mask/moments": "close",
+        "mask/map": "close",
+        "mask/clamp_magnitude": "close",
+        "mask/mask": "mask",
+        "invert/inverted_latents": "close",
+        "edit/picture": "levels",
+    }
+
+
+def test_each_planted_difference_is_found_in_its_own_stage():
+    for name in traces()[1]:
+        ours, theirs = traces()
+        ours[name] = ours[name] * 0 if name == "mask/mask" else ours[name] + ours[name].dtype.type(3)
+        found = compare_traces(ours, theirs, limits_of(theirs))
+        assert [one.name for one in found if not one.ok] == [name]
+        assert first_failure(found).name == name and not passed(found)
+
+
+def test_the_first_failure_is_the_first_stage_not_the_worst():
+    ours, theirs = traces()
+    ours["mask/moments"] = ours["mask/moments"] + np.float32(0.01)
+    ours["invert/inverted_latents"] = ours["invert/inverted_latents"] * 100
+    assert first_failure(compare_traces(ours, theirs, limits_of(theirs))).name == "mask/moments"
+
+
+def test_the_mask_is_judged_by_the_references_map_of_the_same_call():
+    ours, theirs = traces()
+    ours["mask/mask"][0, 1] = 1 - ours["mask/mask"][0, 1]
+    ours["mask/map"] = ours["mask/map"] + 5  # ours does not decide what is near the threshold
+    found = {one.name: one for one in compare_traces(ours, theirs, limits_of(theirs))}
+    assert found["mask/mask"].ok and found["mask/mask"].counts["excepted_differing"] == 1
+    theirs["edit/mask"] = theirs["mask/mask"]
+    ours["edit/mask"] = ours["mask/mask"]
+    found = {one.name: one for one in compare_traces(ours, theirs, limits_of(theirs))}
+    assert not found["edit/mask"].ok
+
+
+def test_missing_and_extra_stages_and_stages_without_a_limit():
+    ours, theirs = traces()
+    del ours["mask/moments"]
+    ours["edit/surprise"] = np.ones(2)
+    found = compare_traces(ours, theirs, limits_of(theirs))
+    assert [one.name for one in found] == [*theirs, "edit/surprise"]
+    bad = {one.name: reason(one) for one in found if not one.ok}
+    assert list(bad) == ["mask/moments", "edit/surprise"]
+    assert "our run" in bad["mask/moments"] and "the reference does not" in bad["edit/surprise"]
+    found = compare_traces(*traces(), {"mask/moments": Limit("close", 0.1)})
+    assert [one.name for one in found if one.ok] == ["mask/moments"]
+    assert "no tolerance" in reason(found[0])
+
+
+def test_no_comparison_at_all_is_no_success():
+    assert not passed([])
+
+
+# --- the table -------------------------------------------------------------------------------------
+
+EXPECTED_ROWS = {
+    "mask/target_token_ids": ("*token_ids", "exact"),
+    "mask/source_negative_token_ids": ("*token_ids", "exact"),
+    "invert/negative_token_ids": ("*token_ids", "exact"),
+    "invert/timesteps": ("timesteps", "exact"),
+    "mask/timestep": ("timestep", "exact"),
+    "edit/coefficients": ("coefficients", "close"),
+    "mask/posterior_noise": ("*noise", "absolute"),
+    "mask/noise": ("*noise", "absolute"),
+    "edit/step_noise": ("step_noise", "absolute"),
+    "mask/target_prompt_embeds": ("*prompt_embeds", "close"),
+    "mask/source_negative_prompt_embeds": ("*prompt_embeds", "close"),
+    "edit/prompt_embeds": ("*prompt_embeds", "close"),
+    "invert/moments": ("moments", "close"),
+    "mask/noise_predictions": ("noise_predictions", "close"),
+    "mask/latents": ("latents", "close"),
+    "mask/noised_latents": ("noised_latents", "close"),
+    "mask/map": ("map", "close"),
+    "mask/clamp_magnitude": ("clamp_magnitude", "close"),
+    "mask/mask": ("mask", "mask"),
+    "invert/inverted_latents": ("inverted_latents", "close"),
+    "edit/edited_latents": ("edited_latents", "close"),
+    "edit/decoded": ("decoded", "close"),
+    "invert/decoded": ("decoded", "close"),
+    "edit/picture": ("picture", "levels"),
+}
+
+
+def test_every_stage_has_its_row():
+    for name, (pattern, kind) in EXPECTED_ROWS.items():
+        row = tolerances.for_stage(name)
+        assert (row.pattern, row.kind) == (pattern, kind), name
+    assert {row.pattern for row in tolerances.TABLE} == {pattern for pattern, _ in EXPECTED_ROWS.values()}
+    with pytest.raises(ValueError, match="edit/surprise"):
+        tolerances.for_stage("edit/surprise")
+
+
+def test_every_row_makes_sense():
+    for row in tolerances.TABLE:
+        assert row.kind in metrics.KINDS
+        assert row.why.endswith(".") and len(row.why) > 20
+        assert 0 <= row.least <= row.default < math.inf
+        assert row.factor > 0 or row.least == row.default
+    stacked = {row.pattern for row in tolerances.TABLE if row.stacked}
+    assert stacked == {"timesteps", "coefficients", "step_noise", "inverted_latents", "edited_latents"}
+
+
+def test_limits_are_multiples_of_floors_and_never_below_the_least():
+    row = tolerances.for_stage("mask/moments")
+    assert tolerances.limit("mask/moments", 1e-3) == pytest.approx(row.factor * 1e-3)
+    assert tolerances.limit("mask/moments", 0) == row.least > 0
+    assert tolerances.limit("mask/moments") == row.default
+    row = tolerances.for_stage("edit/edited_latents")
+    found = tolerances.limit("edit/edited_latents", [0, 1e-4, 2e-4])
+    np.testing.assert_allclose(found, [row.least, row.factor * 1e-4, row.factor * 2e-4], rtol=1e-12)
+    assert type(tolerances.limit("edit/edited_latents", 1e-4)) is float
+
+
+def test_floors_do_not_loosen_what_has_to_be_equal():
+    assert tolerances.limit("mask/timestep", 100) == 0
+    for name in ("edit/picture", "mask/noise", "edit/coefficients"):
+        assert tolerances.limit(name, 100) == tolerances.for_stage(name).least <= 1
+
+
+@pytest.mark.parametrize("floor", [math.nan, -1e-9, math.inf, "x", [], [1e-5, math.nan], [[1e-5]]])
+def test_senseless_floors_are_refused(floor):
+    with pytest.raises(ValueError, match="invert/inverted_latents"):
+        tolerances.limit("invert/inverted_latents", floor)
+
+
+def test_a_list_of_floors_is_for_stacked_stages():
+    with pytest.raises(ValueError, match="one number"):
+        tolerances.limit("mask/moments", [1e-5, 1e-5])
+
+
+def test_a_mask_takes_the_floor_of_its_map():
+    assert tolerances.floor_of("mask/mask") == "mask/map"
+    assert tolerances.floor_of("mask/moments") == "mask/moments"
+    limits = tolerances.limits(["mask/map", "mask/mask"], {"mask/map": 1e-4, "mask/mask": 1})
+    assert limits["mask/mask"].value == pytest.approx(tolerances.for_stage("mask/mask").factor * 1e-4)
+    assert limits["mask/mask"].kind == "mask"
+
+
+def test_limits_without_floors_are_the_defaults():
+    limits = tolerances.limits(["mask/moments", "invert/inverted_latents"])
+    assert limits["mask/moments"].value == tolerances.for_stage("mask/moments").default
+    assert limits["invert/inverted_latents"].stacked and not limits["mask/moments"].stacked
+
+
+def test_the_table_as_markdown():
+    floors = {
+        "demo": {"mask/map": 2e-5, "invert/inverted_latents": [1e-6, 4e-5], "mask/timestep": 0},
+        "tiny": {"mask/map": 3e-5, "edit/decoded": 1e-5},
+    }
+    text = tolerances.render_markdown(floors)
+    rules, measured = text.split("\n\n")
+    for row in tolerances.TABLE:
+        assert f"`{row.pattern}`" in rules and row.why in rules
+    rows = {line.split("|")[1].strip(): line for line in measured.strip().splitlines()}
+    assert list(rows)[2:] == ["`mask/map`", "`mask/mask`", "`invert/inverted_latents`", "`edit/decoded`"]
+    assert "| demo | tiny | tolerance |" in rows["stage"]
+    for name in ("mask/map", "mask/mask"):
+        allowed = [f"{tolerances.limit(name, floor):.1e}" for floor in (2e-5, 3e-5)]
+        assert f"| 2.0e-05 | 3.0e-05 | {allowed[0]} / {allowed[1]} |" in rows[f"`{name}`"]
+    name = "invert/inverted_latents"
+    low, high = (f"{allowed:.1e}" for allowed in tolerances.limit(name, [1e-6, 4e-5]))
+    unmeasured = f"{tolerances.limit(name):.1e}"
+    assert f"| 1.0e-06 … 4.0e-05 | – | {low} … {high} / {unmeasured} |" in rows[f"`{name}`"]
+    columns = {line.count(" | ") for line in rules.splitlines()}
+    assert len(columns) == 1 and len({line.count(" | ") for line in measured.strip().splitlines()}) == 1
+    assert tolerances.render_markdown() == rules + "\n"
