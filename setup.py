@@ -60,6 +60,7 @@ setup(
     package_data={"mindiffedit": demo_files()},
     install_requires=REQUIRES,
     extras_require={
+        "parity": REFERENCE,  # for `mindiffedit parity record`; checking needs none of it
         "test": [*REFERENCE, "pytest>=7"],
         "train": REFERENCE,
     },

@@ -78,7 +78,8 @@ class StableDiffusionDiffEditPipeline(Preparation):
             mask_thresholding_ratio: the map is clamped to this multiple of its mean; mask where above half the clamp.
             num_inference_steps: number of steps of the schedule from which the noise level is taken.
             guidance_scale: classifier-free guidance; off at 1 and below.
-            generator: int seed, numpy.random.Generator, or a list with one for each of B * num_maps_per_mask samples.
+            generator: int seed (PyTorch's noise of that seed), ``mindiffedit.Generator``, ``numpy.random.Generator``, or
+                a list with one for each of B * num_maps_per_mask samples.
             output_type: "np" or "pil".
             cross_attention_kwargs: plain values handed to the UNet's attention.
 
@@ -435,7 +436,7 @@ class StableDiffusionDiffEditPipeline(Preparation):
         with self.progress_bar(total=steps) as bar:
             for i, t in enumerate(timesteps):
                 latents = advance(i, t, latents)
-                options.check_finite(latents, stage.replace("_", " "), i)
+                options.check_finite(latents, "edit" if stage == "edited_latents" else "inversion", i)
                 latents = self._crosses(stage, latents, i)
                 results.append(latents)
                 if i == len(timesteps) - 1 or ((i + 1) > warmup and (i + 1) % scheduler.order == 0):
