@@ -1,8 +1,9 @@
 """Portable kernels: mindone's Stable Diffusion models on devices where MindSpore's `mint` has gaps.
 
 mindone's models call `mindspore.mint`, and many of mint's kernels are registered for Ascend only. Inside
-`portable_kernels()` every name in `KERNELS` whose kernel is missing on the current device is replaced by an
-equivalent built from operators that every device has. On Ascend nothing is ever replaced.
+`portable_kernels()` every name in `KERNELS` whose kernel is missing on the current device, or is there and
+inaccurate, is replaced by an equivalent built from operators that every device has. On Ascend nothing is ever
+replaced.
 
 What is replaced, and how:
 
@@ -53,11 +54,33 @@ def gelu(input, *, approximate="none"):
     return input * (ops.erf(input * 0.7071067811865476) * 0.5 + 0.5)
 
 
+def silu(input, inplace=False):
+    """Stands in for `mint.nn.functional.silu` where it is inaccurate, as on CPU.
+
+    There float32 results are off by up to 2e-6 of themselves, and by 5e-8 on average: that does not cancel in
+    the sums that follow. Float32 is computed in float64, the shorter types in float32.
+    """
+    if inplace:
+        raise ValueError("silu: inplace is not supported by the portable kernel, expected False")
+    if input.dtype == mindspore.float32:
+        return ops.silu(input.astype(mindspore.float64)).astype(mindspore.float32)
+    if input.dtype == mindspore.float64:
+        return ops.silu(input)
+    return ops.silu(input.astype(mindspore.float32)).astype(input.dtype)
+
+
+FEW_CHANNELS = 8
+"""No hidden layer has as few channels as this: latents have 4, a posterior 8, a picture 3."""
+
+
 def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     """Stands in for `mint.nn.functional.conv2d` while Conv2DExt is registered for Ascend only.
 
-    `ops.Conv2D` with explicit padding, which is oneDNN's convolution on CPU.
+    `ops.Conv2D` with explicit padding, which is oneDNN's convolution on CPU; a few convolutions, on which the
+    accuracy of a whole model hangs, in float64.
     """
+    if _goes_through_float64(input, weight, stride, padding, groups):
+        return _conv2d_float64(input, weight, bias, stride, padding, dilation)
     if isinstance(padding, str):
         mode, pads = padding, 0
     elif isinstance(padding, int):
@@ -77,6 +100,56 @@ def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     if bias is None:
         return output
     return ops.bias_add(output, bias)
+
+
+def _goes_through_float64(input, weight, stride, padding, groups):
+    """Whether `conv2d` computes this convolution in float64: the few cheap ones on a model's main path.
+
+    A float32 sum of 300 products is off by 3e-7 (rms). In most convolutions that is an error of one branch of
+    a residual block; the result of the ones below is all that the next layers see. They made nearly all of
+    the VAE encoder's error, 3e-6 of its latents' rms, which an inversion multiplies by 30.
+    """
+    rows, columns = weight.shape[2:]
+    if input.dtype != mindspore.float32 or groups != 1 or isinstance(padding, str) or max(rows, columns) > 3:
+        return False
+    # The first of a model, and the last, but for a picture's three channels: large, and nothing comes after.
+    if weight.shape[1] <= FEW_CHANNELS or 3 < weight.shape[0] <= FEW_CHANNELS:
+        return True
+    # The VAE encoder's downsampling, which pads by itself and runs once for a picture. The UNet's runs at
+    # every step, has padding, and gains too little.
+    strides = stride if isinstance(stride, (tuple, list)) else (stride,)
+    pads = padding if isinstance(padding, (tuple, list)) else (padding,)
+    return max(strides) > 1 and max(pads) == 0
+
+
+def _conv2d_float64(input, weight, bias, stride, padding, dilation):
+    """The convolution as sums of matrix products in float64, for which there is no `ops.Conv2D`."""
+    top, left = (padding, padding) if isinstance(padding, int) else (padding[0], padding[-1])
+    down, right = (stride, stride) if isinstance(stride, int) else (stride[0], stride[-1])
+    gap_y, gap_x = (dilation, dilation) if isinstance(dilation, int) else (dilation[0], dilation[-1])
+    batch, channels = input.shape[:2]
+    filters, _, rows, columns = weight.shape
+    if top > 0 or left > 0:
+        input = ops.pad(input, (left, left, top, top))
+    height = (input.shape[2] - gap_y * (rows - 1) - 1) // down + 1
+    width = (input.shape[3] - gap_x * (columns - 1) - 1) // right + 1
+    input = input.astype(mindspore.float64)
+    taps = []
+    for i in range(rows):
+        for j in range(columns):
+            y, x = i * gap_y, j * gap_x
+            tap = input[:, :, y : y + (height - 1) * down + 1 : down, x : x + (width - 1) * right + 1 : right]
+            taps.append(tap.reshape(batch, channels, height * width))
+    weight = weight.astype(mindspore.float64).transpose(0, 2, 3, 1).reshape(1, filters, -1)
+    if channels <= FEW_CHANNELS:
+        output = ops.matmul(weight, ops.cat(taps, axis=1))
+    else:  # one by one: together they are nine times the input
+        output = ops.matmul(weight[:, :, :channels], taps[0])
+        for k in range(1, rows * columns):
+            output = output + ops.matmul(weight[:, :, k * channels : (k + 1) * channels], taps[k])
+    if bias is not None:
+        output = output + bias.astype(mindspore.float64).reshape(1, filters, 1)
+    return output.reshape(batch, filters, height, width).astype(mindspore.float32)
 
 
 def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
@@ -197,12 +270,12 @@ class GEGLU:
 
 @dataclass(frozen=True)
 class Kernel:
-    """One name that may be missing on a device.
+    """One name that may be missing, or inaccurate, on a device.
 
     name : dotted path of the original; 'mint' stands for 'mindspore.mint'. A class means its `construct`.
     replacement : function with the signature of the original.
-    probe : calls the original on tiny input; it raises where the kernel is missing.
-    reason : what is missing, and so when this entry can go.
+    probe : calls the original on tiny input; it raises where the kernel is missing or inaccurate.
+    reason : what is missing or wrong, and so when this entry can go.
     """
 
     name: str
@@ -215,12 +288,30 @@ def _floats(*shape: int) -> mindspore.Tensor:
     return mindspore.Tensor(np.full(shape, 0.5, np.float32))
 
 
+# Largest relative error (rms over the values) of a float32 kernel that is kept: one unit in the last place.
+# Rounding the exact results alone makes 2.5e-8, torch's CPU kernels 4e-8.
+ACCURACY = 1.2e-7
+
+
+def _require_accuracy(kernel: Callable[..., Any], values: np.ndarray, expected: np.ndarray) -> None:
+    """Raise ArithmeticError where `kernel` of float32 `values` is further off than ACCURACY."""
+    got = kernel(mindspore.Tensor(values.astype(np.float32))).asnumpy().astype(np.float64)
+    error = np.sqrt(np.mean((got / expected - 1) ** 2))
+    if not error <= ACCURACY:
+        raise ArithmeticError(f"off by {error:.1e}, expected at most {ACCURACY:.1e}")
+
+
 def _indices() -> mindspore.Tensor:
     return mindspore.Tensor(np.array([1, 0], np.int32))
 
 
 def _gelu() -> Any:
     return mint.nn.functional.gelu(_floats(2))
+
+
+def _silu() -> None:
+    values = np.arange(-255, 256, 2) / 32  # float32 has these exactly
+    _require_accuracy(mint.nn.functional.silu, values, values / (1 + np.exp(-values)))
 
 
 def _conv2d() -> Any:
@@ -289,6 +380,7 @@ def _chunk_method(tensor):
 
 KERNELS: tuple[Kernel, ...] = (
     Kernel("mint.nn.functional.gelu", gelu, _gelu, "GeluExt is unregistered"),
+    Kernel("mint.nn.functional.silu", silu, _silu, "Sigmoid is inaccurate in float32"),
     Kernel("mint.nn.functional.conv2d", conv2d, _conv2d, "Conv2DExt is unregistered"),
     Kernel("mint.nn.Conv2d", Conv2d.construct, _conv2d, "Conv2DExt is unregistered"),
     Kernel("mint.nn.functional.layer_norm", layer_norm, _layer_norm, "LayerNormExt cannot be created"),
@@ -319,7 +411,7 @@ _missing: dict[str, tuple[Kernel, ...]] = {}
 
 
 def missing_kernels() -> list[str]:
-    """Names in `KERNELS` whose kernel the current device has not. Empty on Ascend.
+    """Names in `KERNELS` whose kernel the current device has not, or not accurately. Empty on Ascend.
 
     The first call for a device runs each original once on tiny input (about 0.2 s on CPU).
     """

@@ -792,8 +792,10 @@ def atomic_path(path) -> Iterator[Path]:
             break
         except FileExistsError:
             number += 1
+    mode = os.stat(draft).st_mode & 0o777
     try:
         yield draft
+        os.chmod(draft, mode)  # some writers put a file of their own, for the owner alone, in the draft's place
         os.replace(draft, target)
     finally:
         with contextlib.suppress(FileNotFoundError):

@@ -2,8 +2,8 @@
 
 The tables of the reference come from ``torch.linspace`` and ``torch.cumprod`` in float32. NumPy's ``linspace`` in
 float64 differs in the last bits, which is enough to move latents by 1e-4 over a few steps, so the float32 recipes are
-followed here. One bit can remain where torch uses its vector library's square root, which is not always correctly
-rounded (multistep noise levels, zero-terminal-SNR betas); NumPy's is.
+followed here. Square roots, exponentials and logarithms are correctly rounded. Torch takes them from a vector library,
+also for single numbers, and about one in a hundred has a wrong last bit there; that is all that differs.
 """
 
 from __future__ import annotations
@@ -101,7 +101,8 @@ def ddim_row(alpha_t: F32, alpha_next: F32, eta: float = 0.0) -> np.ndarray:
     if eta > 0:
         variance = (beta_next / beta_t) * (one - alpha_t / alpha_next)
         sigma = F32(F32(eta) * np.sqrt(variance))
-    direction = np.sqrt(one - alpha_next - sigma * sigma)
+    # With eta 1 and a pure-noise start the difference is 0, rounded to either side; the reference gets NaN below it.
+    direction = np.sqrt(np.maximum(one - alpha_next - sigma * sigma, F32(0)))
     return np.array([np.sqrt(alpha_t), np.sqrt(beta_t), np.sqrt(alpha_next), direction, sigma], F32)
 
 
@@ -122,27 +123,29 @@ def dpm_rows(
     sigmas = sigmas.astype(F32)
     alphas = (F32(1) / np.sqrt(sigmas**2 + F32(1))).astype(F32)
     spreads = (sigmas * alphas).astype(F32)
-    with np.errstate(divide="ignore"):  # the last noise level may be 0: lambda = +inf, exp(-h) = 0
-        lambdas = _rounded(np.log, alphas) - _rounded(np.log, spreads)
     rows = np.zeros((count, 5), F32)
-    for i in range(count):
-        s = first + i
-        h = lambdas[s + 1] - lambdas[s]
-        shrink = _rounded(np.exp, -h) - F32(1)
-        rows[i, :4] = alphas[s], spreads[s], spreads[s + 1] / spreads[s], -(alphas[s + 1] * shrink)
-        if order == 1 or i == 0 or first_order(s):
-            continue
-        inverse_ratio = F32(1) / ((lambdas[s] - lambdas[s - 1]) / h)
-        if solver_type == "midpoint":
-            weight = -(F32(0.5) * (alphas[s + 1] * shrink))
-        else:  # heun
-            weight = alphas[s + 1] * (shrink / h + F32(1))
-        rows[i, 4] = weight * inverse_ratio
+    # The last noise level may be 0 (lambda = +inf, exp(-h) = 0), and schedules of many steps may have one level twice
+    # (h = 0); what comes of that is the reference's.
+    with np.errstate(divide="ignore", invalid="ignore"):
+        lambdas = rounded(np.log, alphas) - rounded(np.log, spreads)
+        for i in range(count):
+            s = first + i
+            h = lambdas[s + 1] - lambdas[s]
+            shrink = rounded(np.exp, -h) - F32(1)
+            rows[i, :4] = alphas[s], spreads[s], spreads[s + 1] / spreads[s], -(alphas[s + 1] * shrink)
+            if order == 1 or i == 0 or first_order(s):
+                continue
+            inverse_ratio = F32(1) / ((lambdas[s] - lambdas[s - 1]) / h)
+            if solver_type == "midpoint":
+                weight = -(F32(0.5) * (alphas[s + 1] * shrink))
+            else:  # heun
+                weight = alphas[s + 1] * (shrink / h + F32(1))
+            rows[i, 4] = weight * inverse_ratio
     return rows
 
 
-def _rounded(function, value):
-    """A float32 function correctly rounded, as the C library's is; NumPy's vectorised ones can be a bit off."""
+def rounded(function, value):
+    """A float32 function correctly rounded; the vectorised ones of NumPy and torch can be some bits off."""
     return F32(function(np.float64(value)))
 
 

@@ -72,6 +72,10 @@ def families(*quick):
 # compiler reads their source.
 
 
+def _silu(x):
+    return F.silu(x)
+
+
 def _gelu(x):
     return F.gelu(x)
 
@@ -177,6 +181,7 @@ TINY = noise(3, 5, 8, seed=3, scale=1e-3)  # variance about eps: a wrong eps sho
 
 FUNCTIONS = [
     # function, torch's, arguments, tolerance; measured
+    (_silu, T.silu, [noise(2, 7, 12, scale=2.0)], 1e-6),  # 2.4e-7, torch's own
     (_gelu, T.gelu, [noise(2, 7, 12, scale=2.0)], 1e-6),  # 4.0e-7
     (_gelu_tanh, lambda x: T.gelu(x, approximate="tanh"), [noise(2, 7, 12, scale=2.0)], 1e-6),  # 9.0e-8
     (
@@ -254,6 +259,106 @@ def test_embedding_refuses_a_norm_limit():
         F.embedding(mindspore.Tensor([0]), mindspore.Tensor(noise(2, 3)), max_norm=1.0)
 
 
+def test_silu_refuses_to_work_in_place():
+    with portable_kernels(), pytest.raises(ValueError, match="inplace"):
+        kernels.silu(mindspore.Tensor(noise(3)), inplace=True)
+
+
+# --- accuracy -------------------------------------------------------------------------------------------
+#
+# Against float64. Rounding the exact results to float32 makes 2.5e-8 (rms of the relative error), torch 4e-8.
+
+
+def rms_error(got, expected) -> float:
+    """rms(got - expected) / rms(expected)."""
+    got, expected = _float64(got), _float64(expected)
+    assert got.shape == expected.shape
+    return float(np.sqrt(np.mean((got - expected) ** 2) / np.mean(expected**2)))
+
+
+on_cpu = pytest.mark.skipif(devices.device_target() != "CPU", reason="what the CPU kernels are like")
+ACTIVATED = np.linspace(-3, 3, 1000).astype(np.float32)
+
+
+def _exact_silu(x):
+    x = x.astype(np.float64)
+    return x / (1 + np.exp(-x))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_silu_is_accurate(mode):
+    got = run(_silu, ACTIVATED, mode=mode)
+    difference = (_float64(got) - _exact_silu(ACTIVATED)) / np.abs(_exact_silu(ACTIVATED))
+    assert got.dtype == mindspore.float32
+    assert np.sqrt(np.mean(difference**2)) < 4e-8  # 2.6e-8
+    assert abs(difference.mean()) < 5e-9  # without a bias
+
+
+@on_cpu
+def test_the_original_silu_fails_the_bound():
+    got = _float64(F.silu(mindspore.Tensor(ACTIVATED)))
+    exact = _exact_silu(ACTIVATED)
+    assert np.sqrt(np.mean((got / exact - 1) ** 2)) > 5 * 4e-8  # 4.0e-7
+    assert "mint.nn.functional.silu" in kernels.missing_kernels()
+
+
+def test_an_accurate_silu_is_kept(monkeypatch):
+    monkeypatch.setattr(F, "silu", kernels.silu)
+    assert not kernels._fails(kernels._silu)
+    monkeypatch.setattr(F, "silu", lambda x: kernels.silu(x) * (1 + 3e-7))
+    assert kernels._fails(kernels._silu)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_silu_in_other_dtypes(dtype):
+    x = mindspore.Tensor(ACTIVATED, getattr(mindspore, dtype))
+    with portable_kernels():
+        got = F.silu(x)
+    assert got.dtype == x.dtype
+    exact = _exact_silu(x.astype(mindspore.float64).asnumpy())
+    limit = {"float16": 3e-4, "bfloat16": 2.5e-3, "float64": 1e-12}[dtype]  # 1.9e-4, 1.6e-3, 1e-16
+    assert rms_error(got.astype(mindspore.float64), exact) < limit
+
+
+CONVOLUTIONS = {
+    "first": (noise(2, 4, 10, 12), noise(32, 4, 3, 3, seed=1), 1, 1, 1),
+    "last": (noise(2, 32, 10, 12), noise(8, 32, 3, 3, seed=1), (1, 1), (1, 1), (1, 1)),
+    "posterior": (noise(2, 8, 10, 12), noise(8, 8, 1, 1, seed=1), 1, 0, 1),
+    "downsampling of the VAE": (noise(2, 32, 11, 12), noise(32, 32, 3, 3, seed=1), (2, 2), (0, 0), (1, 1)),
+    "uneven": (noise(1, 4, 11, 12), noise(6, 4, 3, 2, seed=1), (1, 2), (2, 1), (2, 1)),
+}
+
+
+@pytest.mark.parametrize("mode", ["eager", "jit"])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolutions_on_the_main_path_are_accurate(name, mode):
+    x, weight, stride, padding, dilation = CONVOLUTIONS[name]
+    bias = noise(len(weight), seed=2)
+
+    def convolve(x, weight, bias):
+        return F.conv2d(x, weight, bias, stride, padding, dilation)
+
+    doubles = [torch.from_numpy(array).double() for array in (x, weight, bias)]
+    exact = T.conv2d(*doubles, stride=stride, padding=padding, dilation=dilation)
+    got = run(convolve, x, weight, bias, mode=mode)
+    assert got.dtype == mindspore.float32
+    if "mint.nn.functional.conv2d" in kernels.missing_kernels():
+        assert rms_error(got, exact) < 4e-8  # 2.5e-8; ops.Conv2D's is 5e-8 (1 x 1) to 3e-7
+
+
+def test_most_convolutions_stay_in_float32():
+    x, patches = mindspore.Tensor(noise(1, 16, 8, 8)), mindspore.Tensor(noise(16, 3, 4, 4))
+    weight, picture = mindspore.Tensor(noise(16, 16, 3, 3)), mindspore.Tensor(noise(3, 16, 3, 3))
+    through = kernels._goes_through_float64
+    assert through(x, weight, 2, 0, 1)  # the VAE encoder's downsampling
+    assert not through(x, weight, 1, 1, 1)
+    assert not through(x, weight, 2, 1, 1)  # the UNet's
+    assert not through(x, picture, 1, 1, 1)  # the decoder's last
+    assert not through(x[:, :3], patches, 4, 0, 1)
+    assert not through(x.astype(mindspore.float16), weight, 2, 0, 1)
+    assert not through(x, weight, 2, "valid", 1)
+
+
 # --- single kernels: layers -----------------------------------------------------------------------------
 
 
@@ -284,6 +389,7 @@ LAYERS = {
     "layer norm, bare": ("LayerNorm", (8,), dict(eps=1e-6, elementwise_affine=False), TINY),
     "embedding": ("Embedding", (7, 8), {}, np.array([[1, 6], [0, 1]])),
     "gelu": ("GELU", (), {}, noise(2, 7, 12, scale=2.0)),
+    "silu": ("SiLU", (), {}, noise(2, 7, 12, scale=2.0)),
 }
 
 

@@ -516,3 +516,11 @@ def test_a_boolean_is_not_the_number_it_equals():
     refused(golden.check_arguments, {"steps": 1}, {"steps": True})
     refused(golden.check_arguments, {"guided": False}, {"guided": 0})
     golden.check_arguments({"guided": False}, {"guided": False})
+
+
+def test_a_golden_file_can_be_read_by_others(tmp_path):
+    """As any new file: the library that writes the tensors makes files for their owner alone."""
+    plain = tmp_path / "plain"
+    plain.touch()
+    golden.write_golden(tmp_path / "golden.safetensors", a_trace(), MANIFEST)
+    assert (tmp_path / "golden.safetensors").stat().st_mode == plain.stat().st_mode

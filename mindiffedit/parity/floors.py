@@ -8,7 +8,7 @@ largest up to each step.
 
 from __future__ import annotations
 
-from typing import Any, Dict
+from typing import Any, Dict, Iterable
 
 import numpy as np
 import torch
@@ -28,13 +28,15 @@ def measure(folder, case: Case, trace: Dict[str, np.ndarray]) -> Dict[str, Dict[
     return measure_on(pipe, case, trace)
 
 
-def measure_on(pipe, case: Case, trace: Dict[str, np.ndarray]) -> Dict[str, Dict[str, Any]]:
-    """``measure`` with a float64 pipeline that is there already."""
+def measure_on(
+    pipe, case: Case, trace: Dict[str, np.ndarray], kinds: Iterable[str] = ("isolated", "chained")
+) -> Dict[str, Dict[str, Any]]:
+    """``measure`` with a float64 pipeline that is there already; one run of it for each kind."""
     noise = {name: value for name, value in trace.items() if name.partition("/")[2] in NOISE}
     # The mask is a decision, not a number: the float64 run edits inside the float32 run's mask.
     chained = {**noise, **{name: trace[name] for name in ("mask/mask",) if name in trace}}
-    runs = {"isolated": reference.run(pipe, case, trace), "chained": reference.run(pipe, case, chained)}
-    return {kind: _figures(trace, exact, kind) for kind, exact in runs.items()}
+    given = {"isolated": trace, "chained": chained}
+    return {kind: _figures(trace, reference.run(pipe, case, given[kind]), kind) for kind in kinds}
 
 
 def _figures(trace, exact, kind: str) -> Dict[str, Any]:
