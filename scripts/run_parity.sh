@@ -11,9 +11,9 @@ cd "$PROJECT"
 RESULTS="$(mktemp -d)"
 trap 'rm -rf "$RESULTS"' EXIT
 
+cores="$(nproc)"  # before the next line, which it would obey
 # One thread each: the thread pools of two frameworks in two processes would spin against each other.
 export OMP_NUM_THREADS=1
-cores="$(nproc)"
 
 # run MODE CORE PYTEST-ARGUMENTS...
 run() {
