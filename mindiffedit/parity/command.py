@@ -7,13 +7,16 @@ imports MindSpore; neither needs the other's.
 from __future__ import annotations
 
 import contextlib
+import json
+import math
+import os
 import platform
 import sys
 import time
 from argparse import Namespace
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, Iterator, List, Optional
 
 import numpy as np
 import PIL.Image
@@ -37,26 +40,39 @@ def record(args: Namespace):
     """Runs the reference on a case and writes the golden file; returns (line, result)."""
     settings = _settings(args)
     pictures.check_output_path(args.output, (".safetensors",))
+    if settings["dtype"] != "float32" and args.no_floors:
+        raise ValueError(
+            f"--dtype {settings['dtype']} needs floors: the tolerances without them are float32's; leave"
+            " --no-floors out."
+        )
     folder = _folder(args.model)
+    if folder.resolve() in Path(args.output).resolve().parent.parents:
+        raise ValueError(
+            f"{args.output} is among the files of the model {folder}; give a name outside of it."
+        )
     configs = models.check_folder(folder, ("safety_checker",))
+    _check_with_model(settings, configs, folder)
     images = _fitted(args, settings, configs)
     case = _case(settings, images, folder)
-    try:
-        import torch
-
-        from . import floors, reference
-    except ImportError as error:
-        raise ValueError(
-            f"recording runs the PyTorch reference, but {error.name} is not installed: pip install"
-            " 'mindiffedit[parity]', in an environment of its own if you like."
-        ) from error
     started = time.perf_counter()
-    weights = golden.hash_files(folder)
     with cli.hushed():
+        try:
+            import torch
+
+            from . import floors, reference
+        except (ImportError, AttributeError) as error:  # the latter where diffusers is another release
+            absent = isinstance(error, ModuleNotFoundError)
+            why = f"{error.name} is not installed" if absent else f"it cannot be imported ({error})"
+            raise ValueError(
+                f"recording runs the PyTorch reference, but {why}: pip install 'mindiffedit[parity]', in an"
+                " environment of its own if you like."
+            ) from error
+        weights = golden.hash_files(folder)
         pipe = reference.load(folder, case, getattr(torch, settings["dtype"]))
         trace = reference.run(pipe, case)
         _say(args, f"the reference ran: {len(trace)} stages.")
         measured = None
+        del pipe  # the float64 models take twice its memory
         if not args.no_floors:
             measured = floors.measure(folder, case, trace)
             _say(args, "its float64 run is done: floors measured.")
@@ -108,37 +124,96 @@ def _check_numbers(settings: Dict[str, Any]) -> None:
     options.effective_steps(settings["steps"], settings["strength"], "--strength")
     options.effective_steps(settings["steps"], settings["mask_strength"], "--mask-strength")
     options.check_positive_int("--images-per-prompt", settings["images_per_prompt"])
-    options.check_eta(settings["eta"])
-    options.check_regularisation(
-        settings["lambda_auto_corr"],
-        settings["lambda_kl"],
-        settings["reg_steps"],
-        settings["auto_corr_rolls"],
-    )
-    if settings["clip_skip"] is not None:
-        options.check_positive_int("--clip-skip", settings["clip_skip"])
+    with _as_options():
+        options.check_eta(settings["eta"])
+        options.check_regularisation(
+            settings["lambda_auto_corr"],
+            settings["lambda_kl"],
+            settings["reg_steps"],
+            settings["auto_corr_rolls"],
+        )
     if settings["solver_order"] not in (None, 1, 2):
         raise ValueError(f"--solver-order has to be 1 or 2, but is {settings['solver_order']}.")
 
 
+# Names that errors of `options` have for options of the command line.
+_PARAMETERS = {
+    "eta": "--eta",
+    "clip_skip": "--clip-skip",
+    "lambda_auto_corr": "--lambda-auto-corr",
+    "lambda_kl": "--lambda-kl",
+    "num_reg_steps": "--reg-steps",
+    "num_auto_corr_rolls": "--auto-corr-rolls",
+}
+
+
+@contextlib.contextmanager
+def _as_options() -> Iterator[None]:
+    """An error about a parameter of the calls as one about the option that it was given by."""
+    try:
+        yield
+    except ValueError as error:
+        text = str(error)
+        for parameter, option in _PARAMETERS.items():
+            text = text.replace(f"`{parameter}`", option)
+        raise ValueError(text) from error
+
+
+def _check_with_model(settings: Dict[str, Any], configs, folder: Path) -> None:
+    """What a model's configuration says about the options, and what fails in the reference after minutes."""
+    with _as_options():
+        layers = configs["text_encoder"].get("num_hidden_layers", 12)
+        options.check_clip_skip(settings["clip_skip"], layers)
+    if settings["reg_steps"] == 0:
+        return
+    rolls = settings["auto_corr_rolls"] if settings["lambda_auto_corr"] > 0 else 0
+    if settings["mask_seed"] is not None and rolls > 0:
+        raise ValueError(
+            "--reg-steps fails in the reference with a generator for each prompt; give one --seed and no"
+            " --mask-seed, or --lambda-auto-corr 0."
+        )
+    config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+    kind = config.get("prediction_type", "epsilon")
+    if kind != "epsilon" and len(settings["source"]) > 1 and settings["invert_guidance"] > 1:
+        raise ValueError(  # D7
+            f"--reg-steps with guidance and this model's prediction type {kind} works for one prompt at a time, but"
+            f" {len(settings['source'])} were given; give --invert-guidance 1, or record them one by one."
+        )
+
+
 def _check_texts(settings: Dict[str, Any]) -> None:
+    for name in ("source", "target", "negative", "invert_negative", "source_negative", "target_negative"):
+        for text in settings[name] or ():
+            _check_text(text, name)
     batch = len(settings["source"])
     if len(settings["target"]) != batch:
         raise ValueError(
-            f"--source was given {batch} times and --target {len(settings['target'])} times; give as many of each."
+            f"{batch} --source and {len(settings['target'])} --target were given; give as many of each."
         )
     if len(settings["image"]) not in (1, batch):
         raise ValueError(
-            f"{len(settings['image'])} pictures were given for {batch} prompts; give one picture for each, or one."
+            f"{len(settings['image'])} pictures were given for {_prompts(batch)}; give one for each prompt, or one."
         )
     for name in ("negative", "invert_negative", "source_negative", "target_negative"):
         texts = settings[name]
         if texts is not None and len(texts) != batch:
             raise ValueError(
-                f"--{name.replace('_', '-')} was given {len(texts)} times for {batch} prompts; give one for each."
+                f"{len(texts)} --{name.replace('_', '-')} were given for {_prompts(batch)}; give one for each."
             )
     if settings["source"] == settings["target"]:
         raise ValueError("--source and --target are the same text: there is nothing to change.")
+
+
+def _check_text(text: str, name: str) -> None:
+    option = f"--{name.replace('_', '-')}"
+    if name in ("source", "target") and not text.strip():
+        raise ValueError(f"{option} is empty; give a short description of the picture.")
+    if text.encode("utf-8", "replace").decode("utf-8") != text:
+        raise ValueError(f"{option} is not valid UTF-8 text; check the terminal's encoding.")
+
+
+def _prompts(count: int) -> str:
+    return "1 prompt" if count == 1 else f"{count} prompts"
 
 
 def _check_seeds(settings: Dict[str, Any]) -> None:
@@ -151,8 +226,9 @@ def _check_seeds(settings: Dict[str, Any]) -> None:
     samples = batch * settings["maps"]
     if mask_seeds is None or len(mask_seeds) != samples or len(seeds) != batch:
         raise ValueError(
-            f"{batch} prompts with a generator each take {batch} --seed and {samples} --mask-seed (one for each of"
-            f" {settings['maps']} maps of each prompt), but {len(seeds)} and {len(mask_seeds or ())} were given."
+            f"with a generator for each prompt and each of its maps, {_prompts(batch)} of {settings['maps']} maps take"
+            f" {batch} --seed and {samples} --mask-seed, but {len(seeds)} and {len(mask_seeds or ())} were given; for"
+            " one generator give one --seed alone."
         )
 
 
@@ -271,13 +347,16 @@ def check(args: Namespace):
     """Replays a golden file; returns (table and verdict, result, exit code)."""
     if args.report is not None:
         report.check_report_path(args.report)
-    if args.save_diff is not None and Path(args.save_diff).exists() and not Path(args.save_diff).is_dir():
-        raise ValueError(f"--save-diff {args.save_diff} is a file; give the name of a folder.")
+        if os.path.realpath(args.report) == os.path.realpath(args.golden):
+            raise ValueError(f"--report would overwrite the golden file {args.golden}; give another name.")
+    if args.save_diff is not None:
+        _check_output_folder(Path(args.save_diff))
     recording = golden.read_golden(args.golden)
     manifest = recording.manifest
     settings, case, floors = _recorded(args.golden, recording)
-    given = {name: getattr(args, name) for name in CASE_OPTIONS if name not in ("image", "model")}
-    golden.check_arguments(settings, given)
+    limits = _limits(settings, recording.trace, (floors or {}).get("isolated" if args.isolate else "chained"))
+    given = {name: getattr(args, name) for name in CASE_OPTIONS if name != "image"}
+    golden.check_arguments(_alone(settings), _alone(given))
     folder = _folder(args.model)
     golden.check_files(folder, manifest["weights"])
     if args.image is not None:
@@ -289,13 +368,22 @@ def check(args: Namespace):
             device = devices.require_device(args.device)
         except RuntimeError as error:
             raise ValueError(str(error)) from error
+        if settings["dtype"] != "float32" and devices.supported_dtype(settings["dtype"])[1] is not None:
+            raise ValueError(
+                f"{args.golden} was recorded in {settings['dtype']}, for which {device} computes in float32; record"
+                " anew in float32, or check where there is a device for it."
+            )
         from . import replay
 
         pipe = replay.load(folder, case, args.mode, settings["dtype"])
         _say(args, f"replaying on {device}, mode {args.mode}.")
-        ours = replay.run(pipe, case, recording.trace, isolate=args.isolate)
-    kind = "isolated" if args.isolate else "chained"
-    limits = tolerances.limits(recording.trace, (floors or {}).get(kind))
+        ended = None
+        try:
+            ours = replay.run(pipe, case, recording.trace, isolate=args.isolate)
+        except options.NumericalError as error:
+            # Not bad input: the recorded run has none of it. What is missing from here on is out of tolerance.
+            ended, ours = str(error), error.trace
+            _say(args, f"the replay ended early: {ended}")
     comparisons = metrics.compare_traces(ours, recording.trace, limits)
     context = {
         "golden file": str(args.golden),
@@ -313,6 +401,8 @@ def check(args: Namespace):
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "seconds": round(time.perf_counter() - started, 1),
     }
+    if ended is not None:
+        context["ended early"] = ended
     if args.report is not None:
         report.write_report(args.report, comparisons, context)
     drawn = []
@@ -328,10 +418,38 @@ def check(args: Namespace):
         "heat_maps": drawn,
         **{name: context[name] for name in ("model", "device", "mode", "dtype", "seconds")},
         "isolated": args.isolate,
+        "ended_early": ended,
         "stages": report.as_plain(comparisons),
     }
     line = f"{report.table_text(comparisons)}\n{report.verdict(comparisons)}"
     return line, result, cli.OK if ok else cli.FAILED
+
+
+def _check_output_folder(folder: Path) -> None:
+    """Whether there is, or can be, a folder of --save-diff."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"--save-diff {folder}: {there} is a file; give the name of a folder.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"--save-diff {folder}: the folder {there} is read-only.")
+
+
+def _alone(given: Dict[str, Any]) -> Dict[str, Any]:
+    """Options that may be given several times but were once, as that one value: messages are read by people."""
+    return {
+        name: value[0] if isinstance(value, list) and len(value) == 1 else value
+        for name, value in given.items()
+    }
+
+
+def _limits(settings: Dict[str, Any], trace: Dict[str, np.ndarray], floors) -> Dict[str, metrics.Limit]:
+    """The table's tolerances; half precision moves pixels as far as what is decoded may move."""
+    limits = tolerances.limits(trace, floors)
+    if settings["dtype"] != "float32" and {"edit/decoded", "edit/picture"} <= set(limits):
+        size = np.sqrt(np.mean(np.square(trace["edit/decoded"], dtype=np.float64)))
+        levels = math.ceil(255 / 2 * size * limits["edit/decoded"].value)  # -1 to 1 becomes 0 to 255
+        limits["edit/picture"] = metrics.Limit("levels", max(1, levels))
+    return limits
 
 
 def _recorded(path, recording: golden.Golden):

@@ -18,6 +18,7 @@ from unittest import mock
 import diffusers
 import numpy as np
 import torch
+import transformers
 
 from .case import Case, Tape
 
@@ -26,16 +27,35 @@ _PIPELINE = importlib.import_module(diffusers.StableDiffusionDiffEditPipeline.__
 
 def load(folder, case: Case, dtype=torch.float32):
     """diffusers' pipeline of a checkpoint folder, with the case's schedulers; no safety checker."""
-    pipe = diffusers.StableDiffusionDiffEditPipeline.from_pretrained(
-        str(folder),
-        safety_checker=None,
-        requires_safety_checker=False,
-        torch_dtype=dtype,
-        low_cpu_mem_usage=False,
-        local_files_only=True,
-        use_safetensors=True,
-    )
+    with _quiet():
+        pipe = diffusers.StableDiffusionDiffEditPipeline.from_pretrained(
+            str(folder),
+            safety_checker=None,
+            requires_safety_checker=False,
+            torch_dtype=dtype,
+            low_cpu_mem_usage=False,
+            local_files_only=True,
+            use_safetensors=True,
+        )
     return with_schedulers(pipe, case)
+
+
+@contextlib.contextmanager
+def _quiet():
+    """No progress bars of the libraries, and no word on what they deprecate."""
+    libraries = (diffusers.utils.logging, transformers.utils.logging)
+    before = [library.get_verbosity() for library in libraries]
+    bars = [library.is_progress_bar_enabled() for library in libraries]
+    try:
+        for library in libraries:
+            library.set_verbosity_error()
+            library.disable_progress_bar()
+        yield
+    finally:
+        for library, verbosity, bar in zip(libraries, before, bars):
+            library.set_verbosity(verbosity)
+            if bar:
+                library.enable_progress_bar()
 
 
 def with_schedulers(pipe, case: Case):

@@ -6,6 +6,7 @@ from typing import Any, Dict, Mapping, Optional
 
 import numpy as np
 
+from .. import options
 from ..generator import Generator
 from .case import Case, Tape
 
@@ -46,6 +47,9 @@ def run(
         reference: the reference's trace. The edit then takes the mask from it (whether ours is the same is compared by
             itself), so that one pixel on the threshold does not hide everything behind it.
         isolate: every stage takes its input from ``reference``; otherwise errors add up, as in use.
+
+    Raises:
+        options.NumericalError: for NaN or inf in a stage; its ``trace`` is what there was before.
     """
     tape = Tape(reference if isolate else None)
     known = reference or {}
@@ -71,6 +75,9 @@ def run(
             arguments = {"mask_image": mask, "image_latents": latents, **_arguments(case.edit)}
             done = pipe(generator=_generators(case.seeds["edit"]), output_type="pil", **arguments)
             tape.keep("picture", np.stack([np.asarray(picture) for picture in done.images]))
+    except options.NumericalError as error:
+        error.trace = tape.trace()
+        raise
     finally:
         pipe.observer = before
     return tape.trace()

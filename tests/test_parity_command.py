@@ -1,0 +1,1031 @@
+"""`mindiffedit parity record` and `mindiffedit parity check` as a user meets them.
+
+One recording and the replays of it are real, in processes of their own where the other side's framework cannot be
+imported. What is refused, and what a check makes of tensors that differ, is tested without models.
+"""
+
+import inspect
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import parity
+import PIL.Image
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+import mindiffedit
+from mindiffedit import cli, demo, options, pictures
+from mindiffedit.arguments import CASE_OPTIONS, build_parser
+from mindiffedit.parity import command, golden, replay, tolerances
+
+SOURCE, TARGET = "a red apple on a table", "a yellow pear on a table"
+REFERENCE, OURS = ("torch", "diffusers"), ("mindspore", "mindone")
+
+# Runs commands one after another where some packages cannot be found, and writes down what came of each.
+DRIVER = '''
+import json, os, sys, time
+
+plan = json.loads(sys.argv[1])
+
+
+class Without:
+    """A finder of modules that does not find those packages."""
+
+    def __init__(self, finder):
+        self.finder = finder
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+    def find_spec(self, name, path=None, target=None):
+        absent = name.partition(".")[0] in plan["absent"]
+        return None if absent else self.finder.find_spec(name, path, target)
+
+
+sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
+from mindiffedit import cli
+
+for number, run in enumerate(plan["runs"]):
+    if run.get("plant"):
+        exec(run["plant"])
+    saved = os.dup(1), os.dup(2)
+    for stream, kind in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{plan['name']}{number}.{kind}", os.O_WRONLY | os.O_CREAT), stream)
+    code = cli.main(run["argv"])
+    sys.stdout.flush(), sys.stderr.flush()
+    os.dup2(saved[0], 1), os.dup2(saved[1], 2)
+    print(json.dumps({"code": code}))
+present = sorted({name.partition(".")[0] for name in sys.modules})
+print(json.dumps(present))
+'''
+
+
+def run(folder, name, absent, *runs):
+    """Exit code, stdout and stderr of each command, and the packages that are imported in the end."""
+    runs = [{"argv": one} if isinstance(one, list) else {"argv": one[0], "plant": one[1]} for one in runs]
+    plan = {"name": str(folder / name), "absent": absent, "runs": runs}
+    root = os.path.dirname(os.path.dirname(os.path.abspath(mindiffedit.__file__)))
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER, json.dumps(plan)],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": root},
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr
+    *codes, present = map(json.loads, done.stdout.splitlines())
+    results = []
+    for number, code in enumerate(codes):
+        out, err = (Path(f"{plan['name']}{number}.{kind}") for kind in ("out", "err"))
+        results.append(types.SimpleNamespace(code=code["code"], out=out.read_text(), err=err.read_text()))
+        out.unlink(), err.unlink()
+    return results, set(present)
+
+
+def strict(text):
+    """JSON without the words that are none."""
+
+    def refuse(word):
+        raise AssertionError(f"{word} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def record_argv(model, *more, output="g.safetensors"):
+    return [
+        *("parity", "record", "--image", "p.png", "--source", SOURCE, "--target", TARGET, "--steps", "4"),
+        *("--strength", "0.5", "--maps", "2", "--guidance", "2", "--model", str(model), "-o", output, *more),
+    ]
+
+
+def check_argv(model, *more, file="g.safetensors"):
+    return ["parity", "check", file, "--model", str(model), *more]
+
+
+def rewritten(path, recording, **changes):
+    """The recording again with another manifest, or other tensors as ``trace``, as `record` would have written it."""
+    trace = changes.pop("trace", recording.trace)
+    inputs = {f"input/{name}": array for name, array in recording.inputs.items()}
+    golden.write_golden(path, {**inputs, **trace}, {**recording.manifest, **changes})
+
+
+@pytest.fixture(scope="module")
+def recorded(sd1_folder, tmp_path_factory):
+    """A folder with a picture and a recording of its edit, made where there is no MindSpore."""
+    folder = tmp_path_factory.mktemp("recorded")
+    parity.picture(64, 48).save(folder / "p.png")
+    (done,), present = run(
+        folder, "record", OURS, record_argv(sd1_folder, "--seed", "3", "--scheduler", "ddim", "--json")
+    )
+    assert done.code == 0, done.err
+    path = folder / "g.safetensors"
+    return types.SimpleNamespace(
+        folder=folder,
+        path=path,
+        done=done,
+        present=present,
+        model=sd1_folder,
+        golden=golden.read_golden(path),
+    )
+
+
+# An error in a stage in the middle of the mask.
+PLANT = """
+from mindiffedit.pipeline import StableDiffusionDiffEditPipeline as pipeline
+exact = pipeline._noised
+pipeline._noised = staticmethod(lambda *args: exact(*args) * 1.001)
+"""
+
+
+@pytest.fixture(scope="module")
+def checked(recorded):
+    """Four checks where there is no PyTorch: two of the recording, two of a mask with an error planted in it."""
+    trace = {name: array for name, array in recorded.golden.trace.items() if name.startswith("mask/")}
+    calls = {**recorded.golden.manifest["calls"], "invert": None, "edit": None}
+    rewritten(recorded.folder / "mask.safetensors", recorded.golden, trace=trace, calls=calls)
+    operators, of_mask = ("--mode", "pynative"), dict(file="mask.safetensors")
+    results, present = run(
+        recorded.folder,
+        "check",
+        REFERENCE,
+        check_argv(recorded.model, "--report", "r.md", "--save-diff", "differences"),
+        check_argv(recorded.model, "--isolate", "--json", "--report", "r.html", "--quiet", *operators),
+        (check_argv(recorded.model, "--isolate", "--json", *operators, **of_mask), PLANT),
+        check_argv(recorded.model, "--report", "bad.json", *operators, **of_mask),
+    )
+    return types.SimpleNamespace(results=results, present=present)
+
+
+# --- a recording ----------------------------------------------------------------------------------------------------
+
+
+def test_record_needs_no_mindspore(recorded):
+    assert recorded.present >= {*REFERENCE, "mindiffedit"} and recorded.present.isdisjoint(OURS)
+
+
+def test_record_says_what_it_wrote(recorded):
+    assert recorded.done.out.count("\n") == 1
+    said = strict(recorded.done.out)
+    assert (said["command"], said["output"]) == ("parity record", "g.safetensors")
+    assert said["stages"] == len(recorded.golden.trace) and said["bytes"] == recorded.path.stat().st_size
+    assert said["model"] == str(recorded.model) and said["seconds"] > 0
+    assert said["arguments"] == recorded.golden.manifest["arguments"]
+    notes = recorded.done.err.splitlines()
+    assert len(notes) == 2 and all(line.startswith("note: ") for line in notes), recorded.done.err
+    assert "float64" in notes[1]
+
+
+def test_a_recording_says_how_it_was_made(recorded):
+    manifest = recorded.golden.manifest
+    settings = manifest["arguments"]
+    assert tuple(sorted(settings)) == tuple(sorted(CASE_OPTIONS))
+    given = dict(
+        source=[SOURCE], target=[TARGET], image=["p.png"], seed=[3], mask_seed=None, steps=4, strength=0.5
+    )
+    of_its_own = dict(guidance=2.0, invert_guidance=2.0, maps=2, mask_strength=0.5, scheduler="ddim", eta=0.0)
+    assert {name: settings[name] for name in (*given, *of_its_own)} == {**given, **of_its_own}
+    assert manifest["dtype"] == settings["dtype"] == "float32"
+    assert manifest["calls"]["edit"]["negative_prompt"] == SOURCE
+    assert manifest["weights"] == golden.hash_files(recorded.model)
+    assert {"torch", "diffusers", "transformers", "numpy", "mindiffedit", "python"} <= set(
+        manifest["versions"]
+    )
+    assert manifest["versions"]["mindiffedit"] == mindiffedit.__version__
+    assert set(manifest["platform"]) == {"system", "processor"} and manifest["platform"]["system"]
+    assert re.fullmatch(r"20\d\d-\d\d-\d\d", manifest["recorded"]) and manifest["mended"] == []
+    picture = np.asarray(PIL.Image.open(recorded.folder / "p.png"))
+    np.testing.assert_array_equal(recorded.golden.inputs["picture"], picture[None])
+
+
+def test_a_recording_has_every_stage_and_both_kinds_of_floors(recorded):
+    trace, floors = recorded.golden.trace, recorded.golden.manifest["floors"]
+    stages = list(trace)
+    assert [name for name in stages if name.endswith("latents")] == [
+        *("mask/latents", "mask/noised_latents", "invert/latents", "invert/inverted_latents"),
+        "edit/edited_latents",
+    ]
+    calls = [name.partition("/")[0] for name in stages]
+    assert calls == sorted(calls, key=("mask", "invert", "edit").index)
+    assert stages[-1] == "edit/picture" and trace["edit/picture"].shape == (1, 48, 64, 3)
+    assert trace["invert/inverted_latents"].shape == (2, 1, 4, 6, 8)  # two of four steps
+    assert set(floors) == {"chained", "isolated"}
+    needed = {tolerances.floor_of(name) for name in stages if tolerances.for_stage(name).factor}
+    for kind, measured in floors.items():
+        assert needed <= set(measured) <= set(stages)
+        assert all(0 < np.max(floor) < 0.01 for floor in measured.values()), kind
+    assert np.shape(floors["chained"]["edit/edited_latents"]) == (2,)
+    assert np.shape(floors["isolated"]["edit/edited_latents"]) == ()
+
+
+# --- checks that pass -------------------------------------------------------------------------------------------------
+
+
+def test_check_needs_no_torch(checked):
+    assert checked.present >= {*OURS, "mindiffedit"} and checked.present.isdisjoint(REFERENCE)
+
+
+def test_check_in_graph_mode(recorded, checked):
+    done = checked.results[0]
+    assert done.code == 0, done.out + done.err
+    heading, *table, verdict = done.out.splitlines()
+    assert heading.split()[0] == "stage" and "tolerance" in heading
+    assert [re.split(r"[, ]", line)[0] for line in table] == list(recorded.golden.trace)
+    assert all(re.search(r"  ok(, .*)?$", line) for line in table), done.out
+    assert verdict == f"all {len(table)} stages are within their tolerances"
+    assert done.err == "note: replaying on CPU, mode graph.\n"
+    page = (recorded.folder / "r.md").read_text()
+    assert verdict in page and "mode: graph" in page and "multiples of the recorded floors" in page
+    assert f"torch {recorded.golden.manifest['versions']['torch']}" in page
+    drawn = sorted((recorded.folder / "differences").iterdir())
+    assert len(drawn) == 6 and all(path.suffix == ".png" for path in drawn)
+    for path in drawn:
+        assert PIL.Image.open(path).convert("RGB").size > (64, 64)
+
+
+def test_check_operator_by_operator_with_the_references_inputs(recorded, checked):
+    done = checked.results[1]
+    assert done.code == 0 and done.err == "", done.out + done.err
+    assert done.out.count("\n") == 1
+    said = strict(done.out)
+    assert (said["command"], said["ok"], said["isolated"], said["mode"]) == (
+        "parity check",
+        True,
+        True,
+        "pynative",
+    )
+    assert [stage["name"] for stage in said["stages"]] == list(recorded.golden.trace)
+    assert all(stage["ok"] for stage in said["stages"]) and said["ended_early"] is None
+    assert (said["report"], said["heat_maps"], said["dtype"], said["device"]) == (
+        "r.html",
+        [],
+        "float32",
+        "CPU",
+    )
+    page = (recorded.folder / "r.html").read_text()
+    assert page.startswith("<!DOCTYPE html>") and "isolated" in page and said["verdict"] in page
+
+
+# --- checks that fail -------------------------------------------------------------------------------------------------
+
+
+def test_isolating_finds_the_one_stage_with_an_error(recorded, checked):
+    """The same error, with the reference's inputs everywhere and without."""
+    isolated, chained = checked.results[2:]
+    assert isolated.code == chained.code == 1, isolated.err + chained.err
+    said = strict(isolated.out)
+    assert not said["ok"] and said["verdict"].startswith("FIRST stage out of tolerance: mask/noised_latents:")
+    assert [stage["name"] for stage in said["stages"] if not stage["ok"]] == ["mask/noised_latents"]
+
+    first = next(line for line in chained.out.splitlines() if "OUT: " in line)
+    assert first.startswith("mask/noised_latents")
+    report = strict((recorded.folder / "bad.json").read_text())
+    bad = [stage["name"] for stage in report["stages"] if not stage["ok"]]
+    assert bad[:3] == ["mask/noised_latents", "mask/noise_predictions", "mask/map"]
+    assert report["first_failure"] == bad[0] and not report["passed"]
+    assert report["context"]["mode"] == "pynative" and len(report["stages"]) == len(said["stages"])
+
+
+@pytest.fixture
+def replayed(recorded, monkeypatch):
+    """Makes replays give the recorded tensors after a change; returns what they were asked."""
+    asked = []
+
+    def install(change=lambda ours: None):
+        def replay_run(pipe, case, reference, isolate):
+            asked.append((pipe, case, isolate))
+            ours = {name: array.copy() for name, array in recorded.golden.trace.items()}
+            change(ours)
+            return ours
+
+        monkeypatch.setattr(replay, "run", replay_run)
+        return asked
+
+    monkeypatch.chdir(recorded.folder)
+    monkeypatch.setattr("mindiffedit.devices.require_device", lambda name: name or "CPU")
+    monkeypatch.setattr(replay, "load", lambda folder, case, mode, dtype: (str(folder), mode, dtype))
+    for name in ("GLOG_v", "TRANSFORMERS_NO_ADVISORY_WARNINGS", "DIFFUSERS_NO_ADVISORY_WARNINGS"):
+        monkeypatch.setenv(name, "3")  # so that the command's own defaults do not outlive the test
+    install()
+    return install
+
+
+def checks(capsys, recorded, *more, **file):
+    """(exit code, stdout, stderr)."""
+    code = cli.main(check_argv(recorded.model, *more, **file))
+    return (code, *capsys.readouterr())
+
+
+def test_what_is_replayed_is_what_was_recorded(recorded, replayed, capsys):
+    asked = replayed()
+    again = [*("--source", SOURCE, "--target", TARGET, "--steps", "4", "--strength", "0.5", "--seed", "3")]
+    again += ["--image", "p.png", "--scheduler", "ddim", "--invert-guidance", "2", "--dtype", "float32"]
+    code, out, err = checks(capsys, recorded, "--isolate", "--mode", "pynative", "--device", "gpu", *again)
+    assert code == 0 and out.splitlines()[-1].endswith("within their tolerances")
+    assert err == "note: replaying on GPU, mode pynative.\n"
+    ((pipe, case, isolate),) = asked
+    assert isolate and pipe == (str(recorded.model), "pynative", "float32")
+    assert case.described() == recorded.golden.manifest["calls"]
+    assert np.array_equal(np.asarray(case.image), recorded.golden.inputs["picture"][0])
+
+
+def test_the_same_pixels_in_another_file_are_the_same_picture(recorded, replayed, capsys, tmp_path):
+    PIL.Image.open("p.png").save(tmp_path / "again.bmp")
+    assert checks(capsys, recorded, "--image", str(tmp_path / "again.bmp"))[0] == 0
+
+
+def test_a_failing_check_names_the_first_bad_stage(recorded, replayed, capsys, tmp_path):
+    def change(ours):
+        ours["edit/picture"][0, 0, 0] += 100
+        ours["invert/inverted_latents"][1] *= 1.5
+        ours["mask/timestep"] += 1
+        del ours["edit/token_ids"]
+
+    replayed(change)
+    code, out, err = checks(
+        capsys,
+        recorded,
+        "--report",
+        str(tmp_path / "r.md"),
+        "--save-diff",
+        str(tmp_path / "a" / "b"),
+        "--quiet",
+    )
+    assert code == 1 and err == ""
+    *table, verdict = out.splitlines()
+    bad = [line.split()[0].rstrip(",") for line in table if "  OUT: " in line]
+    assert bad == ["mask/timestep", "invert/inverted_latents", "edit/token_ids", "edit/picture"]
+    assert verdict.startswith("FIRST stage out of tolerance: mask/timestep: 1 of 1 values differ")
+    assert "(4 of " in verdict and "invert/inverted_latents, step 2 of 2" in out
+    assert "our run did not give this stage" in out
+    assert "FIRST stage out of tolerance: mask/timestep" in (tmp_path / "r.md").read_text()
+    drawn = sorted(path.name for path in (tmp_path / "a" / "b").iterdir())
+    assert drawn == ["01-invert-inverted_latents-step2.png", "02-edit-picture.png"]
+
+
+def test_tolerances_are_those_of_the_recording_and_of_the_kind_of_check(recorded, replayed, capsys, tmp_path):
+    """The same difference is within floors that were measured and out of such as are tiny."""
+
+    def change(ours):
+        ours["edit/decoded"] += 5e-6
+
+    replayed(change)
+    measured = recorded.golden.manifest["floors"]
+    tiny = {stage: 1e-9 for stage in measured["isolated"]}
+    rewritten(tmp_path / "tiny.safetensors", recorded.golden, floors={**measured, "isolated": tiny})
+    rewritten(tmp_path / "none.safetensors", recorded.golden, floors=None)
+    file = dict(file=str(tmp_path / "tiny.safetensors"))
+    assert checks(capsys, recorded)[0] == checks(capsys, recorded, "--isolate")[0] == 0
+    assert checks(capsys, recorded, **file)[0] == 0
+    code, out, _ = checks(capsys, recorded, "--isolate", "--json", **file)
+    said = strict(out)
+    assert code == 1 and [stage["name"] for stage in said["stages"] if not stage["ok"]] == ["edit/decoded"]
+    report = str(tmp_path / "r.json")
+    assert checks(capsys, recorded, "--report", report, file=str(tmp_path / "none.safetensors"))[0] == 0
+    context = strict(Path(report).read_text())["context"]
+    assert context["tolerances"] == "the table's, no floors recorded"
+
+
+def test_nan_on_the_way_fails_the_check_where_it_is(recorded, replayed, capsys, monkeypatch, tmp_path):
+    def ends(pipe, case, reference, isolate):
+        error = options.NumericalError("inversion, step 2: 3 of 192 values are NaN")
+        error.trace = {name: array for name, array in reference.items() if name.startswith("mask/")}
+        raise error
+
+    monkeypatch.setattr(replay, "run", ends)
+    code, out, err = checks(capsys, recorded, "--json", "--report", str(tmp_path / "r.md"))
+    said = strict(out)
+    assert code == 1 and said["verdict"].startswith("FIRST stage out of tolerance: invert/")
+    assert "our run did not give this stage" in said["verdict"] and "step 2" in said["ended_early"]
+    assert "note: the replay ended early: inversion, step 2" in err
+    assert "ended early: inversion, step 2" in (tmp_path / "r.md").read_text()
+
+
+def test_half_precision_is_checked_only_where_it_is_computed(
+    recorded, replayed, capsys, monkeypatch, tmp_path
+):
+    manifest = recorded.golden.manifest
+    settings = {**manifest["arguments"], "dtype": "float16"}
+    # As large as moves pixels by 3.6 levels, times the factor of the table.
+    size = np.sqrt(np.mean(recorded.golden.trace["edit/decoded"].astype(np.float64) ** 2))
+    floor = 3.6 / (255 / 2) / size / tolerances.for_stage("edit/decoded").factor
+    floors = {kind: {**of, "edit/decoded": floor} for kind, of in manifest["floors"].items()}
+    file = dict(file=str(tmp_path / "half.safetensors"))
+    rewritten(file["file"], recorded.golden, arguments=settings, floors=floors)
+
+    asked, answer = replayed(), ["MindSpore's kernels are float32."]
+    monkeypatch.setattr("mindiffedit.devices.supported_dtype", lambda dtype: (dtype, *answer))
+    code, out, err = checks(capsys, recorded, **file)
+    assert code == 2 and out == "" and asked == []
+    assert "was recorded in float16, for which CPU computes in float32" in err
+
+    answer[0] = None
+    for levels, expected in ((4, 0), (5, 1)):
+
+        def change(ours):
+            picture = ours["edit/picture"]
+            picture += np.where(picture < 128, levels, -levels).astype(np.uint8)
+
+        replayed(change)
+        code, out, _ = checks(capsys, recorded, "--json", **file)
+        said = strict(out)
+        assert code == expected and said["dtype"] == "float16"
+        assert (said["stages"][-1]["tolerance"], said["stages"][-1]["max_abs"]) == (4, levels)
+    assert asked[0][0][2] == "float16"
+
+
+# --- what the arguments mean ----------------------------------------------------------------------------------------
+
+
+def case_of(*argv, folder, image=None):
+    """(settings, case) of `parity record` with these options, up to where a model runs."""
+    argv = ["parity", "record", "-o", "out.safetensors", "--model", str(folder), *argv]
+    args = build_parser().parse_args(argv)
+    settings = command._settings(args)
+    return settings, command._case(settings, [image] * len(settings["image"]), Path(folder))
+
+
+ONE = ("--image", "p.png", "--source", "a", "--target", "b")
+TWO = (
+    *("--image", "p.png", "--image", "q.png", "--source", "a", "--source", "c"),
+    "--target",
+    "b",
+    "--target",
+    "d",
+)
+GENERATORS = [
+    word
+    for name, seeds in (("--seed", (1, 2)), ("--mask-seed", (3, -4, 5, 6)))
+    for seed in seeds
+    for word in (name, str(seed))
+]
+
+
+def test_a_case_is_what_edit_does(sd1_folder):
+    settings, case = case_of(*ONE, "--guidance", "5", folder=sd1_folder, image="the picture")
+    assert case.image == "the picture" and settings["scheduler"] == "ddim"  # the model's own is PNDM
+    assert case.mask == dict(
+        target_prompt="b",
+        source_prompt="a",
+        target_negative_prompt=None,
+        source_negative_prompt=None,
+        num_maps_per_mask=10,
+        mask_encode_strength=0.5,
+        mask_thresholding_ratio=3.0,
+        num_inference_steps=50,
+        guidance_scale=5.0,
+    )
+    assert case.invert == dict(
+        prompt="a",
+        negative_prompt=None,
+        num_inference_steps=50,
+        inpaint_strength=0.8,
+        guidance_scale=5.0,
+        decode_latents=False,
+        num_reg_steps=0,
+        lambda_auto_corr=20.0,
+        lambda_kl=20.0,
+        num_auto_corr_rolls=5,
+    )
+    assert case.edit == dict(
+        prompt="b",
+        negative_prompt="a",
+        num_inference_steps=50,
+        inpaint_strength=0.8,
+        guidance_scale=5.0,
+        num_images_per_prompt=1,
+        eta=0.0,
+        clip_skip=None,
+    )
+    assert case.seeds == {"mask": 0, "invert": 0, "edit": 0}
+    assert (case.scheduler, case.scheduler_options) == ("DDIMScheduler", {})
+
+
+EVERYTHING = (
+    *("--steps", "8", "--strength", "0.75", "--guidance", "3", "--invert-guidance", "1.5", "--maps", "2"),
+    *("--mask-strength", "0.25", "--mask-threshold", "2", "--scheduler", "dpm", "--solver-order", "1"),
+    *("--images-per-prompt", "3", "--eta", "0.5", "--clip-skip", "2", "--reg-steps", "4", "--lambda-kl", "7"),
+    *("--lambda-auto-corr", "6", "--auto-corr-rolls", "9", "--decode-latents", "--negative", "n"),
+    *("--invert-negative", "i", "--source-negative", "s", "--target-negative", "t", "--seed", "11"),
+)
+
+
+def test_every_option_reaches_its_call(sd1_folder):
+    settings, case = case_of(*ONE, *EVERYTHING, "--size", "96", "--dtype", "bfloat16", folder=sd1_folder)
+    assert (settings["size"], settings["dtype"]) == (96, "bfloat16")
+    assert case.mask == dict(
+        target_prompt="b",
+        source_prompt="a",
+        target_negative_prompt="t",
+        source_negative_prompt="s",
+        num_maps_per_mask=2,
+        mask_encode_strength=0.25,
+        mask_thresholding_ratio=2.0,
+        num_inference_steps=8,
+        guidance_scale=3.0,
+    )
+    assert case.invert == dict(
+        prompt="a",
+        negative_prompt="i",
+        num_inference_steps=8,
+        inpaint_strength=0.75,
+        guidance_scale=1.5,
+        decode_latents=True,
+        num_reg_steps=4,
+        lambda_auto_corr=6.0,
+        lambda_kl=7.0,
+        num_auto_corr_rolls=9,
+    )
+    assert case.edit == dict(
+        prompt="b",
+        negative_prompt="n",
+        num_inference_steps=8,
+        inpaint_strength=0.75,
+        guidance_scale=3.0,
+        num_images_per_prompt=3,
+        eta=0.5,
+        clip_skip=2,
+    )
+    assert case.seeds == {"mask": 11, "invert": 11, "edit": 11}
+    assert case.scheduler == "DPMSolverMultistepScheduler" and case.scheduler_options == {"solver_order": 1}
+    assert case.inverse_scheduler == "DPMSolverMultistepInverseScheduler"
+
+
+def test_a_batch_is_lists_and_has_a_generator_for_each_sample(sd1_folder):
+    _, case = case_of(
+        *TWO, *GENERATORS, "--maps", "2", "--images-per-prompt", "2", folder=sd1_folder, image="one"
+    )
+    assert case.image == ["one", "one"]
+    assert (case.mask["source_prompt"], case.mask["target_prompt"]) == (["a", "c"], ["b", "d"])
+    assert case.invert["prompt"] == ["a", "c"] and case.edit["negative_prompt"] == ["a", "c"]
+    assert case.seeds == {"mask": [3, -4, 5, 6], "invert": [1, 2], "edit": [1, 1, 2, 2]}
+    _, case = case_of(*TWO, "--seed", "7", "--negative", "", "--negative", "x", folder=sd1_folder)
+    assert case.seeds == {"mask": 7, "invert": 7, "edit": 7} and case.edit["negative_prompt"] == ["", "x"]
+
+
+def test_one_prompt_may_have_its_own_generators_too(sd1_folder):
+    argv = ("--seed", "5", "--mask-seed", "6", "--mask-seed", "7", "--maps", "2")
+    assert case_of(*ONE, *argv, folder=sd1_folder)[1].seeds == {"mask": [6, 7], "invert": [5], "edit": [5]}
+
+
+@pytest.mark.parametrize(
+    "own, name", [("DPMSolverMultistepScheduler", "dpm"), ("LMSDiscreteScheduler", "ddim")]
+)
+def test_the_scheduler_is_the_models_own_where_it_can_be(sd1_folder, tmp_path, own, name):
+    shutil.copy(sd1_folder / "model_index.json", tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", own]
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    settings, case = case_of(*ONE, folder=tmp_path)
+    assert settings["scheduler"] == name and case.scheduler == command.SCHEDULERS[name][0]
+    assert case_of(*ONE, "--scheduler", "ddim", folder=tmp_path)[1].scheduler == "DDIMScheduler"
+
+
+def test_the_demo_model_has_settings_of_its_own():
+    folder = demo.checkpoint_folder()
+    settings, case = case_of(*ONE, "--maps", "3", "--model", "demo", folder=folder)
+    suited = {**demo.SETTINGS, "maps": 3}
+    assert {name: settings[name] for name in suited} == suited
+    assert case.invert["guidance_scale"] == 1.0 and case.edit["guidance_scale"] == 5.0
+
+
+def test_both_pipelines_take_every_argument_of_a_case(sd1_folder):
+    import diffusers
+
+    _, case = case_of(*ONE, *EVERYTHING, folder=sd1_folder)
+    theirs = diffusers.StableDiffusionDiffEditPipeline
+    ours = ours_signatures()
+    for call, method in (("mask", "generate_mask"), ("invert", "invert"), ("edit", "__call__")):
+        given = set(getattr(case, call))
+        assert given <= set(inspect.signature(getattr(theirs, method)).parameters)
+        assert given <= ours[method]
+
+
+def ours_signatures():
+    """Parameters of our three calls, from the source: MindSpore is not imported for this."""
+    import ast
+
+    source = (Path(mindiffedit.__file__).parent / "pipeline.py").read_text(encoding="utf-8")
+    return {
+        node.name: {argument.arg for argument in node.args.args}
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.FunctionDef) and node.name in ("generate_mask", "invert", "__call__")
+    }
+
+
+def test_crashes_of_the_reference_that_were_mended_are_written_down(sd1_folder):
+    def mended(*argv):
+        return command._mended(case_of(*ONE, *argv, folder=sd1_folder)[1])
+
+    assert mended() == [] and mended("--guidance", "1") == ["W1"]
+    assert mended("--scheduler", "dpm", "--guidance", "0.5") == ["W1", "W3"]
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+HEAVY = (*REFERENCE, *OURS, "transformers", "huggingface_hub", "scipy", "tqdm")
+
+
+@pytest.fixture
+def work(recorded, tmp_path, monkeypatch):
+    """A folder with pictures and the recording, where no framework can be imported."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(recorded.path, "g.safetensors")
+    shutil.copy(recorded.folder / "p.png", "p.png")
+    parity.picture(64, 48, seed=1).save("q.png")
+    parity.picture(80, 48).save("wide.png")
+    for name in (*REFERENCE, *OURS, "transformers"):
+        monkeypatch.setitem(sys.modules, name, None)
+    return tmp_path
+
+
+def everything_here():
+    return sorted((str(path), path.stat().st_size) for path in Path().rglob("*"))
+
+
+def refused(capsys, argv, *words):
+    """The one line of a command that ends with 2, without an import of a framework and without a trace of itself."""
+    before = everything_here()
+    code = cli.main(argv)
+    out, err = capsys.readouterr()
+    lines = [line for line in err.splitlines() if not line.startswith("note: ")]
+    assert code == 2, err
+    assert out == "" and len(lines) == 1, err
+    assert re.match(r"mindiffedit( parity \w+)?: error: ", lines[0]) and lines[0].endswith((".", "--help)"))
+    for word in words:
+        assert word in lines[0], err
+    assert everything_here() == before
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (["--eta", "2"], "--eta has to be in [0, 1], but is 2"),
+        (["--steps", "0"], "--steps"),
+        (["--steps", "1001"], "1000"),
+        (["--strength", "0"], "leaves no step"),
+        (["--mask-strength", "0.1"], "leaves no step"),
+        (["--mask-threshold", "0"], "--mask-threshold"),
+        (["--guidance", "nan"], "--guidance"),
+        (["--maps", "0"], "--maps"),
+        (["--size", "-1"], "--size"),
+        (["--images-per-prompt", "0"], "--images-per-prompt"),
+        (["--clip-skip", "4"], "--clip-skip has to be from 0 to 3"),
+        (["--clip-skip", "-1"], "--clip-skip has to be from 0 to 3"),
+        (["--reg-steps", "-1"], "--reg-steps has to be at least 0"),
+        (["--lambda-kl", "-2"], "--lambda-kl has to be at least 0"),
+        (["--lambda-auto-corr", "inf"], "--lambda-auto-corr has to be a number"),
+        (["--auto-corr-rolls", "-2"], "--auto-corr-rolls"),
+        (["--solver-order", "3"], "--solver-order has to be 1 or 2, but is 3"),
+        (["--solver-order", "2"], "--solver-order is an option of --scheduler dpm"),
+        (["--scheduler", "euler"], "--scheduler"),
+        (["--dtype", "float64"], "--dtype"),
+        (["--dtype", "float16", "--no-floors"], "leave --no-floors out"),
+        (["--seed", "18446744073709551616"], "--seed has to be a whole number"),
+        (["--mask-seed", "-9223372036854775809"], "--mask-seed has to be a whole number"),
+        (["--seed", "1.5"], "--seed"),
+        (["--seed", "1", "--seed", "2"], "1 prompt of 2 maps take 1 --seed and 2 --mask-seed, but 2 and 0"),
+        (["--mask-seed", "1"], "1 --seed and 2 --mask-seed, but 1 and 1"),
+        (["--target", "a pear"], "1 --source and 2 --target were given"),
+        (["--image", "q.png"], "2 pictures were given for 1 prompt;"),
+        (["--negative", "a", "--negative", "b"], "2 --negative were given for 1 prompt;"),
+        (["--invert-negative", "a", "--invert-negative", "b"], "--invert-negative"),
+        (["--source-negative", "\udcff"], "--source-negative is not valid UTF-8"),
+        (["--model", "someone/some-model"], "no such folder; parity works on 'demo' or a local folder"),
+        (["--model", "p.png"], "no such folder"),
+        (["--model", "."], "has no model_index.json"),
+        (["-o", "x.txt"], "has to end in .safetensors"),
+        (["-o", "nowhere/x.safetensors"], "the folder nowhere of the output"),
+        (["-o", "p.png/x.safetensors"], "the folder p.png of the output"),
+        (["-o", "."], "is a folder"),
+        (["--isolate"], "--isolate"),
+        (["--step", "4"], "--step"),
+    ],
+)
+def test_recordings_that_are_refused(work, recorded, capsys, more, words):
+    refused(capsys, record_argv(recorded.model, *more, output="out.safetensors"), words)
+
+
+@pytest.mark.parametrize("missing", ["--image", "--source", "--target", "-o"])
+def test_a_recording_needs_a_picture_and_texts(work, recorded, capsys, missing):
+    argv = record_argv(recorded.model)
+    at = argv.index(missing)
+    refused(capsys, argv[:at] + argv[at + 2 :], "required", missing)
+
+
+def test_texts_and_pictures_that_are_refused(work, recorded, capsys):
+    def argv(**values):
+        words = {"--image": "p.png", "--source": SOURCE, "--target": TARGET}
+        words.update({f"--{name}": value for name, value in values.items()})
+        given = [word for pair in words.items() for word in pair]
+        return ["parity", "record", *given, "-o", "out.safetensors", "--model", str(recorded.model)]
+
+    refused(capsys, argv(target=SOURCE), "the same text")
+    refused(capsys, argv(source=" "), "--source is empty")
+    refused(capsys, argv(target=""), "--target is empty")
+    refused(capsys, argv(image="missing.png"), "there is no picture missing.png")
+    refused(capsys, argv(image="g.safetensors"), "not a picture")
+
+
+def test_a_batch_of_pictures_has_one_size(work, recorded, capsys):
+    texts = ["--source", "a cat", "--target", "a dog"]
+    argv = record_argv(recorded.model, "--image", "wide.png", *texts, output="out.safetensors")
+    refused(capsys, argv, "64 x 48, 80 x 48", "of one size")
+
+
+def test_what_fails_in_the_reference_after_minutes_is_refused_at_once(work, recorded, sd2_folder, capsys):
+    def argv(model, *more):
+        given = ["parity", "record", *TWO, "-o", "out.safetensors", "--model", str(model), "--maps", "2"]
+        return [*given, "--reg-steps", "1", "--guidance", "2", *more]
+
+    line = refused(capsys, argv(recorded.model, *GENERATORS), "--reg-steps fails in the reference")
+    assert "--lambda-auto-corr 0" in line
+    refused(capsys, argv(sd2_folder), "v_prediction", "one prompt at a time, but 2 were given")
+    # What the messages advise is taken: then it is PyTorch that is missing here.
+    for accepted in (
+        argv(recorded.model, *GENERATORS, "--lambda-auto-corr", "0"),
+        argv(recorded.model, "--seed", "1"),
+        argv(sd2_folder, "--invert-guidance", "1"),
+    ):
+        refused(capsys, accepted, "torch is not installed")
+
+
+def test_a_recording_does_not_go_into_its_model(work, recorded, capsys):
+    shutil.copytree(recorded.model, "model")
+    weights = next(Path("model/unet").glob("*.safetensors"))
+    refused(capsys, record_argv("model", output=str(weights)), "is among the files of the model model")
+
+
+@pytest.fixture
+def unloaded(monkeypatch):
+    """As if the reference's side had not been imported by other tests."""
+    for name in ("reference", "floors"):
+        monkeypatch.delitem(sys.modules, f"mindiffedit.parity.{name}", raising=False)
+        monkeypatch.delattr(mindiffedit.parity, name, raising=False)
+
+
+def test_recording_without_the_reference_says_what_to_install(work, recorded, unloaded, capsys, monkeypatch):
+    argv = record_argv(recorded.model, output="out.safetensors")
+    install = "pip install 'mindiffedit[parity]'"
+    refused(capsys, argv, "torch is not installed", install)
+    for there in ("torch", "transformers"):
+        monkeypatch.setitem(sys.modules, there, types.ModuleType(there))
+    refused(capsys, argv, "diffusers is not installed", install)
+    # Another release of it, which has no such pipeline.
+    monkeypatch.setitem(sys.modules, "diffusers", types.ModuleType("diffusers"))
+    refused(capsys, argv, "cannot be imported", "StableDiffusionDiffEditPipeline", install)
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (["--steps", "5"], "recorded with --steps 4, but --steps is 5"),
+        (["--seed", "4"], "recorded with --seed 3, but --seed is 4"),
+        (["--seed", "3", "--seed", "4"], "--seed 3, but --seed is [3, 4]"),
+        (["--mask-seed", "1"], "recorded with no --mask-seed, but --mask-seed is 1"),
+        (["--source", "a cat"], f'recorded with --source "{SOURCE}", but --source is "a cat"'),
+        (["--source", SOURCE, "--source", SOURCE], "--source is ["),
+        (["--negative", "blurred"], 'no --negative, but --negative is "blurred"'),
+        (["--decode-latents"], "--decode-latents False, but --decode-latents is True"),
+        (["--scheduler", "dpm"], '--scheduler "ddim", but --scheduler is "dpm"'),
+        (["--steps", "5", "--eta", "0.5"], "--steps 4 and --eta 0.0"),
+        (["--dtype", "float16"], '--dtype "float32"'),
+        (["--size", "64"], "no --size"),
+        (["--image", "q.png"], "recorded with another picture than --image q.png"),
+        (["--image", "wide.png"], "another picture than --image wide.png"),
+        (["--image", "p.png", "--image", "p.png"], "another picture than --image p.png, p.png"),
+        (["--image", "missing.png"], "there is no picture missing.png"),
+        (["--model", "demo"], "the recorded"),
+        (["--model", "someone/some-model"], "no such folder; parity works on 'demo' or a local folder"),
+        (["--model", "."], "another model folder than the recorded one"),
+        (["--report", "x.pdf"], "x.pdf: the name of the output has to end in .md or .json or .html"),
+        (["--report", "nowhere/x.md"], "the folder nowhere of the output"),
+        (["--report", "p.png/x.md"], "the folder p.png of the output"),
+        (["--save-diff", "p.png"], "--save-diff p.png: p.png is a file"),
+        (["--save-diff", "p.png/a/b"], "p.png is a file; give the name of a folder"),
+        (["--mode", "fast"], "--mode"),
+        (["--device", "TPU"], "TPU"),
+        (["--no-floors"], "--no-floors"),
+        (["-o", "x.safetensors"], "-o"),
+    ],
+)
+def test_checks_that_are_refused(work, recorded, capsys, more, words):
+    refused(capsys, check_argv(recorded.model, *more), words)
+
+
+def test_a_report_does_not_replace_its_recording(work, recorded, capsys):
+    shutil.move("g.safetensors", "g.json")
+    refused(capsys, check_argv(recorded.model, "--report", "./g.json", file="g.json"), "would overwrite")
+
+
+def test_models_that_are_not_the_recorded_one(work, recorded, sd2_folder, capsys):
+    shutil.copytree(recorded.model, "model")
+    weights = next(Path("model/unet").glob("*.safetensors"))
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    name = f"unet/{weights.name}"
+    refused(capsys, check_argv("model"), "has other weights than the recorded model", name)
+
+    shutil.rmtree("model")
+    shutil.copytree(recorded.model, "model")
+    config = Path("model/scheduler/scheduler_config.json")
+    config.write_text(json.dumps({**json.loads(config.read_text()), "beta_end": 0.013}))
+    refused(capsys, check_argv("model"), "other settings", "scheduler/scheduler_config.json")
+
+    config.unlink()
+    refused(capsys, check_argv("model"), "another model folder", "scheduler/scheduler_config.json")
+    refused(capsys, check_argv(sd2_folder), "other weights")
+
+
+def test_files_that_are_not_a_recording(work, recorded, capsys):
+    whole = Path("g.safetensors").read_bytes()
+    Path("cut.safetensors").write_bytes(whole[: len(whole) // 2])
+    Path("text.safetensors").write_text("text " * 100)
+    save_file({"weight": np.ones(3, np.float32)}, "foreign.safetensors")
+    for name, words in (
+        ("missing.safetensors", "there is no golden file missing.safetensors"),
+        (".", "there is no golden file ."),
+        ("cut.safetensors", "not a whole safetensors file"),
+        ("text.safetensors", "not a whole safetensors file"),
+        ("foreign.safetensors", "was not written by `mindiffedit parity record`"),
+    ):
+        refused(capsys, check_argv(recorded.model, file=name), words)
+
+
+def test_recordings_that_were_changed(work, recorded, capsys):
+    whole = bytearray(Path("g.safetensors").read_bytes())
+    whole[-5] ^= 1
+    Path("byte.safetensors").write_bytes(whole)
+    refused(capsys, check_argv(recorded.model, file="byte.safetensors"), "was changed after the recording")
+
+    with safe_open("g.safetensors", "numpy") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+    document = json.loads(metadata["manifest"])
+    document["manifest"]["floors"]["chained"]["edit/decoded"] = 1.0
+    changed = {**metadata, "manifest": json.dumps(document)}
+    save_file(tensors, "manifest.safetensors", metadata=changed)
+    refused(capsys, check_argv(recorded.model, file="manifest.safetensors"), "the manifest was changed")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(arguments={"steps": 4}),
+        dict(calls={"mask": {}, "sharpen": {}}),
+        dict(calls=None),
+        dict(floors={"isolated": {"mask/map": -1.0}, "chained": {"mask/map": -1.0}}),
+    ],
+)
+def test_recordings_that_lack_what_a_replay_needs(work, recorded, capsys, changes):
+    rewritten("other.safetensors", recorded.golden, **changes)
+    refused(capsys, check_argv(recorded.model, file="other.safetensors"))
+
+
+def test_a_recording_of_an_unknown_scheduler_is_refused(work, recorded, capsys):
+    calls = {**recorded.golden.manifest["calls"], "scheduler": "EulerDiscreteScheduler"}
+    rewritten("other.safetensors", recorded.golden, calls=calls)
+    refused(capsys, check_argv(recorded.model, file="other.safetensors"), "record it anew")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write everywhere")
+def test_folders_that_are_read_only(work, recorded, capsys):
+    os.mkdir("closed", 0o555)
+    refused(capsys, record_argv(recorded.model, output="closed/g.safetensors"), "is read-only")
+    refused(capsys, check_argv(recorded.model, "--report", "closed/r.md"), "is read-only")
+    refused(capsys, check_argv(recorded.model, "--save-diff", "closed/a"), "is read-only")
+
+
+def test_an_absent_device_is_one_sentence(work, recorded, capsys, monkeypatch):
+    def absent(name):
+        raise RuntimeError(f"device {name} was asked for\nand is not here.")
+
+    monkeypatch.setattr("mindiffedit.devices.require_device", absent)
+    refused(
+        capsys,
+        check_argv(recorded.model, "--device", "ascend"),
+        "device Ascend was asked for and is not here.",
+    )
+
+
+@pytest.mark.parametrize(
+    "argv, code",
+    [
+        (["parity", "--help"], 0),
+        (["parity", "record", "--help"], 0),
+        (["parity", "check", "--help"], 0),
+        (record_argv("MODEL", "--eta", "2", output="out.safetensors"), 2),
+        (check_argv("MODEL", "--steps", "5"), 2),
+    ],
+)
+def test_help_and_refusals_import_nothing_heavy(recorded, argv, code):
+    root = os.path.dirname(os.path.dirname(os.path.abspath(mindiffedit.__file__)))
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "mindiffedit"]
+        + [str(recorded.model) if word == "MODEL" else word for word in argv],
+        capture_output=True,
+        text=True,
+        cwd=recorded.folder,
+        env={**os.environ, "PYTHONPATH": root},
+        timeout=120,
+    )
+    imported = {line.split("|")[-1].strip().split(".")[0] for line in done.stderr.splitlines() if "|" in line}
+    assert done.returncode == code
+    assert "mindiffedit" in imported and imported.isdisjoint(HEAVY)
+    assert done.stdout.startswith("usage: mindiffedit parity") if code == 0 else done.stdout == ""
+
+
+def test_help_names_every_option_of_a_case(capsys):
+    for verb in ("record", "check"):
+        assert cli.main(["parity", verb, "--help"]) == 0
+        text = capsys.readouterr().out
+        for name in CASE_OPTIONS:
+            assert f"--{name.replace('_', '-')} " in text, name
+
+
+# --- recordings that take longer ------------------------------------------------------------------------------------
+
+SEVERAL = (
+    *("--image", "p.png", "--image", "q.png", "--source", "a red apple", "--source", "a cat in the grass"),
+    *("--target", "a yellow pear", "--target", "a dog in the grass", *GENERATORS),
+)
+SINGLE = ("--image", "odd.png", "--source", SOURCE, "--target", TARGET, "--seed", "-5")
+NEGATIVES = ("negative", "invert-negative", "source-negative", "target-negative")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "argv, mode",
+    [
+        pytest.param(SEVERAL, "graph", id="batch"),
+        pytest.param(
+            (
+                *(*SINGLE, "--size", "56", "--eta", "0.5", "--clip-skip", "1", "--decode-latents"),
+                *(
+                    "--images-per-prompt",
+                    "2",
+                    "--reg-steps",
+                    "1",
+                    "--auto-corr-rolls",
+                    "2",
+                    "--lambda-kl",
+                    "5",
+                ),
+                *("--invert-guidance", "3", "--mask-strength", "0.75", "--mask-threshold", "2"),
+                *(word for name in NEGATIVES for word in (f"--{name}", f"a house, not {name}")),
+            ),
+            "pynative",
+            id="everything",
+        ),
+        pytest.param(
+            (
+                *(*SEVERAL, "--eta", "1", "--images-per-prompt", "2", "--decode-latents", "--no-floors"),
+                *(word for name in NEGATIVES for n in "ab" for word in (f"--{name}", f"{name} {n}")),
+            ),
+            "pynative",
+            id="batch of everything, no floors",
+        ),
+        pytest.param((*SINGLE, "--scheduler", "dpm", "--solver-order", "1"), "graph", id="dpm"),
+        pytest.param((*SINGLE, "--guidance", "1"), "pynative", id="no guidance"),
+    ],
+)
+def test_round_trips(sd1_folder, tmp_path, monkeypatch, capsys, argv, mode):
+    monkeypatch.chdir(tmp_path)
+    parity.picture(64, 48).save("p.png")
+    parity.picture(64, 48, seed=1).save("q.png")
+    parity.picture(75, 51).save("odd.png")
+    numbers = ("--steps", "5", "--strength", "0.8", "--maps", "2")
+    if "--guidance" not in argv:
+        numbers += ("--guidance", "2")
+    record = [
+        "parity",
+        "record",
+        *argv,
+        *numbers,
+        "--model",
+        str(sd1_folder),
+        "-o",
+        "g.safetensors",
+        "--quiet",
+    ]
+    assert cli.main(record) == 0
+    out, err = capsys.readouterr()
+    assert re.fullmatch(r"g\.safetensors: \d+ stages, [\d.]+ MB, [\d.]+ s\n", out), out
+    floors = golden.read_golden("g.safetensors").manifest["floors"]
+    assert (floors is None) == ("--no-floors" in argv)
+    given = [word for word in (*argv, *numbers) if word != "--no-floors"]
+    for more in ((),) if mode == "graph" else ((), ("--isolate",)):
+        check = check_argv(sd1_folder, *given, *more, "--mode", mode, "--report", "r.md", "--save-diff", "d")
+        code = cli.main(check)
+        out, err = capsys.readouterr()
+        assert code == 0, out + err
+        assert out.splitlines()[-1].endswith("stages are within their tolerances")
