@@ -22,7 +22,6 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import mindiffedit
-from mindiffedit import cli, demo, options, pictures
 from mindiffedit.arguments import CASE_OPTIONS, build_parser
 from mindiffedit.parity import command, golden, replay, tolerances
 
