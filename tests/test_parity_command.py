@@ -22,6 +22,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import mindiffedit
+from mindiffedit import cli, demo, options
 from mindiffedit.arguments import CASE_OPTIONS, build_parser
 from mindiffedit.parity import command, golden, replay, tolerances
 
