@@ -121,15 +121,34 @@ def test_the_matrix_is_what_it_is_said_to_be():
 @pytest.mark.parametrize("guidance", [7.5, 1.0])
 @pytest.mark.parametrize("mode", ["graph", pytest.param("pynative", marks=pytest.mark.slow)])
 def test_fifty_steps_of_the_demo_checkpoint(bench, mode, guidance):
+    """A whole inversion and a whole edit, every latent. The edit starts from the reference's inverted latents.
+
+    With guidance it may start from ours as well. Without, the edit from one's own latents magnifies their rounding in
+    such a way that the reference's float32 is 2e-4 from its own float64; there, the floor decides.
+    """
     case = parity_cases.make("demo", 0, steps=50, strength=1.0, guidance=guidance, mask_strength=0.8)
-    recorded = bench.record("demo", case)
-    comparisons = bench.compare(bench.ours("demo", mode), recorded)
-    write_down(f"demo: 50 steps, guidance {guidance}", 0, mode, False, comparisons, recorded[2])
+    recorded = bench.record("demo", case, ("chained",))
+    pipe = bench.ours("demo", mode)
+    chained = bench.compare(pipe, recorded)
+    write_down(f"demo: 50 steps, guidance {guidance}", 0, mode, False, chained, recorded[2])
+    assert metrics.passed(chained), report.table_text(chained)
+    of = {one.name: one for one in chained}
+    assert of["mask/mask"].counts["differing"] == 0 and of["edit/picture"].max_abs <= 1
+    whole = [of["invert/inverted_latents"]]
+
+    trace = recorded[1]
+    start = np.stack(trace["invert/inverted_latents"][::-1], axis=1)
+    alone = dataclasses.replace(case, mask=None, invert=None)
+    alone.edit = dict(case.edit, mask_image=trace["mask/mask"], image_latents=start)
+    comparisons = bench.compare(pipe, bench.record("demo", alone, ("chained",)))
     assert metrics.passed(comparisons), report.table_text(comparisons)
-    of = {one.name: one for one in comparisons}
-    for stage in ("invert/inverted_latents", "edit/edited_latents"):
-        assert of[stage].steps == 50 and max(of[stage].by_step) <= WHOLE_RUN, (stage, max(of[stage].by_step))
-    assert of["edit/picture"].max_abs <= 1 and of["mask/mask"].counts["differing"] == 0
+    whole += [one for one in comparisons if one.name == "edit/edited_latents"]
+    if guidance > 1:
+        whole.append(of["edit/edited_latents"])
+    # Where twice the reference's own rounding is more than the goal, two correct runs can be as far apart.
+    own = 2 * max(recorded[2]["chained"]["invert/inverted_latents"])
+    for one in whole:
+        assert one.steps == 50 and max(one.by_step) <= max(WHOLE_RUN, own), (one.name, max(one.by_step))
 
 
 def test_a_seed_is_the_references_seed(bench):
