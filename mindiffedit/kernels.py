@@ -123,30 +123,16 @@ def _goes_through_float64(input, weight, stride, padding, groups):
 
 
 def _conv2d_float64(input, weight, bias, stride, padding, dilation):
-    """The convolution as sums of matrix products in float64, for which there is no `ops.Conv2D`."""
-    top, left = (padding, padding) if isinstance(padding, int) else (padding[0], padding[-1])
-    down, right = (stride, stride) if isinstance(stride, int) else (stride[0], stride[-1])
-    gap_y, gap_x = (dilation, dilation) if isinstance(dilation, int) else (dilation[0], dilation[-1])
-    batch, channels = input.shape[:2]
-    filters, _, rows, columns = weight.shape
-    if top > 0 or left > 0:
-        input = ops.pad(input, (left, left, top, top))
-    height = (input.shape[2] - gap_y * (rows - 1) - 1) // down + 1
-    width = (input.shape[3] - gap_x * (columns - 1) - 1) // right + 1
-    input = input.astype(mindspore.float64)
-    taps = []
-    for i in range(rows):
-        for j in range(columns):
-            y, x = i * gap_y, j * gap_x
-            tap = input[:, :, y : y + (height - 1) * down + 1 : down, x : x + (width - 1) * right + 1 : right]
-            taps.append(tap.reshape(batch, channels, height * width))
-    weight = weight.astype(mindspore.float64).transpose(0, 2, 3, 1).reshape(1, filters, -1)
-    if channels <= FEW_CHANNELS:
-        output = ops.matmul(weight, ops.cat(taps, axis=1))
-    else:  # one by one: together they are nine times the input
-        output = ops.matmul(weight[:, :, :channels], taps[0])
-        for k in range(1, rows * columns):
-            output = output + ops.matmul(weight[:, :, k * channels : (k + 1) * channels], taps[k])
+    """The convolution as a matrix product in float64, in which there is no `ops.Conv2D`."""
+    batch, filters = input.shape[0], weight.shape[0]
+    kernel = weight.shape[2:]
+    strides = (stride, stride) if isinstance(stride, int) else stride
+    pads = (padding, padding) if isinstance(padding, int) else padding
+    gaps = (dilation, dilation) if isinstance(dilation, int) else dilation
+    height = (input.shape[2] + 2 * pads[0] - gaps[0] * (kernel[0] - 1) - 1) // strides[0] + 1
+    width = (input.shape[3] + 2 * pads[1] - gaps[1] * (kernel[1] - 1) - 1) // strides[1] + 1
+    patches = ops.unfold(input, kernel, gaps, pads, strides).astype(mindspore.float64)
+    output = ops.matmul(weight.reshape(1, filters, -1).astype(mindspore.float64), patches)
     if bias is not None:
         output = output + bias.astype(mindspore.float64).reshape(1, filters, 1)
     return output.reshape(batch, filters, height, width).astype(mindspore.float32)
