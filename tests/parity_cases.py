@@ -187,7 +187,7 @@ QUICK = (
     "demo: DPM",
 )
 """What the default run of the tests compares, one seed each; the slow run compares all."""
-QUICK_EAGER = ("sd1: plain", "sd2: plain", "sd1: DPM")
+QUICK_EAGER = ("sd1: plain",)
 """Those of them that the default run also compares operator by operator."""
 
 
