@@ -68,7 +68,7 @@ class PipelineComponents:
         self.mode = mode
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.observer: Optional[Observer] = None
-        self.unet_batch_size = 8
+        self.unet_batch_size = 2  # samples in one UNet evaluation: a guided step of one picture
         self._progress_bar_config: Dict[str, Any] = {}
         self._stages_built = None
         self._own_inverse = None

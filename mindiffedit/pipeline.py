@@ -211,42 +211,48 @@ class StableDiffusionDiffEditPipeline(Preparation):
         noised = self._crosses("noised_latents", self._noised(scheduler, latents, noise, timestep))
         noised = self._scaled_input(scheduler, noised, timestep)
 
-        # 7. Predict the noise; guidance needs four predictions for each map, otherwise two
-        branches = [origin, origin_negative, target, target_negative] if is_guided else [origin, target]
-        predictions = self._predict_all(
-            np.concatenate([noised] * len(branches)), timestep, np.concatenate(branches), attention_kwargs
+        # 7. Predict the noise for both prompts and, where their negatives differ, for these
+        on_source, on_target = np.split(
+            self._noise_predictions(
+                "noise_predictions", noised, timestep, [origin, target], attention_kwargs
+            ),
+            2,
         )
-        predictions = self._crosses("noise_predictions", predictions)
-        if is_guided:
-            on_source, on_source_negative, on_target, on_target_negative = np.split(predictions, 4)
-            # D1: the reference takes the negative for the prompt and the prompt for the negative here, which turns
-            # the guidance round. Kept, so that masks are the reference's.
+        difference = on_target - on_source
+        # D1: the reference takes the negative for the prompt and the prompt for the negative here, which turns the
+        # guidance round: each prediction is p + scale * (negative - p). Kept, so that masks are the reference's.
+        if is_guided and np.array_equal(origin_negative, target_negative):
+            # One negative's prediction, twice, cancels: what remains of the reference's four is this.
+            difference *= np.float32(1) - np.float32(guidance_scale)
+        elif is_guided:
+            negatives = self._noise_predictions(
+                "negative_noise_predictions",
+                noised,
+                timestep,
+                [origin_negative, target_negative],
+                attention_kwargs,
+            )
+            on_source_negative, on_target_negative = np.split(negatives, 2)
             scale = np.float32(guidance_scale)
             source_noise = on_source + scale * (on_source_negative - on_source)
             target_noise = on_target + scale * (on_target_negative - on_target)
-        else:
-            source_noise, target_noise = np.split(predictions, 2)
+            difference = target_noise - source_noise
 
         # 8. Mean over maps and channels of the absolute difference
-        difference = np.abs(target_noise - source_noise)
+        difference = np.abs(difference)
         difference = difference.reshape(batch, copies, *difference.shape[1:])
         return difference.mean(axis=(1, 2), dtype=np.float64).astype(np.float32)
 
-    def _predict_all(self, latents, timestep, embeds, attention_kwargs) -> np.ndarray:
-        """Model outputs of N samples, in batches of one fixed size so that one graph serves any N."""
-        size = min(self.unet_batch_size, len(latents))
+    def _noise_predictions(self, stage, noised, timestep, branches, attention_kwargs) -> np.ndarray:
+        """Model outputs of the same latents for several embeddings, one branch after the other."""
+        predict = self._stages.predictor(np.concatenate(branches), attention_kwargs, self.unet_batch_size)
         outputs = []
-        with self.progress_bar(total=-(-len(latents) // size)) as bar:
-            for start in range(0, len(latents), size):
-                # The last batch is moved back to be full; what it computes again is left out.
-                begin = min(start, len(latents) - size)
-                output = self._stages.predict(
-                    latents[begin : begin + size], timestep, embeds[begin : begin + size], attention_kwargs
-                )
-                options.check_finite(output, "mask noise prediction", start // size)
-                outputs.append(output[start - begin :])
+        with self.progress_bar(total=len(predict)) as bar:
+            for output in predict.stream(np.concatenate([noised] * len(branches)), timestep):
+                options.check_finite(output, "mask noise prediction", len(outputs))
+                outputs.append(output)
                 bar.update()
-        return np.concatenate(outputs)
+        return self._crosses(stage, np.concatenate(outputs))
 
     # --- invert --------------------------------------------------------------------------------------------------
 
@@ -446,37 +452,31 @@ class StableDiffusionDiffEditPipeline(Preparation):
         return results
 
     def _fused_advance(self, plan, embeds, guidance_scale, attention_kwargs, like, mask, backgrounds, source):
-        """One compiled call for each step. Without a mask everything is inside it."""
-        run = self._stages.step(plan, guidance_scale > 1.0, attention_kwargs)
-        zeros = self._tensor(np.zeros(like.shape, np.float32))
-        ones = np.ones((like.shape[0], 1, *like.shape[2:]), np.float32)
-        inside = self._tensor(ones if mask is None else mask)
-        prompt_embeds = self._tensor(embeds, self.unet.dtype)
-        guidance = self._tensor(np.float32(guidance_scale))
+        """The compiled UNet, then everything else of the step in a second graph."""
+        is_guided = guidance_scale > 1.0
+        predict = self._stages.predictor(embeds, attention_kwargs, self.unet_batch_size)
+        update = self._stages.update(plan, is_guided)
+        zeros = np.zeros(like.shape, np.float32)
+        inside = np.ones((like.shape[0], 1, *like.shape[2:]), np.float32) if mask is None else mask
         previous_clean = zeros
 
         def advance(i, t, latents):
             nonlocal previous_clean
-            noise = zeros
-            if plan.noisy:
-                noise = self._tensor(self._crosses("step_noise", self._noise(like.shape, source), i))
-            background = zeros if backgrounds is None else self._tensor(backgrounds[i])
-            updated, previous_clean = run(
-                self._tensor(latents),
+            predictions = predict(np.concatenate([latents, latents]) if is_guided else latents, t)
+            updated, previous_clean = update(
+                latents,
                 previous_clean,
-                self._tensor(np.float32(t)),
-                prompt_embeds,
-                guidance,
-                self._tensor(plan.coefficients[i]),
+                predictions,
+                guidance_scale,
+                plan.coefficients[i],
                 inside,
-                background,
-                noise,
+                zeros if backgrounds is None else backgrounds[i],
+                self._crosses("step_noise", self._noise(like.shape, source), i) if plan.noisy else zeros,
             )
-            if plan.solver == "dpm" and self.observer is not None:
+            if plan.solver == "dpm":
                 # The one other thing that a step hands to the next.
-                seen = self._crosses("clean_predictions", previous_clean.asnumpy(), i)
-                previous_clean = self._tensor(seen)
-            return updated.asnumpy()
+                previous_clean = self._crosses("clean_predictions", previous_clean, i)
+            return updated
 
         return advance
 
@@ -498,7 +498,9 @@ class StableDiffusionDiffEditPipeline(Preparation):
 
         from .kernels import portable_kernels
 
-        embeds = self._tensor(embeds, self.unet.dtype)
+        from .steps import guided
+
+        predict = self._stages.predictor(embeds, attention_kwargs, self.unet_batch_size)
         accepted = inspect.signature(scheduler.step).parameters
         extra = {"eta": eta} if "eta" in accepted else {}
         wants_noise = "variance_noise" in accepted
@@ -517,17 +519,19 @@ class StableDiffusionDiffEditPipeline(Preparation):
             nonlocal step
             step = i
             model_input = self._scaled_input(scheduler, latents, t)
-            output = self._stages.guided(
-                self._tensor(model_input), t, embeds, guidance_scale, is_guided, attention_kwargs
-            )
+            doubled = np.concatenate([model_input] * 2) if is_guided else model_input
+            output = guided(predict(doubled, t), guidance_scale, is_guided)
             if regularise is not None:
-                doubled = np.concatenate([model_input] * 2) if is_guided else model_input
-                output = ms.Tensor(regularise(output.asnumpy(), doubled, t))
+                output = regularise(output, doubled, t)
             if wants_noise and stochastic:
                 extra["variance_noise"] = ms.Tensor(draw(latents.shape))
             with portable_kernels(), devices.eager():
                 updated = scheduler.step(
-                    output, as_its_own(scheduler, t), ms.Tensor(latents), **extra, return_dict=False
+                    ms.Tensor(output),
+                    as_its_own(scheduler, t),
+                    ms.Tensor(latents),
+                    **extra,
+                    return_dict=False,
                 )[0].asnumpy()
             if mask is None:
                 return updated

@@ -3,17 +3,22 @@
 Whatever changes between steps, prompts, seeds or guidance values is a tensor argument, so nothing compiles again
 while shapes stay the same. What selects a formula (solver, prediction type, guidance on or off) is fixed when a stage
 is built. In mode "pynative" the same functions run operator by operator.
+
+The UNet is one graph of a fixed number of rows, through which everything goes: the maps of a mask, both halves of a
+guided step, every picture of a batch. What is done with its predictions, guidance, solver update and blend, is a
+graph of its own: it takes no time to compile, so that solvers and batch sizes may change without the UNet's.
 """
 
 from __future__ import annotations
 
-from typing import Callable, Dict, Optional
+import collections
+from typing import Callable, Counter, Dict, Iterator, Optional
 
 import mindspore as ms
 import numpy as np
 from mindspore import ops
 
-from . import devices
+from . import devices, reuse
 from .kernels import portable_kernels
 from .schedules import StepPlan
 
@@ -24,11 +29,16 @@ class Stages:
     Args:
         unet, vae, text_encoder: mindone models.
         mode: "graph" (each stage is one compiled graph) or "pynative".
+
+    Attributes:
+        calls: how often a model has run, by stage: "text", "encode", "decode", "unet"; "rows" counts the UNet's samples.
     """
 
     def __init__(self, unet, vae, text_encoder, mode: str):
         self.unet, self.vae, self.text_encoder, self.mode = unet, vae, text_encoder, mode
+        self.calls: Counter[str] = collections.Counter()
         self._built: Dict[tuple, Callable] = {}
+        self._texts, self._moments = reuse.Memory(64), reuse.Memory(16)
 
     def serves(self, unet, vae, text_encoder, mode: str) -> bool:
         """Whether these stages were built over exactly these models, in this mode."""
@@ -36,46 +46,62 @@ class Stages:
         return same and self.mode == mode
 
     def forget(self) -> None:
-        """Drops every built stage; for a change inside a model that its graph would not notice."""
+        """Drops every built stage and every result; for a change inside a model that its graph would not notice."""
         self._built.clear()
+        self._texts.clear()
+        self._moments.clear()
 
-    # --- the stages, called with NumPy arrays or tensors ---------------------------------------------------------
+    # --- the stages, called with NumPy arrays --------------------------------------------------------------------
 
     def encode_text(
         self, token_ids: np.ndarray, attention_mask: Optional[np.ndarray], skip: Optional[int]
     ) -> np.ndarray:
         """Hidden states (B, L, D) float32 of token ids (B, L).
 
-        One row at a time: the graph then serves every batch size. ``skip`` takes the output ``skip`` layers before
-        the last, with the final layer norm (``clip_skip``).
+        One row at a time: the graph then serves every batch size, and a text that was encoded before, in this call or
+        an earlier one, is not encoded again. ``skip`` takes the output ``skip`` layers before the last, with the final
+        layer norm (``clip_skip``).
         """
         stage = self._stage(
             ("text", skip, attention_mask is not None), lambda: _text(self.text_encoder, skip)
         )
-        rows, known = [], {}
+        weights = reuse.fingerprint(self.text_encoder)
+
+        def encoded(row, mask):
+            self.calls["text"] += 1
+            arguments = [ms.Tensor(row[None], ms.int32)]
+            if mask is not None:
+                arguments.append(ms.Tensor(mask[None], ms.int32))
+            return _host(stage(*arguments))
+
+        rows = []
         for i, row in enumerate(token_ids):
-            mask = None if attention_mask is None else attention_mask[i : i + 1]
-            key = (row.tobytes(), None if mask is None else mask.tobytes())
-            if key not in known:
-                arguments = [ms.Tensor(row[None], ms.int32)]
-                if mask is not None:
-                    arguments.append(ms.Tensor(mask, ms.int32))
-                known[key] = _host(stage(*arguments))
-            rows.append(known[key])
+            mask = None if attention_mask is None else attention_mask[i]
+            key = (skip, row.tobytes(), None if mask is None else mask.tobytes())
+            rows.append(self._texts.get(key, weights, lambda: encoded(row, mask)))
         return np.concatenate(rows)
 
     def encode_image(self, pixels: np.ndarray) -> np.ndarray:
         """VAE posterior moments (B, 2 C, h, w) float32 (mean, then log-variance) of pixels (B, 3, H, W) in [-1, 1].
 
-        One picture at a time, which bounds the memory and serves every batch size with one graph.
+        One picture at a time, which bounds the memory and serves every batch size with one graph. A picture that was
+        encoded before, as ``generate_mask`` does before ``invert``, is not encoded again.
         """
         # Tiling runs operator by operator: mindone blends tiles in place and reads them again, which a graph does not
         # reproduce (it compiles, and gives other values).
-        stage = self._stage(
-            ("encode",), lambda: _encoder(self.vae), eager=bool(getattr(self.vae, "use_tiling", False))
-        )
+        tiled = bool(getattr(self.vae, "use_tiling", False))
+        stage = self._stage(("encode",), lambda: _encoder(self.vae), eager=tiled)
+        weights = reuse.fingerprint(self.vae)
+
+        def encoded(picture):
+            self.calls["encode"] += 1
+            return _host(stage(self._sample(picture, self.vae)))
+
         return np.concatenate(
-            [_host(stage(self._sample(pixels[i : i + 1], self.vae))) for i in range(len(pixels))]
+            [
+                self._moments.get((tiled, *reuse.digest(picture)), weights, lambda: encoded(picture[None]))
+                for picture in pixels
+            ]
         )
 
     def decode_latents(self, latents: np.ndarray) -> np.ndarray:
@@ -83,39 +109,25 @@ class Stages:
         stage = self._stage(
             ("decode",), lambda: _decoder(self.vae), eager=bool(getattr(self.vae, "use_tiling", False))
         )
+        self.calls["decode"] += len(latents)
         return np.concatenate(
             [_host(stage(self._sample(latents[i : i + 1], self.vae))) for i in range(len(latents))]
         )
 
-    def predict(self, latents, timestep, prompt_embeds, attention_kwargs) -> np.ndarray:
-        """Bare model output, float32, of latents (N, C, h, w) at one timestep with embeddings (N, L, D)."""
-        stage = self._stage(
-            ("predict", _key(attention_kwargs)), lambda: _predictor(self.unet, attention_kwargs)
-        )
-        return _host(
-            stage(
-                self._sample(latents, self.unet), _timestep(timestep), self._sample(prompt_embeds, self.unet)
-            )
-        )
+    def predictor(self, prompt_embeds: np.ndarray, attention_kwargs: dict, rows: int) -> "Predictor":
+        """The UNet for samples with these embeddings (N, L, D), ``rows`` of them in each evaluation."""
+        stage = self._stage(("unet", _key(attention_kwargs)), lambda: _predictor(self.unet, attention_kwargs))
+        return Predictor(self, stage, prompt_embeds, rows)
 
-    def guided(
-        self, latents, timestep, prompt_embeds, guidance_scale, is_guided, attention_kwargs
-    ) -> ms.Tensor:
-        """Model output after guidance, float32 (B, C, h, w); for schedulers that step by themselves."""
-        stage = self._stage(
-            ("guided", is_guided, _key(attention_kwargs)),
-            lambda: _guided(self.unet, is_guided, attention_kwargs),
-        )
-        return stage(
-            latents, _timestep(timestep), self._sample(prompt_embeds, self.unet), _scalar(guidance_scale)
-        )
-
-    def step(self, plan: StepPlan, is_guided: bool, attention_kwargs) -> Callable:
-        """The whole step: UNet, guidance, solver update, blend. See ``_step`` for its arguments."""
+    def update(self, plan: StepPlan, is_guided: bool) -> Callable:
+        """What a step does with the UNet's predictions: guidance, solver update, blend. See ``_update``."""
         choices = (plan.solver, plan.prediction_type, plan.clip, is_guided)
-        return self._stage(
-            ("step", *choices, _key(attention_kwargs)), lambda: _step(self.unet, *choices, attention_kwargs)
-        )
+        stage = self._stage(("update", *choices), lambda: _update(*choices))
+
+        def run(*arrays):
+            return [_host(tensor) for tensor in stage(*(_float(array) for array in arrays))]
+
+        return run
 
     # --- building ------------------------------------------------------------------------------------------------
 
@@ -131,6 +143,53 @@ class Stages:
         """A tensor in the model's dtype."""
         tensor = array if isinstance(array, ms.Tensor) else ms.Tensor(np.ascontiguousarray(array))
         return tensor.astype(model.dtype) if tensor.dtype != model.dtype else tensor
+
+
+class Predictor:
+    """The UNet over N samples with fixed embeddings, evaluated in groups of one size, so that one graph serves any N.
+
+    The last group is moved back to be full; what it computes again is left out. Fewer samples than a group make a
+    smaller group, which is a graph of its own: a prediction that nobody asked for would cost as much as one that is
+    needed.
+    """
+
+    def __init__(self, stages: Stages, stage: Callable, prompt_embeds: np.ndarray, rows: int):
+        self._stages, self._stage = stages, stage
+        self._embeds = prompt_embeds
+        self._rows = min(rows, len(prompt_embeds))
+        self._tensors: Dict[int, ms.Tensor] = {}
+
+    def __len__(self) -> int:
+        """Number of evaluations for all samples."""
+        return -(-len(self._embeds) // self._rows)
+
+    def stream(self, latents: np.ndarray, timestep) -> Iterator[np.ndarray]:
+        """The model's bare outputs, float32, of latents (N, C, h, w) at one timestep, group by group."""
+        for start in range(0, len(latents), self._rows):
+            begin = min(start, len(latents) - self._rows)
+            group = slice(begin, begin + self._rows)
+            if begin not in self._tensors:
+                self._tensors[begin] = self._stages._sample(self._embeds[group], self._stages.unet)
+            self._stages.calls["unet"] += 1
+            self._stages.calls["rows"] += self._rows
+            output = self._stage(
+                self._stages._sample(latents[group], self._stages.unet),
+                _timestep(timestep),
+                self._tensors[begin],
+            )
+            yield _host(output)[start - begin :]
+
+    def __call__(self, latents: np.ndarray, timestep) -> np.ndarray:
+        """All outputs, (N, C, h, w) float32."""
+        return np.concatenate(list(self.stream(latents, timestep)))
+
+
+def guided(predictions: np.ndarray, guidance_scale: float, is_guided: bool) -> np.ndarray:
+    """Classifier-free guidance over predictions (2 B, C, h, w), negatives first; (B, C, h, w)."""
+    if not is_guided:
+        return predictions
+    unconditional, conditional = np.split(predictions, 2)
+    return unconditional + np.float32(guidance_scale) * (conditional - unconditional)
 
 
 def _run_compiled(function: Callable) -> Callable:
@@ -155,8 +214,8 @@ def _host(tensor: ms.Tensor) -> np.ndarray:
     return tensor.astype(ms.float32).asnumpy()
 
 
-def _scalar(value) -> ms.Tensor:
-    return ms.Tensor(float(value), ms.float32)
+def _float(value) -> ms.Tensor:
+    return ms.Tensor(np.asarray(value, np.float32, order="C"))
 
 
 def _timestep(value) -> ms.Tensor:
@@ -204,22 +263,6 @@ def _predictor(unet, attention_kwargs):
     return predict
 
 
-def _guided(unet, is_guided, attention_kwargs):
-    predict = _predictor(unet, attention_kwargs)
-
-    def guided(latents, timestep, prompt_embeds, guidance_scale):
-        # The update is computed in float32 whatever the UNet's dtype: a few small operators, no loss of accuracy.
-        samples = latents.astype(prompt_embeds.dtype)
-        if not is_guided:
-            return predict(samples, timestep, prompt_embeds).astype(ms.float32)
-        batch = latents.shape[0]
-        both = predict(ops.cat((samples, samples), axis=0), timestep, prompt_embeds).astype(ms.float32)
-        unconditional, conditional = both[:batch], both[batch:]
-        return unconditional + guidance_scale * (conditional - unconditional)
-
-    return guided
-
-
 def _clean_prediction(prediction_type):
     """x0 from the model output; ``scale`` and ``spread`` are sqrt(alpha_t) and sqrt(1 - alpha_t)."""
 
@@ -250,7 +293,7 @@ def _noise_prediction(prediction_type):
     return {"epsilon": from_epsilon, "v_prediction": from_v, "sample": from_sample}[prediction_type]
 
 
-def _update(solver, prediction_type, clip):
+def _solver(solver, prediction_type, clip):
     """One solver update: latents, model output, previous x0, coefficients, noise -> new latents, this x0."""
     clean_prediction, noise_prediction = _clean_prediction(prediction_type), _noise_prediction(
         prediction_type
@@ -270,27 +313,16 @@ def _update(solver, prediction_type, clip):
     return {"ddim": ddim, "dpm": dpm}[solver]
 
 
-def _step(unet, solver, prediction_type, clip, is_guided, attention_kwargs):
-    guided, update = _guided(unet, is_guided, attention_kwargs), _update(solver, prediction_type, clip)
+def _update(solver, prediction_type, clip, is_guided):
+    solve = _solver(solver, prediction_type, clip)
 
-    def step(
-        latents,
-        previous_clean,
-        timestep,
-        prompt_embeds,
-        guidance_scale,
-        coefficients,
-        mask,
-        background,
-        noise,
-    ):
-        """One step of inversion or editing.
+    def update(latents, previous_clean, predictions, guidance_scale, coefficients, mask, background, noise):
+        """The rest of a step of inversion or editing, after the UNet.
 
-        Args (float32 unless said):
+        Args (float32):
             latents: (B, C, h, w).
             previous_clean: (B, C, h, w), x0 predicted in the step before; zeros at the first.
-            timestep: 0-d.
-            prompt_embeds: (2 B, L, D), negatives first, with guidance; (B, L, D) without; the UNet's dtype.
+            predictions: the UNet's outputs, (2 B, C, h, w), negatives first, with guidance; (B, C, h, w) without.
             guidance_scale: 0-d.
             coefficients: (5,), a row of the plan.
             mask: (B, 1, h, w), 1 where the update counts, 0 where the background does.
@@ -300,8 +332,12 @@ def _step(unet, solver, prediction_type, clip, is_guided, attention_kwargs):
         Returns:
             The new latents and this step's x0, both (B, C, h, w).
         """
-        output = guided(latents, timestep, prompt_embeds, guidance_scale)
-        updated, clean = update(latents, output, previous_clean, coefficients, noise)
+        output = predictions
+        if is_guided:
+            batch = latents.shape[0]
+            unconditional, conditional = predictions[:batch], predictions[batch:]
+            output = unconditional + guidance_scale * (conditional - unconditional)
+        updated, clean = solve(latents, output, previous_clean, coefficients, noise)
         return updated * mask + background * (1 - mask), clean
 
-    return step
+    return update

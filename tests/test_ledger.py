@@ -120,19 +120,27 @@ def test_attention_kwargs_are_plain_values():
         options.check_attention_kwargs({"a": np.zeros(3)})
 
 
-def test_fused_steps_are_computed_in_float32():
-    """B3: with a UNet in float16, the guided prediction and everything after it are float32."""
-    from mindiffedit.steps import _update, _guided
+def test_steps_are_computed_in_float32():
+    """B3: with a UNet in float16, guidance, solver update and blend are float32."""
+    from mindiffedit.schedules import StepPlan
+    from mindiffedit.steps import Stages
 
     class Half(ms.nn.Cell):
+        dtype = ms.float16
+
         def construct(self, sample, timestep, encoder_hidden_states, cross_attention_kwargs=None):
-            assert sample.dtype == ms.float16
+            assert sample.dtype == encoder_hidden_states.dtype == ms.float16
             return (sample,)
 
-    latents = ms.Tensor(np.linspace(-1, 1, 32).reshape(1, 2, 4, 4), ms.float32)
-    embeds = ms.Tensor(np.zeros((2, 3, 4)), ms.float16)
-    output = _guided(Half(), True, {})(latents, ms.Tensor(5.0), embeds, ms.Tensor(2.0, ms.float32))
-    assert output.dtype == ms.float32
-    row = ms.Tensor(schedules.ddim_row(np.float32(0.5), np.float32(0.6)))
-    updated, clean = _update("ddim", "epsilon", None)(latents, output, latents * 0, row, latents * 0)
-    assert updated.dtype == clean.dtype == ms.float32
+    stages = Stages(Half(), None, None, "pynative")
+    latents = np.linspace(-1, 1, 32, dtype=np.float32).reshape(1, 2, 4, 4)
+    predictions = stages.predictor(np.zeros((2, 3, 4), np.float32), {}, 2)(np.repeat(latents, 2, 0), 5)
+    assert predictions.dtype == np.float32
+    assert np.array_equal(predictions[0], latents[0].astype(np.float16).astype(np.float32))
+    row = schedules.ddim_row(np.float32(0.5), np.float32(0.6))
+    plan = StepPlan("ddim", "epsilon", None, row[None])
+    zeros, ones = latents * 0, np.ones((1, 1, 4, 4), np.float32)
+    updated, clean = stages.update(plan, True)(latents, zeros, predictions, 2.0, row, ones, zeros, zeros)
+    exact = (latents - row[1] * predictions[:1].astype(np.float64)) / row[0]
+    assert np.abs(clean - exact).max() < 1e-6  # float16 would be off by 1e-3
+    assert np.abs(updated - (row[2] * exact + row[3] * predictions[:1])).max() < 1e-6

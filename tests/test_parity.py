@@ -216,13 +216,13 @@ def test_guidance_turned_the_right_way_is_seen_in_the_mask(bench, broken):
     """D1 kept: with different negatives, the reference's reversed guidance gives another map than the right one."""
     pipe, recorded = broken("mask", mask_options=parity_cases.NEGATIVES)
     assert metrics.passed(bench.compare(pipe, recorded))
-    predict = pipe._predict_all
+    predict = pipe._noise_predictions
 
-    def reordered(latents, timestep, embeds, kwargs):
-        order = np.arange(len(latents)).reshape(4, -1)[[1, 0, 3, 2]].ravel()
-        return predict(latents, timestep, embeds[order], kwargs)
+    def turned(stage, *args):
+        other = {"noise_predictions": "negative_noise_predictions"}
+        return predict(other.get(stage, "noise_predictions"), *args)
 
-    pipe._predict_all = reordered
+    pipe._noise_predictions = turned
     first = metrics.first_failure(bench.compare(pipe, recorded))
     assert first.name == "mask/noise_predictions"
 

@@ -434,7 +434,7 @@ EXPECTED_ROWS = {
     "mask/source_negative_prompt_embeds": ("*prompt_embeds", "close"),
     "edit/prompt_embeds": ("*prompt_embeds", "close"),
     "invert/moments": ("moments", "close"),
-    "mask/noise_predictions": ("noise_predictions", "close"),
+    "mask/noise_predictions": ("*noise_predictions", "close"),
     "mask/latents": ("latents", "close"),
     "mask/noised_latents": ("noised_latents", "close"),
     "mask/map": ("map", "close"),

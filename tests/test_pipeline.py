@@ -11,7 +11,7 @@ import torch
 from diffusers import StableDiffusionDiffEditPipeline as Reference
 
 import mindiffedit
-from mindiffedit import StableDiffusionDiffEditPipeline, devices, options
+from mindiffedit import StableDiffusionDiffEditPipeline, devices, options, steps
 
 CLOSE = 1e-3  # relative to the reference's rms; what was measured is 1e-5 to 1e-4
 PICTURE = parity.picture()
@@ -462,6 +462,75 @@ def test_nothing_compiles_after_the_first_step(ours, inverted):
     assert again.count == 0
 
 
+def test_a_whole_edit_runs_each_model_no_more_than_it_must(ours, monkeypatch):
+    """One UNet graph for mask, inversion and edit; one encoding of the picture and of each text, maps and all."""
+
+    compiled = []
+    run_compiled = steps._run_compiled
+    monkeypatch.setattr(steps, "_run_compiled", lambda f: compiled.append(f.__qualname__) or run_compiled(f))
+    arguments = dict(num_inference_steps=5, generator=0)
+    stages = ours._stages
+    stages.forget()
+    stages.calls.clear()
+    with devices.CompileCounter() as count:
+        mask = ours.generate_mask(
+            PICTURE, source_prompt=SOURCE, target_prompt=TARGET, num_maps_per_mask=3, **arguments
+        )
+        latents = ours.invert(SOURCE, PICTURE, inpaint_strength=0.6, **arguments).latents
+        ours(TARGET, mask, latents, inpaint_strength=0.6, negative_prompt=SOURCE, **arguments)
+    # Source, target and empty text; two predictions a map; two predictions for each of 3 + 3 guided steps.
+    assert stages.calls == {"text": 3, "encode": 1, "decode": 1, "unet": 3 + 6, "rows": 6 + 12}
+    names = [name.partition(".")[0] for name in compiled]
+    assert sorted(names) == ["_decoder", "_encoder", "_predictor", "_text", "_update"]
+    assert count.count == len(names), "each stage is compiled for one set of shapes"
+
+    stages.calls.clear()
+    ours.invert(SOURCE, PICTURE, inpaint_strength=0.6, guidance_scale=1.0, **arguments)
+    assert stages.calls == {"unet": 3, "rows": 3}, "guidance that is off costs nothing"
+
+
+def test_a_batch_size_of_the_unet_changes_nothing_but_the_calls(ours):
+    arguments = dict(num_inference_steps=5, generator=0, source_prompt=SOURCE, target_prompt=TARGET)
+    scale = dict(arguments, num_maps_per_mask=3, source_negative_prompt="bad", guidance_scale=2.0)
+    found = {}
+    before = ours.unet_batch_size
+    try:
+        for size in (1, 2, 4):
+            ours.unet_batch_size = size
+            ours._stages.calls.clear()
+            seen = {}
+            ours.observer = lambda stage, array, step: seen.setdefault(stage, array)
+            ours.generate_mask(PICTURE, **scale)
+            found[size] = seen["map"], ours._stages.calls["unet"]
+    finally:
+        ours.unet_batch_size, ours.observer = before, None
+    assert [calls for _, calls in found.values()] == [12, 6, 4]
+    for size in (2, 4):
+        assert parity.relative(found[size][0], found[1][0]) < CLOSE
+
+
+def test_results_are_kept_only_while_picture_and_weights_are_the_same(ours):
+    pixels = ours._pixels(PICTURE, 1)
+    stages = ours._stages
+    stages.forget()
+    stages.calls.clear()
+    first = stages.encode_image(pixels)
+    assert np.array_equal(stages.encode_image(pixels.copy()), first) and stages.calls["encode"] == 1
+    changed = pixels.copy()
+    changed[0, 0, 0, 0] += 1e-3
+    assert not np.array_equal(stages.encode_image(changed), first) and stages.calls["encode"] == 2
+    weight = next(p for p in ours.vae.get_parameters() if "encoder.conv_in.weight" in p.name)
+    value = weight.asnumpy().copy()
+    try:
+        weight.set_data(ms.Tensor(value * np.float32(1.5)))
+        stages.encode_image(pixels)
+        assert stages.calls["encode"] == 3
+    finally:
+        weight.set_data(ms.Tensor(value))
+        stages.forget()
+    assert np.array_equal(stages.encode_image(pixels), first)
+
+
 @pytest.mark.parametrize("user_mode", [ms.GRAPH_MODE, ms.PYNATIVE_MODE])
 @pytest.mark.parametrize("mode", ["graph", "pynative"])
 def test_both_global_modes_work_and_are_left_as_found(ours, theirs, inverted, user_mode, mode):
@@ -525,7 +594,7 @@ def test_nan_is_reported_with_stage_and_step(ours, inverted, monkeypatch):
     monkeypatch.setattr(scheduler, "plan", broken, raising=False)
     with pytest.raises(options.NumericalError, match="edit, step 2"):
         ours(prompt=TARGET, mask_image=np.ones((8, 10)), image_latents=inverted, num_inference_steps=5)
-    monkeypatch.setattr(type(ours._stages), "predict", lambda self, latents, *rest: latents * np.inf)
+    monkeypatch.setattr(steps.Predictor, "stream", lambda self, latents, timestep: iter([latents * np.inf]))
     with pytest.raises(options.NumericalError, match="mask noise prediction, step 0"):
         ours.generate_mask(
             PICTURE, source_prompt=SOURCE, target_prompt=TARGET, num_inference_steps=5, num_maps_per_mask=2

@@ -499,7 +499,15 @@ def _versions() -> Dict[str, Optional[str]]:
 
 
 def _platform() -> Dict[str, str]:
-    return {"system": f"{platform.system()} {platform.machine()}", "processor": platform.processor()}
+    """What the last bits of the reference depend on besides its versions: its vector library looks at the processor."""
+    processor = platform.processor()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        processor = names[0] if names else processor
+    except OSError:  # no Linux
+        pass
+    return {"system": f"{platform.system()} {platform.machine()}", "processor": processor}
 
 
 def _said(versions: Dict[str, Any], names) -> str:

@@ -230,8 +230,16 @@ def _generate_mask(pipe, case: Case, tape: Tape):
         noised = add_noise(latents, noise, timestep.reshape(1).repeat(len(latents)))
         return _through(tape, "noised_latents", noised)
 
-    def watched_unet(module, args, output):
-        output.sample = _through(tape, "noise_predictions", output.sample)
+    def watched_unet(module, args, kwargs, output):
+        # The rows: source, source negative, target, target negative (D1); without guidance source and target.
+        parts = list(output.sample.chunk(4 if case.mask.get("guidance_scale", 7.5) > 1 else 2))
+        embeds = kwargs["encoder_hidden_states"].chunk(len(parts))
+        half = len(parts) // 2
+        parts[::half] = _through(tape, "noise_predictions", torch.cat(parts[::half])).chunk(2)
+        if half == 2 and not torch.equal(embeds[1], embeds[3]):
+            # Where the negatives are equal their predictions cancel: nothing comes of them.
+            parts[1::2] = _through(tape, "negative_noise_predictions", torch.cat(parts[1::2])).chunk(2)
+        output.sample = torch.cat(parts)
         return output
 
     def watched_clamp(tensor, *args, **kwargs):
@@ -242,7 +250,7 @@ def _generate_mask(pipe, case: Case, tape: Tape):
             return clamp(maps, args[0], _through(tape, "clamp_magnitude", magnitude), **kwargs)
         return clamp(tensor, *args, **kwargs)
 
-    hook = pipe.unet.register_forward_hook(watched_unet)
+    hook = pipe.unet.register_forward_hook(watched_unet, with_kwargs=True)
     try:
         with contextlib.ExitStack() as stack:
             stack.enter_context(_watched_text(pipe, tape, ("target_", "source_"), copies, mend=True))

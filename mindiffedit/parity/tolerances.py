@@ -60,9 +60,9 @@ TABLE = (
     _fixed(
         "coefficients",
         "close",
-        2e-7,
-        "They follow the reference's float32 recipe; one unit in the last place remains where the reference "
-        "takes a vectorised square root, which is not always correctly rounded.",
+        1e-6,
+        "They follow the reference's float32 recipe; the reference takes square roots, exponentials and "
+        "logarithms from a vector library whose last bits depend on the processor, ours are correctly rounded.",
         stacked=True,
     ),
     _fixed(
@@ -87,7 +87,7 @@ TABLE = (
     Tolerance(
         "latents", "close", 5, 2e-6, 1e-4, "Mean plus noise times deviation: carries the moments' rounding."
     ),
-    Tolerance("noise_predictions", "close", 5, 2e-6, 1e-4, "The UNet, in another order of summation."),
+    Tolerance("*noise_predictions", "close", 5, 2e-6, 1e-4, "The UNet, in another order of summation."),
     Tolerance(
         "map",
         "close",
