@@ -1,8 +1,15 @@
 """Packaging of mindiffedit. Why each odd version bound is what it is stands beside it."""
 
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).resolve().parent
 
@@ -47,6 +54,98 @@ REQUIRES = [
 # libraries. diffusers 0.35.2: later releases move the DiffEdit pipeline away; transformers 4.57 fits it.
 REFERENCE = ["torch==2.13.0", "diffusers==0.35.2"]
 
+NATIVE = "mindiffedit/native"
+
+# Contraction to fused multiply-add, and no errno, keep IEEE's rules for NaN and infinity; -ffast-math would not.
+COMPILE = (
+    "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-exceptions -fno-rtti -fno-math-errno -ffp-contract=fast "
+    "-Wno-psabi"
+).split()
+
+# The kernels are compiled once for each; operators.cpp chooses when it runs.
+INSTRUCTION_SETS = {"baseline": []}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    INSTRUCTION_SETS["avx2"] = "-mavx2 -mfma".split()
+    INSTRUCTION_SETS["avx512"] = "-mavx2 -mfma -mavx512f -mavx512dq -mavx512bw -mavx512vl".split()
+
+
+class BuildNative(build_ext):
+    """Builds the C++ kernels if it can; the package works without them.
+
+    The compiler is called directly: setuptools would compile each source once, with Python's own flags.
+    """
+
+    def get_ext_filename(self, fullname):
+        return os.path.join(*fullname.split(".")) + ".so"  # not a Python module: no ABI in its name
+
+    def build_extensions(self):
+        for extension in list(self.extensions):
+            target = Path(self.get_ext_fullpath(extension.name))
+            try:
+                self.build_library(target)
+            except Exception as error:
+                # Nothing is to be copied or installed; an older build would not fit these sources.
+                self.extensions.remove(extension)
+                target.unlink(missing_ok=True)
+                print(
+                    "mindiffedit: the optional C++ kernels were not built, MindSpore's operators are used "
+                    f"instead ({error})",
+                    file=sys.stderr,
+                )
+
+    def copy_extensions_to_source(self):
+        if not self.extensions:
+            Path(NATIVE, "libmindiffedit.so").unlink(missing_ok=True)
+        super().copy_extensions_to_source()
+
+    def build_library(self, target):
+        compiler = self.cxx()
+        folder = Path(self.build_temp) / "native"
+        folder.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.compile_and_link(compiler, folder, target, ["-fopenmp"])
+        except RuntimeError:
+            self.compile_and_link(compiler, folder, target, [])  # one thread is better than none
+
+    def compile_and_link(self, compiler, folder, target, threads):
+        objects, defines = [], []
+        for name, flags in INSTRUCTION_SETS.items():
+            output = folder / f"kernels_{name}.o"
+            command = [*compiler, *COMPILE, *threads, *flags, f"-DKERNELS=kernels_{name}"]
+            try:
+                run([*command, "-c", f"{NATIVE}/kernels.cpp", "-o", str(output)])
+            except RuntimeError:
+                if name == "baseline":
+                    raise
+                continue  # a compiler too old for it
+            objects.append(str(output))
+            if name != "baseline":
+                defines.append(f"-DWITH_{name.upper()}")
+        output = folder / "operators.o"
+        run([*compiler, *COMPILE, *defines, "-c", f"{NATIVE}/operators.cpp", "-o", str(output)])
+        run([*compiler, "-shared", *threads, *objects, str(output), "-o", str(target)])
+
+    def cxx(self):
+        """The C++ compiler's command: $CXX, or the first that is found."""
+        if os.environ.get("CXX"):
+            return shlex.split(os.environ["CXX"])
+        for name in ("c++", "g++", "clang++"):
+            if shutil.which(name):
+                return [name]
+        raise RuntimeError("no C++ compiler found: tried c++, g++, clang++; CXX names another")
+
+
+def run(command):
+    """Run a compiler; RuntimeError with its first line of complaint where it fails."""
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if result.returncode:
+        lines = [line for line in result.stdout.splitlines() if "error" in line] or [
+            f"exit status {result.returncode}"
+        ]
+        raise RuntimeError(f"{command[0]}: {lines[0]}")
+
+
 setup(
     name="mindiffedit",
     version="0.1.0",
@@ -58,8 +157,11 @@ setup(
     python_requires=">=3.9,<3.13",  # the Pythons that MindSpore has wheels for
     packages=find_packages(include=["mindiffedit", "mindiffedit.*"]),
     package_data={"mindiffedit": demo_files()},
+    cmdclass={"build_ext": BuildNative},
+    ext_modules=[Extension("mindiffedit.native.libmindiffedit", sources=[f"{NATIVE}/operators.cpp"])],
     install_requires=REQUIRES,
     extras_require={
+        "benchmark": ["matplotlib>=3.5"],  # for `scripts/benchmark.py --scaling`, which draws
         "parity": REFERENCE,  # for `mindiffedit parity record`; checking needs none of it
         "test": [*REFERENCE, "pytest>=7"],
         "train": REFERENCE,

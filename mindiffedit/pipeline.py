@@ -222,7 +222,7 @@ class StableDiffusionDiffEditPipeline(Preparation):
         # D1: the reference takes the negative for the prompt and the prompt for the negative here, which turns the
         # guidance round: each prediction is p + scale * (negative - p). Kept, so that masks are the reference's.
         if is_guided and np.array_equal(origin_negative, target_negative):
-            # One negative's prediction, twice, cancels: what remains of the reference's four is this.
+            # B9: one negative's prediction, twice, cancels: what remains of the reference's four is this.
             difference *= np.float32(1) - np.float32(guidance_scale)
         elif is_guided:
             negatives = self._noise_predictions(

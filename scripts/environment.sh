@@ -42,10 +42,13 @@ find_python() {
 
 # Everything that decides what gets installed, as one line.
 fingerprint() {
-    "$VENV/bin/python" - "$PROJECT/setup.py" "$1" <<'PY'
-import hashlib, platform, sys
-setup, extra = sys.argv[1:]
-parts = (open(setup, "rb").read(), extra.encode(), platform.python_version().encode(), sys.prefix.encode())
+    "$VENV/bin/python" - "$PROJECT" "$1" <<'PY'
+import hashlib, os, pathlib, platform, sys
+project, extra = pathlib.Path(sys.argv[1]), sys.argv[2]
+# The C++ sources and the choice of compiler decide what is built, setup.py what is installed.
+sources = sorted(p for p in (project / "mindiffedit/native").iterdir() if p.suffix in (".cpp", ".h"))
+said = (extra, platform.python_version(), sys.prefix, os.environ.get("CXX", ""))
+parts = [p.read_bytes() for p in (project / "setup.py", *sources)] + [text.encode() for text in said]
 print(hashlib.sha256(b"\0".join(parts)).hexdigest())
 PY
 }

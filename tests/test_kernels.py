@@ -17,7 +17,7 @@ import pytest
 import torch
 from mindspore import mint, nn
 
-from mindiffedit import devices, kernels
+from mindiffedit import devices, kernels, portable
 from mindiffedit.kernels import portable_kernels
 
 F = mint.nn.functional
@@ -261,7 +261,7 @@ def test_embedding_refuses_a_norm_limit():
 
 def test_silu_refuses_to_work_in_place():
     with portable_kernels(), pytest.raises(ValueError, match="inplace"):
-        kernels.silu(mindspore.Tensor(noise(3)), inplace=True)
+        portable.silu(mindspore.Tensor(noise(3)), inplace=True)
 
 
 # --- accuracy -------------------------------------------------------------------------------------------
@@ -303,9 +303,9 @@ def test_the_original_silu_fails_the_bound():
 
 
 def test_an_accurate_silu_is_kept(monkeypatch):
-    monkeypatch.setattr(F, "silu", kernels.silu)
+    monkeypatch.setattr(F, "silu", portable.silu)
     assert not kernels._fails(kernels._silu)
-    monkeypatch.setattr(F, "silu", lambda x: kernels.silu(x) * (1 + 3e-7))
+    monkeypatch.setattr(F, "silu", lambda x: portable.silu(x) * (1 + 3e-7))
     assert kernels._fails(kernels._silu)
 
 
@@ -349,7 +349,7 @@ def test_convolutions_on_the_main_path_are_accurate(name, mode):
 def test_most_convolutions_stay_in_float32():
     x, patches = mindspore.Tensor(noise(1, 16, 8, 8)), mindspore.Tensor(noise(16, 3, 4, 4))
     weight, picture = mindspore.Tensor(noise(16, 16, 3, 3)), mindspore.Tensor(noise(3, 16, 3, 3))
-    through = kernels._goes_through_float64
+    through = portable.goes_through_float64
     assert through(x, weight, 2, 0, 1)  # the VAE encoder's downsampling
     assert not through(x, weight, 1, 1, 1)
     assert not through(x, weight, 2, 1, 1)  # the UNet's
@@ -558,13 +558,13 @@ def test_copies_in_mindone_are_replaced_and_come_back(monkeypatch):
     early.copy = original
     monkeypatch.setitem(sys.modules, "mindone._early", early)
     with portable_kernels():
-        assert early.copy is kernels.pad
+        assert early.copy is portable.pad
         late.copy = F.pad  # as `from mindspore.mint.nn.functional import pad` in a module imported here
         monkeypatch.setitem(sys.modules, "mindone._late", late)
     assert early.copy is original
     assert late.copy is original
     with portable_kernels():
-        assert late.copy is kernels.pad
+        assert late.copy is portable.pad
     assert late.copy is original
 
 
@@ -572,7 +572,7 @@ def test_copies_in_mindone_are_replaced_and_come_back(monkeypatch):
 def test_probing_is_quiet_and_leaves_the_context_and_the_count(mode, tmp_path):
     program = f"""
 import mindspore
-from mindiffedit import devices, kernels
+from mindiffedit import devices, kernels, portable
 mindspore.set_context(mode=mindspore.{mode})
 with devices.CompileCounter() as compiled:
     names = kernels.missing_kernels()

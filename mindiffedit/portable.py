@@ -1,0 +1,256 @@
+"""The replacements: what `mint` and mindone lack on some devices, built from operators that every device has.
+
+Signatures and results are those of the original. They are parsed by MindSpore's graph compiler: no lambda, no try, no
+default that is not a constant. `input` shadows a builtin because mint's argument does.
+"""
+
+from __future__ import annotations
+
+import mindspore
+from mindspore import mint, ops
+
+
+def gelu(input, *, approximate="none"):
+    """Stands in for `mint.nn.functional.gelu` while MindSpore registers GeluExt for Ascend only.
+
+    'none' is written with erf, as in torch; `ops.gelu` with 'tanh' is the other formula.
+    """
+    if approximate == "tanh":
+        return ops.gelu(input, approximate="tanh")
+    # One multiplication fewer, and no division, next to ops.gelu(approximate="none").
+    return input * (ops.erf(input * 0.7071067811865476) * 0.5 + 0.5)
+
+
+def silu(input, inplace=False):
+    """Stands in for `mint.nn.functional.silu` where it is inaccurate, as on CPU.
+
+    There float32 results are off by up to 2e-6 of themselves, and by 5e-8 on average: that does not cancel in
+    the sums that follow. Float32 is computed in float64, the shorter types in float32.
+    """
+    if inplace:
+        raise ValueError("silu: inplace is not supported by the portable kernel, expected False")
+    if input.dtype == mindspore.float32:
+        return ops.silu(input.astype(mindspore.float64)).astype(mindspore.float32)
+    if input.dtype == mindspore.float64:
+        return ops.silu(input)
+    return ops.silu(input.astype(mindspore.float32)).astype(input.dtype)
+
+
+FEW_CHANNELS = 8
+"""No hidden layer has as few channels as this: latents have 4, a posterior 8, a picture 3."""
+
+
+def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    """Stands in for `mint.nn.functional.conv2d` while Conv2DExt is registered for Ascend only.
+
+    `ops.Conv2D` with explicit padding, which is oneDNN's convolution on CPU; a few convolutions, on which the
+    accuracy of a whole model hangs, in float64.
+    """
+    if goes_through_float64(input, weight, stride, padding, groups):
+        return _conv2d_float64(input, weight, bias, stride, padding, dilation)
+    if isinstance(padding, str):
+        mode, pads = padding, 0
+    elif isinstance(padding, int):
+        mode, pads = "pad", padding
+    else:
+        mode, pads = "pad", (padding[0], padding[0], padding[-1], padding[-1])
+    convolve = ops.Conv2D(
+        out_channel=weight.shape[0],
+        kernel_size=weight.shape[2:],
+        pad_mode=mode,
+        pad=pads,
+        stride=stride,
+        dilation=dilation,
+        group=groups,
+    )
+    output = convolve(input, weight)
+    if bias is None:
+        return output
+    return ops.bias_add(output, bias)
+
+
+def goes_through_float64(input, weight, stride, padding, groups):
+    """Whether `conv2d` computes this convolution in float64: the few cheap ones on a model's main path.
+
+    A float32 sum of 300 products is off by 3e-7 (rms). In most convolutions that is an error of one branch of
+    a residual block; the result of the ones below is all that the next layers see. They made nearly all of
+    the VAE encoder's error, 3e-6 of its latents' rms, which an inversion multiplies by 30.
+    """
+    rows, columns = weight.shape[2:]
+    if input.dtype != mindspore.float32 or groups != 1 or isinstance(padding, str) or max(rows, columns) > 3:
+        return False
+    # The first of a model, and the last, but for a picture's three channels: large, and nothing comes after.
+    if weight.shape[1] <= FEW_CHANNELS or 3 < weight.shape[0] <= FEW_CHANNELS:
+        return True
+    # The VAE encoder's downsampling, which pads by itself and runs once for a picture. The UNet's runs at
+    # every step, has padding, and gains too little.
+    strides = stride if isinstance(stride, (tuple, list)) else (stride,)
+    pads = padding if isinstance(padding, (tuple, list)) else (padding,)
+    return max(strides) > 1 and max(pads) == 0
+
+
+def _conv2d_float64(input, weight, bias, stride, padding, dilation):
+    """The convolution as a matrix product in float64, in which there is no `ops.Conv2D`."""
+    batch, filters = input.shape[0], weight.shape[0]
+    kernel = weight.shape[2:]
+    strides = (stride, stride) if isinstance(stride, int) else stride
+    pads = (padding, padding) if isinstance(padding, int) else padding
+    gaps = (dilation, dilation) if isinstance(dilation, int) else dilation
+    height = (input.shape[2] + 2 * pads[0] - gaps[0] * (kernel[0] - 1) - 1) // strides[0] + 1
+    width = (input.shape[3] + 2 * pads[1] - gaps[1] * (kernel[1] - 1) - 1) // strides[1] + 1
+    patches = ops.unfold(input, kernel, gaps, pads, strides).astype(mindspore.float64)
+    output = ops.matmul(weight.reshape(1, filters, -1).astype(mindspore.float64), patches)
+    if bias is not None:
+        output = output + bias.astype(mindspore.float64).reshape(1, filters, 1)
+    return output.reshape(batch, filters, height, width).astype(mindspore.float32)
+
+
+def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
+    """Stands in for `mint.nn.functional.layer_norm` while LayerNormExt does not run on CPU."""
+    if weight is None:
+        weight = ops.ones(normalized_shape, input.dtype)
+    if bias is None:
+        bias = ops.zeros(normalized_shape, input.dtype)
+    axis = input.ndim - len(normalized_shape)
+    return ops.LayerNorm(begin_norm_axis=axis, begin_params_axis=axis, epsilon=eps)(input, weight, bias)[0]
+
+
+def embedding(input, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False):
+    """Stands in for `mint.nn.functional.embedding` while Embedding is registered for Ascend only.
+
+    `padding_idx` and `scale_grad_by_freq` change gradients only. `max_norm` rewrites the table: refused.
+    """
+    if max_norm is not None:
+        raise ValueError("embedding: max_norm is not supported by the portable kernel, expected None")
+    return ops.gather(weight, input, 0)
+
+
+def pad(input, pad, mode="constant", value=None):
+    """Stands in for `mint.nn.functional.pad` while ConstantPadND and its kin are Ascend only."""
+    if mode == "constant":
+        return ops.pad(input, tuple(pad), "constant", 0 if value is None else value)
+    return ops.pad(input, tuple(pad), mode)
+
+
+def arange(start=0, end=None, step=1, *, dtype=None):
+    """Stands in for `mint.arange` while Arange is registered for Ascend only."""
+    if end is None:
+        return ops.arange(0, start, step, dtype=dtype)
+    return ops.arange(start, end, step, dtype=dtype)
+
+
+def zeros_like(input, *, dtype=None):
+    """Stands in for `mint.zeros_like` while ZerosLikeExt is registered for Ascend only."""
+    return ops.zeros_like(input, dtype=dtype)
+
+
+def mm(input, mat2):
+    """Stands in for `mint.mm` while Mm is registered for Ascend only."""
+    return ops.matmul(input, mat2)
+
+
+def normalize(input, p=2.0, dim=1, eps=1e-12):
+    """Stands in for `mint.nn.functional.normalize` while LinalgVectorNorm is registered for Ascend only."""
+    if p == 2.0:
+        length = ops.sqrt(ops.sum(ops.square(input), dim, True))
+    else:
+        length = ops.pow(ops.sum(ops.pow(ops.abs(input), p), dim, True), 1.0 / p)
+    return input / ops.clamp(length, eps)
+
+
+def round(input, *, decimals=0):
+    """Stands in for `mint.round` while its CPU kernel takes `decimals=0` only."""
+    if decimals == 0:
+        return ops.round(input)
+    scale = 10.0**decimals
+    return ops.round(input * scale) / scale
+
+
+def split(tensor, split_size_or_sections, dim=0):
+    """Stands in for `mint.split` while SplitWithSize has no CPU kernel in graph mode (MindSpore 2.7)."""
+    return ops.split(tensor, split_size_or_sections, dim)
+
+
+def chunk(input, chunks, dim=0):
+    """Stands in for `mint.chunk` while Chunk has no CPU kernel in graph mode (MindSpore 2.7)."""
+    return ops.chunk(input, chunks, dim)
+
+
+# The layers' `construct`. Classes only because the function has to be called `construct`: a layer that was
+# compiled on its own in graph mode is otherwise not found again by a later `jit`.
+
+
+class Conv2d:
+    """For `mint.nn.Conv2d`, while Conv2DExt is registered for Ascend only."""
+
+    def construct(self, input):
+        if self.padding_mode == "zeros":
+            return conv2d(
+                input, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups
+            )
+        padded = pad(input, self._reversed_padding, mode=self.padding_mode)
+        return conv2d(padded, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+class LayerNorm:
+    """For `mint.nn.LayerNorm`, while LayerNormExt does not run on CPU."""
+
+    def construct(self, input):
+        return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+class Embedding:
+    """For `mint.nn.Embedding`, while Embedding is registered for Ascend only."""
+
+    def construct(self, input):
+        return embedding(input, self.weight, self.padding_idx, self.max_norm)
+
+
+class GEGLU:
+    """For mindone's GEGLU, while `Tensor.chunk` has no CPU kernel in graph mode.
+
+    A Tensor method cannot be replaced for the graph compiler, so the one layer that needs it is.
+    """
+
+    def construct(self, hidden_states):
+        hidden_states = self.proj(hidden_states)
+        hidden_states, gate = ops.split(hidden_states, hidden_states.shape[-1] // 2, axis=-1)
+        return hidden_states * self.gelu(gate)
+
+
+SCORES = 1 << 25
+"""Numbers of an attention's scores that are held at once: 128 MB in float32, and as many after the softmax."""
+
+
+class Attention:
+    """For mindone's `Attention`, whose plain attention holds the scores of all tokens with all tokens at once.
+
+    At 64 x 64 latents these are 1 GB, at 96 x 96 5.4 GB, for each picture and of both halves of a guided step.
+    """
+
+    def math_attention_op(self, query, key, value, attn_mask=None):
+        """(..., tokens, size) query, key and value; some rows of the scores after the others.
+
+        attn_mask : None or additive, (..., tokens or 1, keys); a boolean one says where to look.
+        """
+        shape = query.shape
+        if attn_mask is not None and attn_mask.dtype == mindspore.bool_:
+            attn_mask = ops.logical_not(attn_mask).astype(query.dtype) * -1e4
+        if attn_mask is not None and attn_mask.ndim > 3:
+            attn_mask = ops.broadcast_to(attn_mask, (*shape[:-2], *attn_mask.shape[-2:]))
+            attn_mask = attn_mask.reshape(-1, *attn_mask.shape[-2:])
+        query = query.reshape(-1, *shape[-2:])
+        key = key.reshape(-1, *key.shape[-2:])
+        value = value.reshape(-1, *value.shape[-2:])
+        heads, tokens, keys = query.shape[0], query.shape[1], key.shape[1]
+        rows = max(1, min(tokens, SCORES // (heads * keys)))
+        if rows == tokens:
+            return mint.bmm(self.get_attention_scores(query, key, attn_mask), value).reshape(*shape[:-1], -1)
+        parts = []
+        for start in range(0, tokens, rows):
+            mask = attn_mask
+            if mask is not None and mask.shape[1] == tokens:
+                mask = mask[:, start : start + rows]
+            scores = self.get_attention_scores(query[:, start : start + rows], key, mask)
+            parts.append(mint.bmm(scores, value))
+        return ops.cat(parts, 1).reshape(*shape[:-1], -1)
