@@ -304,6 +304,9 @@ def _add_device(command) -> None:
                          help=f"{', '.join(DEVICE_TARGETS)} (default: what MindSpore chooses)")
     command.add_argument("--mode", choices=("graph", "pynative"), default="graph",
                          help="compiled, or operator by operator to debug (default: graph)")
+    command.add_argument("--no-cache", action="store_true",
+                         help="do not keep compiled graphs, nor use those kept (default: they are, in the folder "
+                              "that the environment variable MINDIFFEDIT_CACHE names or in ~/.cache/mindiffedit)")
 
 
 def _add_printing(command) -> None:

@@ -360,7 +360,12 @@ def _load(job: _Job):
         unchecked = dict(safety_checker=None, requires_safety_checker=False) if args.no_safety_checker else {}
         pipeline = importlib.import_module("mindiffedit.pipeline").StableDiffusionDiffEditPipeline
         pipe = pipeline.from_pretrained(
-            str(job.folder), mode=args.mode, mindspore_dtype=args.dtype, local_files_only=True, **unchecked
+            str(job.folder),
+            mode=args.mode,
+            compile_cache=False if args.no_cache else None,
+            mindspore_dtype=args.dtype,
+            local_files_only=True,
+            **unchecked,
         )
         _choose_scheduler(job, pipe)
     return pipe

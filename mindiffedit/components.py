@@ -8,6 +8,7 @@ from typing import Any, Callable, Dict, Optional
 
 import numpy as np
 
+from . import compile_cache as compile_caches
 from . import devices, models
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ class PipelineComponents:
         inverse_scheduler,
         requires_safety_checker: bool = True,
         mode: str = "graph",
+        compile_cache=None,
     ):
         if mode not in self.MODES:
             raise ValueError(f"`mode` has to be one of {self.MODES}, but is {mode!r}.")
@@ -70,6 +72,7 @@ class PipelineComponents:
         self.observer: Optional[Observer] = None
         self.unet_batch_size = 2  # samples in one UNet evaluation: a guided step of one picture
         self._progress_bar_config: Dict[str, Any] = {}
+        self.compile_cache = compile_caches.open_cache(compile_cache) if mode == "graph" else None
         self._stages_built = None
         self._own_inverse = None
 
@@ -95,6 +98,7 @@ class PipelineComponents:
         pretrained_model_name_or_path,
         *,
         mode: str = "graph",
+        compile_cache=None,
         mindspore_dtype=None,
         use_safetensors: Optional[bool] = None,
         variant: Optional[str] = None,
@@ -111,6 +115,8 @@ class PipelineComponents:
         Args:
             pretrained_model_name_or_path: a folder, or a model id on the hub.
             mode: "graph" or "pynative".
+            compile_cache: where compiled graphs are kept for the next process. None: the folder that the environment
+                variable ``MINDIFFEDIT_CACHE`` names, or one in the user's cache folder; False: nowhere; or a folder.
             mindspore_dtype: dtype of the models; default float32. What the device does not have is loaded in float32
                 with one warning.
             use_safetensors: None or True; weights are only ever read from safetensors files.
@@ -128,7 +134,7 @@ class PipelineComponents:
                 "`use_safetensors=False` asks for pickled weights, which can run code when they are read; only"
                 " safetensors files are loaded. Leave the argument out and use a folder that holds them."
             )
-        accepted = set(inspect.signature(cls.__init__).parameters) - {"self", "mode"}
+        accepted = set(inspect.signature(cls.__init__).parameters) - {"self", "mode", "compile_cache"}
         overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in accepted}
         if kwargs:
             logger.warning(
@@ -156,7 +162,7 @@ class PipelineComponents:
         )
         if requires_safety_checker is not None:
             parts["requires_safety_checker"] = requires_safety_checker
-        return cls(**parts, mode=mode)
+        return cls(**parts, mode=mode, compile_cache=compile_cache)
 
     def save_pretrained(self, save_directory, variant: Optional[str] = None) -> None:
         """Writes a folder that this class and diffusers load; safetensors, written whole or not at all."""
@@ -256,7 +262,7 @@ class PipelineComponents:
 
         parts = (self.unet, self.vae, self.text_encoder, self.mode)
         if self._stages_built is None or not self._stages_built.serves(*parts):
-            self._stages_built = Stages(*parts)
+            self._stages_built = Stages(*parts, cache=self.compile_cache)
         return self._stages_built
 
     def _crosses(self, stage: str, array: np.ndarray, step: Optional[int] = None) -> np.ndarray:

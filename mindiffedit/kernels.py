@@ -37,7 +37,7 @@ import mindspore
 import numpy as np
 from mindspore import mint
 
-from mindiffedit import devices, native, portable
+from mindiffedit import devices, native, portable, quick_imports
 
 __all__ = ["KERNELS", "Kernel", "missing_kernels", "portable_kernels"]
 
@@ -391,5 +391,7 @@ def _original(name: str) -> Any:
             path = f"mindspore.{path}"
         if importlib.util.find_spec(path.partition(".")[0]) is None:
             return None
+        if path.startswith("mindone."):
+            quick_imports.prepare()
         _originals[name] = getattr(importlib.import_module(path), attribute)
     return _originals[name]

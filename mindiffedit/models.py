@@ -868,20 +868,23 @@ def _build(source: _Source) -> Any:
 
 
 def _construct(name: str, config: Mapping[str, Any]) -> Any:
+    from mindiffedit import quick_imports
+
+    quick_imports.prepare()
     if name == "unet":
-        from mindone.diffusers import UNet2DConditionModel
+        from mindone.diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
         unet = UNet2DConditionModel.from_config(dict(config))
         _tabulate_time_frequencies(unet)
         return unet
     if name == "vae":
-        from mindone.diffusers import AutoencoderKL
+        from mindone.diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
         return AutoencoderKL.from_config(dict(config))
     # mindone's CLIP has this attention only, and says so in a warning when the config asks for none.
     eager = {"attn_implementation": "eager"}
     if name == "text_encoder":
-        from mindone.transformers import CLIPTextModel
+        from mindone.transformers.models.clip.modeling_clip import CLIPTextModel
         from transformers import CLIPTextConfig
 
         return CLIPTextModel(CLIPTextConfig.from_dict(_text_part(config), **eager))

@@ -37,6 +37,7 @@ class StableDiffusionDiffEditPipeline(Preparation):
         inverse_scheduler: scheduler of ``invert``; None: the inverse of ``scheduler`` where it has one.
         requires_safety_checker: warn when ``safety_checker`` is None.
         mode: "graph" (every stage compiled; the default) or "pynative" (operator by operator, to debug).
+        compile_cache: where compiled graphs are kept, see ``from_pretrained``.
 
     Raises:
         ValueError: for a mode that is neither, or a safety checker without feature extractor.

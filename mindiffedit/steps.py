@@ -18,7 +18,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import ops
 
-from . import devices, reuse
+from . import devices, native, reuse
 from .kernels import portable_kernels
 from .schedules import StepPlan
 
@@ -29,13 +29,15 @@ class Stages:
     Args:
         unet, vae, text_encoder: mindone models.
         mode: "graph" (each stage is one compiled graph) or "pynative".
+        cache: a ``compile_cache.CompileCache``, or None to compile everything afresh.
 
     Attributes:
         calls: how often a model has run, by stage: "text", "encode", "decode", "unet"; "rows" counts the UNet's samples.
     """
 
-    def __init__(self, unet, vae, text_encoder, mode: str):
+    def __init__(self, unet, vae, text_encoder, mode: str, cache=None):
         self.unet, self.vae, self.text_encoder, self.mode = unet, vae, text_encoder, mode
+        self.cache = cache
         self.calls: Counter[str] = collections.Counter()
         self._built: Dict[tuple, Callable] = {}
         self._texts, self._moments = reuse.Memory(64), reuse.Memory(16)
@@ -135,8 +137,28 @@ class Stages:
         eager = eager or self.mode == "pynative"
         key = (*key, eager)
         if key not in self._built:
-            self._built[key] = _run_eagerly(build()) if eager else _run_compiled(build())
+            self._built[key] = _run_eagerly(build()) if eager else self._run_compiled(build(), key)
         return self._built[key]
+
+    def _run_compiled(self, function: Callable, key: tuple) -> Callable:
+        if self.cache is None:
+            compiled = ms.jit(function)
+        else:
+            # A graph from the cache gets its weights by name: those of the model that the stage reads.
+            models = {
+                "text": (self.text_encoder,),
+                "encode": (self.vae,),
+                "decode": (self.vae,),
+                "unet": (self.unet,),
+                "update": (),
+            }
+            compiled = self.cache.compiled(function, key, models=models[key[0]], extra=native.identity())
+
+        def run(*arguments):
+            with portable_kernels():  # a call with new shapes compiles
+                return compiled(*arguments)
+
+        return run
 
     @staticmethod
     def _sample(array, model) -> ms.Tensor:
@@ -190,16 +212,6 @@ def guided(predictions: np.ndarray, guidance_scale: float, is_guided: bool) -> n
         return predictions
     unconditional, conditional = np.split(predictions, 2)
     return unconditional + np.float32(guidance_scale) * (conditional - unconditional)
-
-
-def _run_compiled(function: Callable) -> Callable:
-    compiled = ms.jit(function)
-
-    def run(*arguments):
-        with portable_kernels():  # a call with new shapes compiles
-            return compiled(*arguments)
-
-    return run
 
 
 def _run_eagerly(function: Callable) -> Callable:

@@ -1,5 +1,8 @@
 """Fixtures and options shared by the tests."""
 
+import os
+import tempfile
+
 import pytest
 
 
@@ -8,7 +11,14 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    # Compiled graphs are kept, as they are by default, but not in the cache folder of whoever runs the tests.
+    config.compiled_graphs = tempfile.TemporaryDirectory(prefix="mindiffedit-tests-")
+    os.environ["MINDIFFEDIT_CACHE"] = config.compiled_graphs.name
     config.addinivalue_line("markers", "slow: takes long; runs only with --slow")
+
+
+def pytest_unconfigure(config):
+    config.compiled_graphs.cleanup()
 
 
 def pytest_collection_modifyitems(config, items):

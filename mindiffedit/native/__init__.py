@@ -25,7 +25,7 @@ from typing import Sequence
 
 import numpy as np
 
-__all__ = ["available", "call", "instruction_set", "library_path"]
+__all__ = ["available", "call", "identity", "instruction_set", "library_path"]
 
 LIBRARY = "libmindiffedit.so"
 
@@ -34,6 +34,15 @@ def library_path() -> Path | None:
     """The library's file, or None where it was not built."""
     path = Path(__file__).resolve().parent / LIBRARY
     return path if path.is_file() else None
+
+
+def identity() -> tuple:
+    """What tells the operators in use from others: the file that a compiled graph names, its time and its size."""
+    if not available():
+        return ("none",)
+    path = library_path()
+    state = path.stat()
+    return str(path), state.st_mtime_ns, state.st_size
 
 
 def available() -> bool:

@@ -375,7 +375,9 @@ def check(args: Namespace):
             )
         from . import replay
 
-        pipe = replay.load(folder, case, args.mode, settings["dtype"])
+        pipe = replay.load(
+            folder, case, args.mode, settings["dtype"], compile_cache=False if args.no_cache else None
+        )
         _say(args, f"replaying on {device}, mode {args.mode}.")
         ended = None
         try:

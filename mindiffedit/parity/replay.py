@@ -11,12 +11,17 @@ from ..generator import Generator
 from .case import Case, Tape
 
 
-def load(folder, case: Case, mode: str = "graph", dtype: str = "float32"):
+def load(folder, case: Case, mode: str = "graph", dtype: str = "float32", compile_cache=None):
     """Our pipeline of a checkpoint folder through the ordinary loader, with the case's schedulers."""
     from ..pipeline import StableDiffusionDiffEditPipeline
 
     pipe = StableDiffusionDiffEditPipeline.from_pretrained(
-        str(folder), mode=mode, mindspore_dtype=dtype, safety_checker=None, requires_safety_checker=False
+        str(folder),
+        mode=mode,
+        compile_cache=compile_cache,
+        mindspore_dtype=dtype,
+        safety_checker=None,
+        requires_safety_checker=False,
     )
     return with_schedulers(pipe, case)
 
