@@ -58,7 +58,7 @@ NATIVE = "mindiffedit/native"
 
 # Contraction to fused multiply-add, and no errno, keep IEEE's rules for NaN and infinity; -ffast-math would not.
 COMPILE = (
-    "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-exceptions -fno-rtti -fno-math-errno -ffp-contract=fast "
+    "-std=c++17 -O3 -fPIC -pthread -fvisibility=hidden -fno-rtti -fno-math-errno -ffp-contract=fast "
     "-Wno-psabi"
 ).split()
 
@@ -103,16 +103,10 @@ class BuildNative(build_ext):
         folder = Path(self.build_temp) / "native"
         folder.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self.compile_and_link(compiler, folder, target, ["-fopenmp"])
-        except RuntimeError:
-            self.compile_and_link(compiler, folder, target, [])  # one thread is better than none
-
-    def compile_and_link(self, compiler, folder, target, threads):
         objects, defines = [], []
         for name, flags in INSTRUCTION_SETS.items():
             output = folder / f"kernels_{name}.o"
-            command = [*compiler, *COMPILE, *threads, *flags, f"-DKERNELS=kernels_{name}"]
+            command = [*compiler, *COMPILE, *flags, f"-DKERNELS=kernels_{name}"]
             try:
                 run([*command, "-c", f"{NATIVE}/kernels.cpp", "-o", str(output)])
             except RuntimeError:
@@ -122,9 +116,10 @@ class BuildNative(build_ext):
             objects.append(str(output))
             if name != "baseline":
                 defines.append(f"-DWITH_{name.upper()}")
-        output = folder / "operators.o"
-        run([*compiler, *COMPILE, *defines, "-c", f"{NATIVE}/operators.cpp", "-o", str(output)])
-        run([*compiler, "-shared", *threads, *objects, str(output), "-o", str(target)])
+        for name in ("operators", "threads"):
+            objects.append(str(folder / f"{name}.o"))
+            run([*compiler, *COMPILE, *defines, "-c", f"{NATIVE}/{name}.cpp", "-o", objects[-1]])
+        run([*compiler, "-shared", "-pthread", *objects, "-o", str(target)])
 
     def cxx(self):
         """The C++ compiler's command: $CXX, or the first that is found."""

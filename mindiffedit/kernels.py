@@ -144,6 +144,11 @@ def _tensor_chunk() -> Any:
     return mindspore.jit(_chunk_method)(_floats(1, 2))
 
 
+def _linear() -> None:
+    if devices.device_target() == "CPU":
+        raise MemoryError("nothing is missing, but each number of the sum keeps 16 bytes")
+
+
 def _whole_scores() -> None:
     raise MemoryError("nothing is missing, but 9216 tokens of 8 heads, twice, take 5.4 GB")
 
@@ -169,6 +174,7 @@ KERNELS: tuple[Kernel, ...] = (
         "mint.nn.functional.layer_norm", portable.layer_norm, _layer_norm, "LayerNormExt cannot be created"
     ),
     Kernel("mint.nn.LayerNorm", portable.LayerNorm.construct, _layer_norm, "LayerNormExt cannot be created"),
+    Kernel("mint.nn.Linear", portable.Linear.construct, _linear, "adding a bias holds memory on a CPU"),
     Kernel("mint.nn.functional.embedding", portable.embedding, _embedding, "Embedding is unregistered"),
     Kernel("mint.nn.Embedding", portable.Embedding.construct, _embedding, "Embedding is unregistered"),
     Kernel("mint.nn.functional.pad", portable.pad, _pad, "ConstantPadND is unregistered"),
@@ -208,6 +214,8 @@ NATIVE: dict[str, str] = {
     "mint.cat": "cat",
     "mint.nn.Conv2d": "Conv2d.construct",
     "mint.nn.LayerNorm": "LayerNorm.construct",
+    "mint.nn.Linear": "Linear.construct",
+    f"{_MODELS}.resnet.ResnetBlock2D": "ResnetBlock2D.construct",
     "mint.nn.GroupNorm": "GroupNorm.construct",
     f"{_MODELS}.activations.GEGLU": "GEGLU.construct",
     f"{_MODELS}.attention_processor.AttnProcessor2_0:__call__": "AttnProcessor2_0.__call__",

@@ -9,7 +9,8 @@ Environment variables:
 MINDIFFEDIT_NATIVE : '0' leaves the library unused.
 MINDIFFEDIT_NATIVE_ISA : 'baseline', 'avx2' or 'avx512': at most this instruction set. The default is the best
     that the processor has. Read when the library is first used.
-OMP_NUM_THREADS : the number of threads, as for other OpenMP programs. It does not change the results.
+OMP_NUM_THREADS : the number of threads, as for OpenMP programs; the cores that the process may use without it. It
+    does not change the results.
 
 The operators themselves are in `mindiffedit.native.operators`; import it only where `available()` is True.
 """

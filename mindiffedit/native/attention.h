@@ -6,6 +6,7 @@
 // change the result.
 #pragma once
 
+#include "parallel.h"
 #include "simd.h"
 
 namespace {
@@ -133,32 +134,31 @@ int attention(const float *query, const float *key, const float *value, float *o
     int failure = packed_keys && packed_values ? 0 : OUT_OF_MEMORY;
 
     if (!failure) {
-#pragma omp parallel if (batch * width * (queries + keys) >= PARALLEL_FROM)
+        const bool worth = batch * width * (queries + keys) >= PARALLEL_FROM;
         {
-#pragma omp for collapse(2) schedule(static)
-            for (int64_t head = 0; head < batch * heads; ++head)
-                for (int64_t tile = 0; tile < tiles; ++tile) {
+            each(batch * heads * tiles, worth, [=](int64_t task) {
+                    const int64_t head = task / tiles, tile = task % tiles;
                     const int64_t first = tile * KEYS, count = least(KEYS, keys - first);
                     const int64_t at = ((head / heads) * keys + first) * width + (head % heads) * size;
                     pack_keys(key + at, width, count, size,
                               packed_keys + (head * padded_keys + first) * size);
                     pack_values(value + at, width, count, size,
                                 packed_values + (head * keys + first) * padded);
-                }
+            });
 
             const int64_t space = QUERIES * (row + SCORES_STRIDE + padded + 3);
+          // Two tasks at a time: the last ones are short enough for the threads to end together.
+          stretches(batch * heads * blocks, 2, worth, [&](int64_t begin, int64_t end) {
             float *const scratch = allocate<float>(space);
             if (!scratch) {
-#pragma omp atomic write
-                failure = OUT_OF_MEMORY;
+                __atomic_store_n(&failure, OUT_OF_MEMORY, __ATOMIC_RELAXED);
+                return;
             }
             float *const copied = scratch, *const scores = copied + QUERIES * row;
             float *const sums = scores + QUERIES * SCORES_STRIDE, *const decay = sums + QUERIES * padded;
             float *const maxima = decay + QUERIES, *const totals = maxima + QUERIES;
 
-#pragma omp for schedule(dynamic)
-            for (int64_t task = 0; task < batch * heads * blocks; ++task) {
-                if (!scratch) continue;
+            for (int64_t task = begin; task < end; ++task) {
                 const int64_t head = task / blocks, first = task % blocks * QUERIES;
                 const int64_t rows = least(QUERIES, queries - first), all = round_up(rows, BLOCK_ROWS);
                 const int64_t at = ((head / heads) * queries + first) * width + (head % heads) * size;
@@ -211,6 +211,7 @@ int attention(const float *query, const float *key, const float *value, float *o
                         output[at + r * width + k] = sums[r * padded + k] / totals[r];
             }
             free(scratch);
+          });
         }
     }
     free(packed_keys);

@@ -6,6 +6,7 @@
 // unfolded. With stride 2 the copy holds the even columns, then the odd ones, so that these are vectors too.
 #pragma once
 
+#include "parallel.h"
 #include "simd.h"
 
 namespace {
@@ -73,23 +74,23 @@ int conv2d(const float *input, const float *weight, const float *bias, float *ou
                 for (int64_t j = 0; j < kernel_columns; ++j)
                     taps[(c * kernel_rows + i) * kernel_columns + j] =
                         c * plane + (i * stride + j % stride) * line + j / stride;
-#pragma omp parallel if (batch * out_height * out_width * filters * window >= PARALLEL_FROM)
+        const bool worth = batch * out_height * out_width * filters * window >= PARALLEL_FROM;
         {
-#pragma omp for schedule(static)
-            for (int64_t f = 0; f < all_filters; ++f)
+            each(all_filters, worth, [=](int64_t f) {
                 for (int64_t k = 0; k < depth; ++k)
                     weights[f * weight_stride + k] = f < filters ? weight[f * depth + k] : 0.0;
+            });
 
+            // A share for each thread: what a stretch allocates is too large to allocate often.
+          stretches(batch * row_blocks * strips, 0, worth, [&](int64_t begin, int64_t end) {
             const int64_t sums_stride = rows * padded;
             double *const copy = allocate<double>(some * plane);
             double *const sums = allocate<double>(all_filters * sums_stride);
             if (!copy || !sums) {
-#pragma omp atomic write
-                failure = OUT_OF_MEMORY;
+                __atomic_store_n(&failure, OUT_OF_MEMORY, __ATOMIC_RELAXED);
+                begin = end;
             }
-#pragma omp for schedule(dynamic)
-            for (int64_t task = 0; task < batch * row_blocks * strips; ++task) {
-                if (!copy || !sums) continue;
+            for (int64_t task = begin; task < end; ++task) {
                 const int64_t picture = task / (row_blocks * strips);
                 const int64_t top = task / strips % row_blocks * rows, start = task % strips * strip;
                 const int64_t here = least(rows, out_height - top), count = least(strip, out_width - start);
@@ -144,6 +145,7 @@ int conv2d(const float *input, const float *weight, const float *bias, float *ou
             }
             free(copy);
             free(sums);
+          });
         }
     }
     free(weights);

@@ -1,11 +1,12 @@
 // Activations: memory-bound once the functions of simd.h are vectors.
 #pragma once
 
+#include "parallel.h"
 #include "simd.h"
 
 namespace {
 
-const int64_t STRETCH = 4096;  // floats of one task
+const int64_t STRETCH = 1 << 14;  // floats of one task
 
 template <class Function>
 INLINE void map(const float *input, float *output, int64_t count, Function function) {
@@ -15,34 +16,43 @@ INLINE void map(const float *input, float *output, int64_t count, Function funct
 }
 
 int gelu(const float *input, float *output, int64_t count) {
-#pragma omp parallel for schedule(static) if (count >= PARALLEL_FROM)
-    for (int64_t start = 0; start < count; start += STRETCH)
-        map(input + start, output + start, least(STRETCH, count - start),
-            [](vfloat x) { return gelu_of(x); });
+    stretches(count, STRETCH, count >= PARALLEL_FROM, [=](int64_t start, int64_t end) {
+        map(input + start, output + start, end - start, [](vfloat x) { return gelu_of(x); });
+    });
     return 0;
 }
 
 int silu(const float *input, float *output, int64_t count) {
-#pragma omp parallel for schedule(static) if (count >= PARALLEL_FROM)
-    for (int64_t start = 0; start < count; start += STRETCH)
-        map(input + start, output + start, least(STRETCH, count - start),
-            [](vfloat x) { return silu_of(x); });
+    stretches(count, STRETCH, count >= PARALLEL_FROM, [=](int64_t start, int64_t end) {
+        map(input + start, output + start, end - start, [](vfloat x) { return silu_of(x); });
+    });
     return 0;
 }
 
-// rows x (2 * columns) to rows x columns: the first half times gelu of the second.
-int geglu(const float *input, float *output, int64_t rows, int64_t columns) {
-#pragma omp parallel for schedule(static) if (rows * columns >= PARALLEL_FROM)
-    for (int64_t row = 0; row < rows; ++row) {
+// rows x (2 * columns) to rows x columns: the first half times gelu of the second. The bias, which may be null, is
+// added first.
+int geglu(const float *input, const float *bias, float *output, int64_t rows, int64_t columns) {
+    each(rows, rows * columns >= PARALLEL_FROM, [=](int64_t row) {
         const float *plain = input + row * 2 * columns, *gate = plain + columns;
         float *to = output + row * columns;
         int64_t j = 0;
+        if (bias) {
+            const float *add = bias + columns;
+            for (; j + WIDTH <= columns; j += WIDTH)
+                store(to + j, (load(plain + j) + load(bias + j)) * gelu_of(load(gate + j) + load(add + j)));
+            if (j < columns) {
+                const int64_t left = columns - j;
+                vfloat factor = load_part(plain + j, left) + load_part(bias + j, left);
+                store_part(to + j, factor * gelu_of(load_part(gate + j, left) + load_part(add + j, left)), left);
+            }
+            return;
+        }
         for (; j + WIDTH <= columns; j += WIDTH) store(to + j, load(plain + j) * gelu_of(load(gate + j)));
         if (j < columns) {
             const int64_t left = columns - j;
             store_part(to + j, load_part(plain + j, left) * gelu_of(load_part(gate + j, left)), left);
         }
-    }
+    });
     return 0;
 }
 

@@ -13,5 +13,5 @@
 extern const Kernels KERNELS;
 const Kernels KERNELS = {
     attention,       geglu,           gelu,   silu,     group_norm, layer_norm,
-    tokens_to_image, image_to_tokens, conv2d, bias_add, concat,     upsample,
+    tokens_to_image, image_to_tokens, conv2d, bias_add, bias_add_tokens, concat, upsample,
 };

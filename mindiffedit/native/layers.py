@@ -47,15 +47,20 @@ def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     if input.dtype != mindspore.float32:
         return portable.conv2d(input, weight, bias, stride, padding, dilation, groups)
     if portable.goes_through_float64(input, weight, stride, padding, groups):
-        step = stride if isinstance(stride, int) else stride[0]
-        pad = padding if isinstance(padding, int) else padding[0]
-        gap = dilation if isinstance(dilation, int) else dilation[0]
-        if gap == 1 and step <= 2 and pad <= 1:
+        step, pad, gap = _both_ways(stride), _both_ways(padding), _both_ways(dilation)
+        if gap == 1 and step in (1, 2) and pad in (0, 1):
             return operators.conv2d_precise(input, weight, bias, step, pad)
     output = portable.conv2d(input, weight, None, stride, padding, dilation, groups)
     if bias is None:
         return output
     return operators.bias_add_residual(output, bias)
+
+
+def _both_ways(size):
+    """One number for height and width; -1 where they differ."""
+    if isinstance(size, int):
+        return size
+    return size[0] if size[0] == size[-1] else -1
 
 
 def cat(tensors, dim=0):
@@ -107,11 +112,75 @@ class GEGLU:
     """For mindone's GEGLU."""
 
     def construct(self, hidden_states):
+        if hidden_states.dtype == mindspore.float32 and self.proj.bias is not None:
+            return operators.geglu(portable.product(hidden_states, self.proj.weight), self.proj.bias)
         hidden_states = self.proj(hidden_states)
-        if hidden_states.dtype == mindspore.float32:
-            return operators.geglu(hidden_states)
         hidden_states, gate = ops.split(hidden_states, hidden_states.shape[-1] // 2, axis=-1)
         return hidden_states * self.gelu(gate)
+
+
+class Linear:
+    """For `mint.nn.Linear`."""
+
+    def construct(self, input):
+        if self.bias is None or input.dtype != mindspore.float32:
+            return portable.linear(input, self.weight, self.bias)
+        return operators.bias_add_tokens(portable.product(input, self.weight), self.bias)
+
+
+class ResnetBlock2D:
+    """For mindone's residual block: activations with the norms, biases and additions with what is next to them."""
+
+    def construct(self, input_tensor, temb):
+        fused = input_tensor.dtype == mindspore.float32 and self.nonlinearity.cls_name == "SiLU"
+        hidden_states = _norm_and_activation(self.norm1, self.nonlinearity, input_tensor, fused)
+        if self.upsample is not None:
+            input_tensor, hidden_states = self.upsample(input_tensor), self.upsample(hidden_states)
+        elif self.downsample is not None:
+            input_tensor, hidden_states = self.downsample(input_tensor), self.downsample(hidden_states)
+
+        if self.time_emb_proj is not None:
+            temb = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
+        if fused and self.time_embedding_norm == "default" and temb is not None:
+            hidden_states = _without_bias(self.conv1, hidden_states)
+            shift = operators.bias_add_tokens(temb, self.conv1.bias)
+            norm = self.norm2
+            hidden_states = operators.group_norm(
+                hidden_states, norm.num_groups, norm.weight, norm.bias, norm.eps, True, shift
+            )
+        else:
+            hidden_states = self.conv1(hidden_states)
+            scale = None
+            if self.time_embedding_norm == "scale_shift":
+                scale, temb = ops.chunk(temb, 2, 1)
+            elif temb is not None:
+                hidden_states = hidden_states + temb.reshape(*temb.shape, 1, 1)
+            if scale is None:
+                hidden_states = _norm_and_activation(self.norm2, self.nonlinearity, hidden_states, fused)
+            else:
+                hidden_states = self.norm2(hidden_states) * (1 + scale.reshape(*scale.shape, 1, 1))
+                hidden_states = self.nonlinearity(hidden_states + temb.reshape(*temb.shape, 1, 1))
+
+        if self.conv_shortcut is not None:
+            input_tensor = self.conv_shortcut(input_tensor)
+        if fused:
+            hidden_states = _without_bias(self.conv2, hidden_states)
+            output = operators.bias_add_residual(hidden_states, self.conv2.bias, input_tensor)
+        else:
+            output = self.conv2(hidden_states) + input_tensor
+        return output if self.output_scale_factor == 1.0 else output / self.output_scale_factor
+
+
+def _norm_and_activation(norm, activation, x, fused):
+    """The group norm of a cell and the activation after it, SiLU where they are fused."""
+    if fused:
+        return operators.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, True)
+    return activation(norm(x))
+
+
+def _without_bias(cell, x):
+    """A convolution's result before its bias is added."""
+    return conv2d(x, cell.weight, None, cell.stride, cell.padding, cell.dilation, cell.groups)
 
 
 class AttnProcessor2_0:
@@ -173,17 +242,20 @@ class Transformer2DModel:
     """For mindone's transformer: images to tokens and back."""
 
     def _operate_on_continuous_inputs(self, hidden_states):
-        hidden_states = self.norm(hidden_states)
-        if not self.use_linear_projection:
-            hidden_states = self.proj_in(hidden_states)
-            return operators.image_to_tokens(hidden_states), hidden_states.shape[1]
-        inner_dim = hidden_states.shape[1]
-        return self.proj_in(operators.image_to_tokens(hidden_states)), inner_dim
+        norm = self.norm
+        tokens = operators.group_norm_tokens(
+            hidden_states, norm.num_groups, norm.weight, norm.bias, norm.eps, False
+        )
+        tokens = _projected(self.proj_in, tokens)
+        return tokens, tokens.shape[2]
 
     def _get_output_for_continuous_inputs(
         self, hidden_states, residual, batch_size, height, width, inner_dim
     ):
-        if self.use_linear_projection:
-            return operators.tokens_to_image(self.proj_out(hidden_states), residual)
-        image = hidden_states.reshape(batch_size, height, width, inner_dim).permute(0, 3, 1, 2)
-        return self.proj_out(image) + residual
+        return operators.tokens_to_image(_projected(self.proj_out, hidden_states), residual)
+
+
+def _projected(cell, tokens):
+    """A linear layer, or a 1 x 1 convolution as the product that it is."""
+    weight = cell.weight.reshape(cell.weight.shape[0], cell.weight.shape[1])
+    return operators.bias_add_tokens(portable.product(tokens, weight), cell.bias)

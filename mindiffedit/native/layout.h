@@ -1,6 +1,7 @@
 // Kernels that move data: transpositions, concatenation, upsampling, and the addition of biases.
 #pragma once
 
+#include "parallel.h"
 #include "simd.h"
 
 namespace {
@@ -30,13 +31,12 @@ INLINE void transpose(const float *input, int64_t input_stride, float *output, i
 // (batch, channels, pixels) to (batch, pixels, channels).
 int image_to_tokens(const float *image, float *output, int64_t batch, int64_t channels, int64_t pixels) {
     const int64_t blocks = parts(pixels, TILE);
-#pragma omp parallel for schedule(static) if (batch * channels * pixels >= PARALLEL_FROM)
-    for (int64_t task = 0; task < batch * blocks; ++task) {
+    each(batch * blocks, batch * channels * pixels >= PARALLEL_FROM, [=](int64_t task) {
         const int64_t picture = task / blocks, start = task % blocks * TILE;
         transpose(image + picture * channels * pixels + start, pixels,
                   output + (picture * pixels + start) * channels, channels, channels,
                   least(TILE, pixels - start));
-    }
+    });
     return 0;
 }
 
@@ -44,8 +44,7 @@ int image_to_tokens(const float *image, float *output, int64_t batch, int64_t ch
 int tokens_to_image(const float *tokens, const float *residual, float *output, int64_t batch,
                     int64_t channels, int64_t pixels) {
     const int64_t blocks = parts(channels, TILE);
-#pragma omp parallel for schedule(static) if (batch * channels * pixels >= PARALLEL_FROM)
-    for (int64_t task = 0; task < batch * blocks; ++task) {
+    each(batch * blocks, batch * channels * pixels >= PARALLEL_FROM, [=](int64_t task) {
         const int64_t picture = task / blocks, start = task % blocks * TILE;
         const int64_t count = least(TILE, channels - start);
         const int64_t at = (picture * channels + start) * pixels;
@@ -62,15 +61,14 @@ int tokens_to_image(const float *tokens, const float *residual, float *output, i
                 for (int64_t i = 0; i < here; ++i) to[i] += from[i];
             }
         }
-    }
+    });
     return 0;
 }
 
 // input + bias of the channel + residual, which may be null. The bias first, as the plain operators do.
 int bias_add(const float *input, const float *bias, const float *residual, float *output, int64_t batch,
              int64_t channels, int64_t pixels) {
-#pragma omp parallel for schedule(static) if (batch * channels * pixels >= PARALLEL_FROM)
-    for (int64_t plane = 0; plane < batch * channels; ++plane) {
+    each(batch * channels, batch * channels * pixels >= PARALLEL_FROM, [=](int64_t plane) {
         const float *from = input + plane * pixels;
         float *to = output + plane * pixels;
         const float add = bias[plane % channels];
@@ -80,7 +78,23 @@ int bias_add(const float *input, const float *bias, const float *residual, float
         } else {
             for (int64_t i = 0; i < pixels; ++i) to[i] = from[i] + add;
         }
-    }
+    });
+    return 0;
+}
+
+// The same for tokens: one bias for each column of rows x columns.
+int bias_add_tokens(const float *input, const float *bias, const float *residual, float *output, int64_t rows,
+                    int64_t columns) {
+    each(rows, rows * columns >= PARALLEL_FROM, [=](int64_t row) {
+        const float *from = input + row * columns;
+        float *to = output + row * columns;
+        if (residual) {
+            const float *other = residual + row * columns;
+            for (int64_t j = 0; j < columns; ++j) to[j] = (from[j] + bias[j]) + other[j];
+        } else {
+            for (int64_t j = 0; j < columns; ++j) to[j] = from[j] + bias[j];
+        }
+    });
     return 0;
 }
 
@@ -89,8 +103,7 @@ int concat(const float *first, const float *second, float *output, int64_t batch
            int64_t second_size) {
     const int64_t size = first_size + second_size, block = 1 << 14;
     const int64_t first_blocks = parts(first_size, block), blocks = first_blocks + parts(second_size, block);
-#pragma omp parallel for schedule(static) if (batch * size >= PARALLEL_FROM)
-    for (int64_t task = 0; task < batch * blocks; ++task) {
+    each(batch * blocks, batch * size >= PARALLEL_FROM, [=](int64_t task) {
         const int64_t picture = task / blocks, part = task % blocks;
         if (part < first_blocks) {
             const int64_t start = part * block;
@@ -101,19 +114,18 @@ int concat(const float *first, const float *second, float *output, int64_t batch
             memcpy(output + picture * size + first_size + start, second + picture * second_size + start,
                    sizeof(float) * least(block, second_size - start));
         }
-    }
+    });
     return 0;
 }
 
 // Every pixel becomes 2 x 2.
 int upsample(const float *input, float *output, int64_t planes, int64_t height, int64_t width) {
-#pragma omp parallel for schedule(static) if (4 * planes * height * width >= PARALLEL_FROM)
-    for (int64_t row = 0; row < planes * height; ++row) {
+    each(planes * height, 4 * planes * height * width >= PARALLEL_FROM, [=](int64_t row) {
         const float *from = input + row * width;
         float *to = output + row * 4 * width;
         for (int64_t x = 0; x < width; ++x) to[2 * x] = to[2 * x + 1] = from[x];
         memcpy(to + 2 * width, to, sizeof(float) * 2 * width);
-    }
+    });
     return 0;
 }
 

@@ -2,6 +2,7 @@
 // memory anyway, and the result is then the rounded exact one.
 #pragma once
 
+#include "parallel.h"
 #include "layout.h"
 #include "simd.h"
 
@@ -58,10 +59,9 @@ int group_norm(const float *input, const float *weight, const float *bias, const
     if (!factors) return OUT_OF_MEMORY;
     double *const offsets = factors + batch * channels;
     int failure = 0;
-#pragma omp parallel if (batch * channels * pixels >= PARALLEL_FROM)
+    const bool worth = batch * channels * pixels >= PARALLEL_FROM;
     {
-#pragma omp for schedule(static)
-        for (int64_t group = 0; group < batch * groups; ++group) {
+        each(batch * groups, worth, [=](int64_t group) {
             const int64_t first = group * size;  // channels counted over the whole batch
             const double origin = input[first * pixels] + (shift ? (double)shift[first] : 0.0);
             Moments moments = {};
@@ -77,17 +77,16 @@ int group_norm(const float *input, const float *weight, const float *bias, const
                 if (!tokens)
                     apply(input + c * pixels, output + c * pixels, pixels, factors[c], offsets[c], silu);
             }
-        }
+        });
         if (tokens) {
             const int64_t blocks = parts(pixels, TILE);
-            float *const tile = allocate<float>(channels * TILE);
-            if (!tile) {
-#pragma omp atomic write
-                failure = OUT_OF_MEMORY;
-            }
-#pragma omp for schedule(static)
-            for (int64_t task = 0; task < batch * blocks; ++task) {
-                if (!tile) continue;
+            stretches(batch * blocks, 0, worth, [&](int64_t begin, int64_t end) {
+              float *const tile = allocate<float>(channels * TILE);
+              if (!tile) {
+                __atomic_store_n(&failure, OUT_OF_MEMORY, __ATOMIC_RELAXED);
+                return;
+              }
+              for (int64_t task = begin; task < end; ++task) {
                 const int64_t picture = task / blocks, start = task % blocks * TILE;
                 const int64_t count = least(TILE, pixels - start);
                 for (int64_t c = 0; c < channels; ++c) {
@@ -97,8 +96,9 @@ int group_norm(const float *input, const float *weight, const float *bias, const
                 }
                 transpose(tile, TILE, output + (picture * pixels + start) * channels, channels, channels,
                           count);
-            }
-            free(tile);
+              }
+              free(tile);
+            });
         }
     }
     free(factors);
@@ -107,8 +107,7 @@ int group_norm(const float *input, const float *weight, const float *bias, const
 
 int layer_norm(const float *input, const float *weight, const float *bias, float *output, int64_t rows,
                int64_t columns, double eps) {
-#pragma omp parallel for schedule(static) if (rows * columns >= PARALLEL_FROM)
-    for (int64_t row = 0; row < rows; ++row) {
+    each(rows, rows * columns >= PARALLEL_FROM, [=](int64_t row) {
         const float *from = input + row * columns;
         float *to = output + row * columns;
         const double origin = from[0];
@@ -124,7 +123,7 @@ int layer_norm(const float *input, const float *weight, const float *bias, float
             store_narrow(to + j, normal * load_wide(weight + j) + load_wide(bias + j));
         }
         for (; j < columns; ++j) to[j] = (float)((from[j] * scale + shift) * weight[j] + bias[j]);
-    }
+    });
     return 0;
 }
 

@@ -193,16 +193,20 @@ OPERATOR int Silu(ARGUMENTS) {
     return elementwise(chosen().kernels->silu, nparam, params, ndims, shapes, dtypes, 0, 0);
 }
 
-// input (..., 2 * columns), output (..., columns)
+// input (..., 2 * columns), [bias,] output (..., columns)
 OPERATOR int Geglu(ARGUMENTS) {
-    Call call(2, nparam, params, ndims, shapes, dtypes);
-    call.expect(call.good && ndims[0] >= 1 && ndims[0] == ndims[1]);
+    const bool biased = nparam == 3;
+    const int last = biased ? 2 : 1;
+    Call call(last + 1, nparam, params, ndims, shapes, dtypes);
+    call.expect(call.good && ndims[0] >= 1 && ndims[0] == ndims[last]);
     if (!call.good) return REFUSED;
-    for (int axis = 0; axis < ndims[0] - 1; ++axis) call.expect(shapes[0][axis] == shapes[1][axis]);
-    const int64_t columns = call.size(1, -1);
+    for (int axis = 0; axis < ndims[0] - 1; ++axis) call.expect(shapes[0][axis] == shapes[last][axis]);
+    const int64_t columns = call.size(last, -1);
     call.expect(call.size(0, -1) == 2 * columns);
+    if (biased) call.vector(1, 2 * columns);
     if (!call.good) return REFUSED;
-    return chosen().kernels->geglu(call.in(0), call.out(), call.product(0, 0, ndims[0] - 1), columns);
+    return chosen().kernels->geglu(call.in(0), biased ? call.in(1) : 0, call.out(),
+                                   call.product(0, 0, ndims[0] - 1), columns);
 }
 
 OPERATOR int GroupNorm(ARGUMENTS) {
@@ -271,6 +275,21 @@ OPERATOR int BiasAddResidual(ARGUMENTS) {
     if (!call.good) return REFUSED;
     return chosen().kernels->bias_add(call.in(0), call.in(1), residual ? call.in(2) : 0, call.out(), batch,
                                       channels, call.product(0, 2, ndims[0]));
+}
+
+// input (..., columns), bias, [residual,] output
+OPERATOR int BiasAddTokens(ARGUMENTS) {
+    const bool residual = nparam == 4;
+    Call call(residual ? 4 : 3, nparam, params, ndims, shapes, dtypes);
+    call.expect(call.good && ndims[0] >= 1);
+    if (!call.good) return REFUSED;
+    const int64_t columns = call.size(0, -1);
+    call.vector(1, columns);
+    call.same(0, nparam - 1);
+    if (residual && call.good) call.same(0, 2);
+    if (!call.good) return REFUSED;
+    return chosen().kernels->bias_add_tokens(call.in(0), call.in(1), residual ? call.in(2) : 0, call.out(),
+                                             call.product(0, 0, ndims[0] - 1), columns);
 }
 
 // first, second, output: joined on axis 1

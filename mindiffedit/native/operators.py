@@ -18,6 +18,7 @@ from mindiffedit import native
 __all__ = [
     "attention",
     "bias_add_residual",
+    "bias_add_tokens",
     "concat_channels",
     "conv2d_precise",
     "geglu",
@@ -46,6 +47,10 @@ def _as_first(*inputs):
 
 
 def _half(x):
+    return [*x[:-1], x[-1] // 2]
+
+
+def _half_of_first(x, bias):
     return [*x[:-1], x[-1] // 2]
 
 
@@ -83,6 +88,7 @@ def _operator(name, shape):
 # One for each number of inputs: an operator that has been compiled keeps the number.
 _attention = _operator("Attention", _as_first)
 _geglu = _operator("Geglu", _half)
+_geglu_bias = _operator("Geglu", _half_of_first)
 _gelu = _operator("Gelu", _as_first)
 _silu = _operator("Silu", _as_first)
 _group_norm = _operator("GroupNorm", _as_first)
@@ -94,6 +100,8 @@ _tokens_to_image = _operator("TokensToImage", _as_second)
 _image_to_tokens = _operator("ImageToTokens", _tokens)
 _bias_add = _operator("BiasAddResidual", _as_first)
 _bias_add_residual = _operator("BiasAddResidual", _as_first)
+_bias_add_tokens = _operator("BiasAddTokens", _as_first)
+_bias_add_tokens_residual = _operator("BiasAddTokens", _as_first)
 _concat_channels = _operator("ConcatChannels", _joined)
 _upsample_nearest_2x = _operator("UpsampleNearest2x", _doubled)
 _conv2d = _operator("Conv2dPrecise", _convolved)
@@ -116,9 +124,14 @@ def attention(query, key, value, heads, scale):
     return _attention(query, key, value, mindspore.tensor([heads, scale], mindspore.float32))
 
 
-def geglu(x):
-    """x[..., :half] * gelu(x[..., half:]), with the exact gelu (erf). The last axis has even length."""
-    return _geglu(x)
+def geglu(x, bias=None):
+    """x[..., :half] * gelu(x[..., half:]), with the exact gelu (erf), of x plus the bias of its last axis, if any.
+
+    The last axis has even length.
+    """
+    if bias is None:
+        return _geglu(x)
+    return _geglu_bias(x, bias)
 
 
 def gelu(x):
@@ -190,6 +203,13 @@ def bias_add_residual(x, bias, residual=None):
     if residual is None:
         return _bias_add(x, bias)
     return _bias_add_residual(x, bias, residual)
+
+
+def bias_add_tokens(x, bias, residual=None):
+    """x + bias, one value for each place of the last axis, plus `residual` of x's shape unless it is None."""
+    if residual is None:
+        return _bias_add_tokens(x, bias)
+    return _bias_add_tokens_residual(x, bias, residual)
 
 
 def concat_channels(a, b):

@@ -11,7 +11,7 @@ struct Kernels {
     // All tensors are float32, contiguous. Each function returns 0, or OUT_OF_MEMORY.
     int (*attention)(const float *query, const float *key, const float *value, float *output, int64_t batch,
                      int64_t queries, int64_t keys, int64_t heads, int64_t size, double scale);
-    int (*geglu)(const float *input, float *output, int64_t rows, int64_t columns);
+    int (*geglu)(const float *input, const float *bias, float *output, int64_t rows, int64_t columns);
     int (*gelu)(const float *input, float *output, int64_t count);
     int (*silu)(const float *input, float *output, int64_t count);
     int (*group_norm)(const float *input, const float *weight, const float *bias, const float *shift,
@@ -27,6 +27,8 @@ struct Kernels {
                   int64_t kernel_columns, int64_t stride, int64_t padding);
     int (*bias_add)(const float *input, const float *bias, const float *residual, float *output,
                     int64_t batch, int64_t channels, int64_t pixels);
+    int (*bias_add_tokens)(const float *input, const float *bias, const float *residual, float *output,
+                           int64_t rows, int64_t columns);
     int (*concat)(const float *first, const float *second, float *output, int64_t batch, int64_t first_size,
                   int64_t second_size);
     int (*upsample)(const float *input, float *output, int64_t planes, int64_t height, int64_t width);
