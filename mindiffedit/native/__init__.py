@@ -99,7 +99,18 @@ def call(name: str, inputs: Sequence[np.ndarray], output: np.ndarray) -> None:
 
 @functools.lru_cache(maxsize=None)
 def _library() -> ctypes.CDLL:
-    return ctypes.CDLL(str(library_path()))
+    """The library, with its number of threads set; MindSpore finds the same one by its path."""
+    library = ctypes.CDLL(str(library_path()))
+    library.mindiffedit_threads(_number_of_threads())
+    return library
+
+
+def _number_of_threads() -> int:
+    # os.environ is what the process was started with: in C the variable is MindSpore's by now.
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    if asked.isdigit() and int(asked) > 0:
+        return int(asked)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @functools.lru_cache(maxsize=None)

@@ -4,9 +4,7 @@
 // own operators run on threads of its own, and those then wait for a core: a UNet took half as long again.
 
 #include <pthread.h>
-#include <sched.h>
 #include <stdint.h>
-#include <stdlib.h>
 
 #include <atomic>
 #include <condition_variable>
@@ -18,14 +16,7 @@
 
 namespace {
 
-int number_of_threads() {
-    const char *asked = getenv("OMP_NUM_THREADS");
-    const int number = asked ? atoi(asked) : 0;
-    if (number > 0) return number < 256 ? number : 256;
-    cpu_set_t cores;
-    if (sched_getaffinity(0, sizeof(cores), &cores) == 0) return CPU_COUNT(&cores);
-    return 1;
-}
+std::atomic<int> wanted{1};
 
 class Pool {
    public:
@@ -66,7 +57,7 @@ class Pool {
     bool start() {
         if (workers_ >= 0) return workers_ > 0;
         workers_ = 0;
-        for (int i = 1; i < number_of_threads(); ++i) {
+        for (int i = 1; i < wanted.load(); ++i) {
             pthread_t thread;
             if (pthread_create(&thread, nullptr, &Pool::wait_and_work, this) != 0) break;
             pthread_detach(thread);
@@ -110,6 +101,12 @@ std::once_flag once;
 void renew() { pool = new (storage) Pool; }
 
 }  // namespace
+
+// How many threads, the caller's included; before the first loop. Not from OMP_NUM_THREADS: MindSpore sets that in
+// its process where it is not set, to an eighth of the cores.
+extern "C" __attribute__((visibility("default"))) void mindiffedit_threads(int number) {
+    wanted.store(number < 1 ? 1 : number > 256 ? 256 : number);
+}
 
 extern "C" void mindiffedit_parallel(int64_t count, int64_t grain, void (*body)(void *, int64_t, int64_t),
                                      void *data) {
