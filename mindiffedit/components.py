@@ -221,7 +221,7 @@ class PipelineComponents:
 
     def enable_attention_slicing(self, slice_size="auto") -> None:
         """Accepted for compatibility (said once)."""
-        say_once("enable_attention_slicing() changes nothing here yet: attention runs whole.")
+        say_once("enable_attention_slicing() changes nothing: attention never holds all its scores anyway.")
 
     def disable_attention_slicing(self) -> None:
         """Nothing to undo."""

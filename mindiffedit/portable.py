@@ -112,7 +112,11 @@ def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
     if bias is None:
         bias = ops.zeros(normalized_shape, input.dtype)
     axis = input.ndim - len(normalized_shape)
-    return ops.LayerNorm(begin_norm_axis=axis, begin_params_axis=axis, epsilon=eps)(input, weight, bias)[0]
+    normalise = ops.LayerNorm(begin_norm_axis=axis, begin_params_axis=axis, epsilon=eps)
+    if input.dtype in (mindspore.float16, mindspore.bfloat16):  # too few bits for a mean and a variance
+        wide = [tensor.astype(mindspore.float32) for tensor in (input, weight, bias)]
+        return normalise(wide[0], wide[1], wide[2])[0].astype(input.dtype)
+    return normalise(input, weight, bias)[0]
 
 
 def product(input, weight):
@@ -281,6 +285,6 @@ class Attention:
                 if attn_mask.shape[1] == tokens:
                     mask = attn_mask[:, start : start + rows]
                 scores = scores + mask
-            parts.append(mint.bmm(mint.softmax(scores, -1).astype(value.dtype), value))
+            parts.append(mint.bmm(ops.softmax(scores, -1).astype(value.dtype), value))
         output = parts[0] if len(parts) == 1 else ops.cat(parts, 1)
         return output.reshape(*shape[:-1], -1)

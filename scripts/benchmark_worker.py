@@ -270,63 +270,18 @@ class Mindone(MindSporeParty):
 class Ours(MindSporeParty):
     """The pipeline of this project."""
 
-    KINDS = {
-        "predict": "unet",
-        "guided": "unet",
-        "step": "unet",
-        "unet": "unet",
-        "moments": "encode",
-        "encode": "encode",
-        "pixels": "decode",
-        "decode": "decode",
-        "hidden": "text",
-        "text": "text",
-    }
-    """What the functions that `mindiffedit.steps` compiles, and its stages, belong to."""
-
     def prepare(self):
-        from mindiffedit import steps
+        from mindiffedit import quick_imports
 
-        importlib.import_module("mindone.diffusers")  # as for mindone
-
-        # Whatever builds a stage from a function, by either name: every call of the stage is then seen.
-        for name in ("_run_compiled", "_run_eagerly"):
-            if hasattr(steps, name):
-                setattr(steps, name, self.counting(getattr(steps, name)))
+        quick_imports.prepare()
+        for name in ("diffusers.models.unets.unet_2d_condition", "transformers.models.clip.modeling_clip"):
+            importlib.import_module(f"mindone.{name}")
         self.pipeline = None
 
-    def counting(self, build):
-        def counted_build(function, *args, **kwargs):
-            run = build(function, *args, **kwargs)
-            kind = self.KINDS.get(getattr(function, "__name__", None))
-
-            def call(*arguments):
-                if kind is not None:
-                    shapes = [a.shape for a in arguments if hasattr(a, "shape")]
-                    self.calls[kind] += 1
-                    # Guided stages get the latents once and the embeddings of both branches.
-                    self.samples[kind] += max((s[0] for s in shapes if len(s) > 1), default=0)
-                return run(*arguments)
-
-            return call
-
-        return counted_build
-
     def counts(self) -> dict:
-        # The stages' own count of calls, where they keep one, knows best.
-        kept = getattr(self.pipeline._stages, "calls", None) if self.pipeline is not None else None
-        calls = Counter()
-        for name, number in (kept or {}).items():
-            calls[self.KINDS.get(name, name)] += number
-        found = {}
-        for name in ("unet", "encode", "decode"):
-            found[name] = {
-                "calls": calls[name] if kept is not None else self.calls[name] or None,
-                "samples": self.samples[name] or None,
-            }
-            if kept is not None and not calls[name]:
-                found[name]["samples"] = 0
-        return found
+        kept = Counter() if self.pipeline is None else self.pipeline._stages.calls
+        found = {name: {"calls": kept[name], "samples": kept[name]} for name in ("encode", "decode")}
+        return {**found, "unet": {"calls": kept["unet"], "samples": kept["rows"]}}
 
     def load(self, job):
         from mindiffedit import DDIMInverseScheduler, DDIMScheduler, StableDiffusionDiffEditPipeline

@@ -356,22 +356,12 @@ def test_a_peak_is_seen_and_begins_anew():
 
 def test_calls_of_our_stages_are_counted():
     party = object.__new__(worker.Ours)
-    party.calls, party.samples, party.pipeline = worker.Counter(), worker.Counter(), None
-
-    def step(*_):
-        return "done"
-
-    def other(*_):
-        return "done"
-
-    run, unknown = (party.counting(lambda function: function)(function) for function in (step, other))
-    latents, embeds, moment = np.zeros((1, 4, 8, 8)), np.zeros((2, 77, 32)), np.zeros(())
-    assert run(latents, moment, embeds) == "done" and unknown(latents) == "done"
-    assert party.counts()["unet"] == {"calls": 1, "samples": 2}
-    assert party.counts()["decode"] == {"calls": None, "samples": None}, "not seen is not known"
-    kept = {"unet": 7, "encode": 1}
+    party.pipeline = None
+    assert party.counts()["unet"] == {"calls": 0, "samples": 0}
+    kept = worker.Counter(unet=7, rows=14, encode=1)
     party.pipeline = SimpleNamespace(_stages=SimpleNamespace(calls=kept))
-    assert party.counts()["unet"] == {"calls": 7, "samples": 2}
+    assert party.counts()["unet"] == {"calls": 7, "samples": 14}
+    assert party.counts()["encode"] == {"calls": 1, "samples": 1}
     assert party.counts()["decode"] == {"calls": 0, "samples": 0}
 
 

@@ -178,9 +178,18 @@ class TestKernels:
         x = normal(*shape, scale=3)
         half = shape[-1] // 2
         expected = wide(x[..., :half]) * exact_gelu(x[..., half:])
-        assert_close(
-            run("Geglu", [x], expected.shape), expected, 4e-7, 1e-36
-        )  # 1e-36: where float32 has few digits left
+        # 1e-36: where float32 has few digits left
+        assert_close(run("Geglu", [x], expected.shape), expected, 4e-7, 1e-36)
+        bias = normal(shape[-1], seed=1)
+        both = x + bias  # rounded as the kernel rounds it
+        expected = wide(both[..., :half]) * exact_gelu(both[..., half:])
+        assert_close(run("Geglu", [x, bias], expected.shape), expected, 4e-7, 1e-36)
+
+    @pytest.mark.parametrize("shape", [(7,), (1, 1), (3, 5, 33), (2, 4096, 18)])
+    def test_bias_add_tokens(self, shape):
+        x, bias, residual = normal(*shape), normal(shape[-1], seed=1), normal(*shape, seed=2)
+        assert np.array_equal(run("BiasAddTokens", [x, bias], shape), x + bias)
+        assert np.array_equal(run("BiasAddTokens", [x, bias, residual], shape), (x + bias) + residual)
 
     @pytest.mark.parametrize(
         "shape, groups",
@@ -386,6 +395,9 @@ def everything(x, tokens, weight, bias, shift, kernel):
     return (
         native_ops.attention(tokens, tokens[:, :5], tokens[:, 2:7], 2, 0.25),
         native_ops.geglu(tokens),
+        native_ops.geglu(tokens, bias),
+        native_ops.bias_add_tokens(tokens, bias),
+        native_ops.bias_add_tokens(tokens, bias, tokens),
         native_ops.gelu(x),
         native_ops.silu(x),
         native_ops.group_norm(x, 4, weight, bias, 1e-6),
@@ -428,6 +440,9 @@ def test_operators_in_pynative_and_graph_mode():
     expected = [
         exact_attention(tokens, tokens[:, :5], tokens[:, 2:7], 2, 0.25),
         wide(tokens[..., :4]) * exact_gelu(tokens[..., 4:]),
+        wide(tokens + bias)[..., :4] * exact_gelu((tokens + bias)[..., 4:]),
+        tokens + bias,
+        tokens + bias + tokens,
         exact_gelu(x),
         exact_silu(x),
         normed,
