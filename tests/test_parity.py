@@ -306,8 +306,8 @@ def test_gelu_by_tanh_is_seen(bench, broken, monkeypatch):
     if native.available():  # the layer as a whole is one operator
         from mindiffedit.native import operators
 
-        def by_tanh(x):
-            hidden, gate = ops.split(x, x.shape[-1] // 2, axis=-1)
+        def by_tanh(x, bias):
+            hidden, gate = ops.split(x + bias, x.shape[-1] // 2, axis=-1)
             return hidden * ops.gelu(gate, approximate="tanh")
 
         monkeypatch.setattr(operators, "geglu", by_tanh)

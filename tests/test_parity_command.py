@@ -311,7 +311,11 @@ def replayed(recorded, monkeypatch):
 
     monkeypatch.chdir(recorded.folder)
     monkeypatch.setattr("mindiffedit.devices.require_device", lambda name: name or "CPU")
-    monkeypatch.setattr(replay, "load", lambda folder, case, mode, dtype: (str(folder), mode, dtype))
+
+    def replay_load(folder, case, mode, dtype, compile_cache):
+        return str(folder), mode, dtype, compile_cache
+
+    monkeypatch.setattr(replay, "load", replay_load)
     for name in ("GLOG_v", "TRANSFORMERS_NO_ADVISORY_WARNINGS", "DIFFUSERS_NO_ADVISORY_WARNINGS"):
         monkeypatch.setenv(name, "3")  # so that the command's own defaults do not outlive the test
     install()
@@ -332,9 +336,15 @@ def test_what_is_replayed_is_what_was_recorded(recorded, replayed, capsys):
     assert code == 0 and out.splitlines()[-1].endswith("within their tolerances")
     assert err == "note: replaying on GPU, mode pynative.\n"
     ((pipe, case, isolate),) = asked
-    assert isolate and pipe == (str(recorded.model), "pynative", "float32")
+    assert isolate and pipe == (str(recorded.model), "pynative", "float32", None)
     assert case.described() == recorded.golden.manifest["calls"]
     assert np.array_equal(np.asarray(case.image), recorded.golden.inputs["picture"][0])
+
+
+def test_no_cache_reaches_the_pipeline(recorded, replayed, capsys):
+    asked = replayed()
+    assert checks(capsys, recorded, "--no-cache")[0] == 0
+    assert asked[0][0][3] is False
 
 
 def test_the_same_pixels_in_another_file_are_the_same_picture(recorded, replayed, capsys, tmp_path):

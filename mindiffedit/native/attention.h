@@ -60,8 +60,7 @@ INLINE void score_panel(const float *query, int64_t stride, int64_t rows, int64_
 #pragma GCC unroll 8
         for (int r = 0; r < BLOCK_ROWS; ++r)
 #pragma GCC unroll 8
-            for (int v = 0; v < VECTORS; ++v)
-                store(scores + (row + r) * SCORES_STRIDE + v * WIDTH, sum[r][v]);
+            for (int v = 0; v < VECTORS; ++v) store(scores + (row + r) * SCORES_STRIDE + v * WIDTH, sum[r][v]);
     }
 }
 
@@ -120,11 +119,11 @@ INLINE float soften(float *scores, int64_t count, float scale, float *maximum, f
 
 int attention(const float *query, const float *key, const float *value, float *output, int64_t batch,
               int64_t queries, int64_t keys, int64_t heads, int64_t size, double scale) {
-    const int64_t width = heads * size;               // of a token, in all three tensors
-    const int64_t padded = round_up(size, WIDTH);     // columns of a packed value
+    const int64_t width = heads * size;            // of a token, in all three tensors
+    const int64_t padded = round_up(size, WIDTH);  // columns of a packed value
     const int64_t padded_keys = round_up(keys, WIDTH);
     const int64_t tiles = parts(keys, KEYS), blocks = parts(queries, QUERIES);
-    const int64_t row = round_up(size, 16) + 16;      // floats from one copied query to the next
+    const int64_t row = round_up(size, 16) + 16;  // floats from one copied query to the next
     // Powers of two: the weights are 2**(binary * score).
     const float binary = (float)(fabs(scale) * 1.4426950408889634);
     const float sign = scale < 0 ? -1.0f : 1.0f;
@@ -135,20 +134,17 @@ int attention(const float *query, const float *key, const float *value, float *o
 
     if (!failure) {
         const bool worth = batch * width * (queries + keys) >= PARALLEL_FROM;
-        {
-            each(batch * heads * tiles, worth, [=](int64_t task) {
-                    const int64_t head = task / tiles, tile = task % tiles;
-                    const int64_t first = tile * KEYS, count = least(KEYS, keys - first);
-                    const int64_t at = ((head / heads) * keys + first) * width + (head % heads) * size;
-                    pack_keys(key + at, width, count, size,
-                              packed_keys + (head * padded_keys + first) * size);
-                    pack_values(value + at, width, count, size,
-                                packed_values + (head * keys + first) * padded);
-            });
+        each(batch * heads * tiles, worth, [=](int64_t task) {
+            const int64_t head = task / tiles, tile = task % tiles;
+            const int64_t first = tile * KEYS, count = least(KEYS, keys - first);
+            const int64_t at = ((head / heads) * keys + first) * width + (head % heads) * size;
+            pack_keys(key + at, width, count, size, packed_keys + (head * padded_keys + first) * size);
+            pack_values(value + at, width, count, size, packed_values + (head * keys + first) * padded);
+        });
 
-            const int64_t space = QUERIES * (row + SCORES_STRIDE + padded + 3);
-          // Two tasks at a time: the last ones are short enough for the threads to end together.
-          stretches(batch * heads * blocks, 2, worth, [&](int64_t begin, int64_t end) {
+        const int64_t space = QUERIES * (row + SCORES_STRIDE + padded + 3);
+        // Two tasks at a time: the last ones are short enough for the threads to end together.
+        stretches(batch * heads * blocks, 2, worth, [&](int64_t begin, int64_t end) {
             float *const scratch = allocate<float>(space);
             if (!scratch) {
                 __atomic_store_n(&failure, OUT_OF_MEMORY, __ATOMIC_RELAXED);
@@ -211,8 +207,7 @@ int attention(const float *query, const float *key, const float *value, float *o
                         output[at + r * width + k] = sums[r * padded + k] / totals[r];
             }
             free(scratch);
-          });
-        }
+        });
     }
     free(packed_keys);
     free(packed_values);

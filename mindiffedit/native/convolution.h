@@ -56,13 +56,13 @@ int conv2d(const float *input, const float *weight, const float *bias, float *ou
     const int64_t rows = least(out_height, filters <= 16 ? 4 : 1);
     const int64_t strips = parts(out_width, PIXELS), strip = parts(out_width, strips);
     const int64_t row_blocks = parts(out_height, rows);
-    const int64_t padded = round_up(strip, WIDTH64);           // pixels of a row of sums
-    const int64_t line = padded + round_up(3, WIDTH64);        // columns of a row of the copy, of one parity
-    const int64_t lines = (rows - 1) * stride + kernel_rows;   // input rows under a task
-    const int64_t plane = lines * stride * line;               // doubles of a channel's copy
-    int64_t some = COPY_BYTES / (8 * plane);                   // channels copied at a time
+    const int64_t padded = round_up(strip, WIDTH64);          // pixels of a row of sums
+    const int64_t line = padded + round_up(3, WIDTH64);       // columns of a row of the copy, of one parity
+    const int64_t lines = (rows - 1) * stride + kernel_rows;  // input rows under a task
+    const int64_t plane = lines * stride * line;              // doubles of a channel's copy
+    int64_t some = COPY_BYTES / (8 * plane);                  // channels copied at a time
     some = least(channels, some < 1 ? 1 : some);
-    const int64_t weight_stride = round_up(depth, 8) + 8;      // no power of two, see attention.h
+    const int64_t weight_stride = round_up(depth, 8) + 8;  // no power of two, see attention.h
     const int64_t all_filters = round_up(filters, 8);
 
     double *const weights = allocate<double>(all_filters * weight_stride);
@@ -75,14 +75,13 @@ int conv2d(const float *input, const float *weight, const float *bias, float *ou
                     taps[(c * kernel_rows + i) * kernel_columns + j] =
                         c * plane + (i * stride + j % stride) * line + j / stride;
         const bool worth = batch * out_height * out_width * filters * window >= PARALLEL_FROM;
-        {
-            each(all_filters, worth, [=](int64_t f) {
-                for (int64_t k = 0; k < depth; ++k)
-                    weights[f * weight_stride + k] = f < filters ? weight[f * depth + k] : 0.0;
-            });
+        each(all_filters, worth, [=](int64_t f) {
+            for (int64_t k = 0; k < depth; ++k)
+                weights[f * weight_stride + k] = f < filters ? weight[f * depth + k] : 0.0;
+        });
 
-            // A share for each thread: what a stretch allocates is too large to allocate often.
-          stretches(batch * row_blocks * strips, 0, worth, [&](int64_t begin, int64_t end) {
+        // A share for each thread: what a stretch allocates is too large to allocate often.
+        stretches(batch * row_blocks * strips, 0, worth, [&](int64_t begin, int64_t end) {
             const int64_t sums_stride = rows * padded;
             double *const copy = allocate<double>(some * plane);
             double *const sums = allocate<double>(all_filters * sums_stride);
@@ -145,8 +144,7 @@ int conv2d(const float *input, const float *weight, const float *bias, float *ou
             }
             free(copy);
             free(sums);
-          });
-        }
+        });
     }
     free(weights);
     free(taps);

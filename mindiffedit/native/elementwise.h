@@ -29,8 +29,8 @@ int silu(const float *input, float *output, int64_t count) {
     return 0;
 }
 
-// rows x (2 * columns) to rows x columns: the first half times gelu of the second. The bias, which may be null, is
-// added first.
+// rows x (2 * columns) to rows x columns: the first half times gelu of the second. The bias, which may be null,
+// is added first.
 int geglu(const float *input, const float *bias, float *output, int64_t rows, int64_t columns) {
     each(rows, rows * columns >= PARALLEL_FROM, [=](int64_t row) {
         const float *plain = input + row * 2 * columns, *gate = plain + columns;
@@ -43,7 +43,8 @@ int geglu(const float *input, const float *bias, float *output, int64_t rows, in
             if (j < columns) {
                 const int64_t left = columns - j;
                 vfloat factor = load_part(plain + j, left) + load_part(bias + j, left);
-                store_part(to + j, factor * gelu_of(load_part(gate + j, left) + load_part(add + j, left)), left);
+                store_part(to + j, factor * gelu_of(load_part(gate + j, left) + load_part(add + j, left)),
+                           left);
             }
             return;
         }

@@ -12,6 +12,7 @@
 
 extern const Kernels KERNELS;
 const Kernels KERNELS = {
-    attention,       geglu,           gelu,   silu,     group_norm, layer_norm,
-    tokens_to_image, image_to_tokens, conv2d, bias_add, bias_add_tokens, concat, upsample,
+    attention,       geglu,           gelu,   silu,     group_norm,      layer_norm,
+    tokens_to_image, image_to_tokens, conv2d, bias_add, bias_add_tokens, concat,
+    upsample,
 };

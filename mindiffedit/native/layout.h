@@ -22,8 +22,7 @@ INLINE void transpose(const float *input, int64_t input_stride, float *output, i
             } else {
                 const int64_t height = least(TILE, rows - row), breadth = least(TILE, columns - column);
                 for (int64_t j = 0; j < breadth; ++j)
-                    for (int64_t i = 0; i < height; ++i)
-                        to[j * output_stride + i] = from[i * input_stride + j];
+                    for (int64_t i = 0; i < height; ++i) to[j * output_stride + i] = from[i * input_stride + j];
             }
         }
 }
@@ -41,8 +40,8 @@ int image_to_tokens(const float *image, float *output, int64_t batch, int64_t ch
 }
 
 // (batch, pixels, channels) to (batch, channels, pixels), plus a residual of that shape, which may be null.
-int tokens_to_image(const float *tokens, const float *residual, float *output, int64_t batch,
-                    int64_t channels, int64_t pixels) {
+int tokens_to_image(const float *tokens, const float *residual, float *output, int64_t batch, int64_t channels,
+                    int64_t pixels) {
     const int64_t blocks = parts(channels, TILE);
     each(batch * blocks, batch * channels * pixels >= PARALLEL_FROM, [=](int64_t task) {
         const int64_t picture = task / blocks, start = task % blocks * TILE;

@@ -60,33 +60,31 @@ int group_norm(const float *input, const float *weight, const float *bias, const
     double *const offsets = factors + batch * channels;
     int failure = 0;
     const bool worth = batch * channels * pixels >= PARALLEL_FROM;
-    {
-        each(batch * groups, worth, [=](int64_t group) {
-            const int64_t first = group * size;  // channels counted over the whole batch
-            const double origin = input[first * pixels] + (shift ? (double)shift[first] : 0.0);
-            Moments moments = {};
-            for (int64_t c = first; c < first + size; ++c)
-                add_moments(input + c * pixels, pixels, shift ? origin - shift[c] : origin, &moments);
-            const double mean = moments.sum / (size * pixels);
-            double variance = moments.squares / (size * pixels) - mean * mean;
-            if (variance < 0) variance = 0;
-            const double scale = 1 / sqrt(variance + eps);
-            for (int64_t c = first; c < first + size; ++c) {
-                factors[c] = scale * weight[c % channels];
-                offsets[c] = bias[c % channels] - (origin + mean - (shift ? shift[c] : 0.0)) * factors[c];
-                if (!tokens)
-                    apply(input + c * pixels, output + c * pixels, pixels, factors[c], offsets[c], silu);
-            }
-        });
-        if (tokens) {
-            const int64_t blocks = parts(pixels, TILE);
-            stretches(batch * blocks, 0, worth, [&](int64_t begin, int64_t end) {
-              float *const tile = allocate<float>(channels * TILE);
-              if (!tile) {
+    each(batch * groups, worth, [=](int64_t group) {
+        const int64_t first = group * size;  // channels counted over the whole batch
+        const double origin = input[first * pixels] + (shift ? (double)shift[first] : 0.0);
+        Moments moments = {};
+        for (int64_t c = first; c < first + size; ++c)
+            add_moments(input + c * pixels, pixels, shift ? origin - shift[c] : origin, &moments);
+        const double mean = moments.sum / (size * pixels);
+        double variance = moments.squares / (size * pixels) - mean * mean;
+        if (variance < 0) variance = 0;
+        const double scale = 1 / sqrt(variance + eps);
+        for (int64_t c = first; c < first + size; ++c) {
+            factors[c] = scale * weight[c % channels];
+            offsets[c] = bias[c % channels] - (origin + mean - (shift ? shift[c] : 0.0)) * factors[c];
+            if (!tokens) apply(input + c * pixels, output + c * pixels, pixels, factors[c], offsets[c], silu);
+        }
+    });
+    if (tokens) {
+        const int64_t blocks = parts(pixels, TILE);
+        stretches(batch * blocks, 0, worth, [&](int64_t begin, int64_t end) {
+            float *const tile = allocate<float>(channels * TILE);
+            if (!tile) {
                 __atomic_store_n(&failure, OUT_OF_MEMORY, __ATOMIC_RELAXED);
                 return;
-              }
-              for (int64_t task = begin; task < end; ++task) {
+            }
+            for (int64_t task = begin; task < end; ++task) {
                 const int64_t picture = task / blocks, start = task % blocks * TILE;
                 const int64_t count = least(TILE, pixels - start);
                 for (int64_t c = 0; c < channels; ++c) {
@@ -96,10 +94,9 @@ int group_norm(const float *input, const float *weight, const float *bias, const
                 }
                 transpose(tile, TILE, output + (picture * pixels + start) * channels, channels, channels,
                           count);
-              }
-              free(tile);
-            });
-        }
+            }
+            free(tile);
+        });
     }
     free(factors);
     return failure;

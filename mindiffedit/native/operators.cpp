@@ -125,8 +125,9 @@ int group_norm(bool tokens, ARGUMENTS) {
     const int64_t groups = integer(numbers[0]);
     if (groups < 1 || channels % groups || !(numbers[1] >= 0)) return REFUSED;
     if (batch * channels * pixels == 0) return 0;
-    return chosen().kernels->group_norm(call.in(0), call.in(1), call.in(2), shifted ? call.in(3) : 0, call.out(),
-                                        batch, channels, pixels, groups, numbers[1], numbers[2] != 0, tokens);
+    return chosen().kernels->group_norm(call.in(0), call.in(1), call.in(2), shifted ? call.in(3) : 0,
+                                        call.out(), batch, channels, pixels, groups, numbers[1],
+                                        numbers[2] != 0, tokens);
 }
 
 // input, weight, [bias,] a tensor of shape (stride, padding + 1) and any values, output
@@ -147,15 +148,16 @@ int conv2d(ARGUMENTS) {
     call.expect(call.size(0, 1) == call.size(1, 1) && rows >= 1 && rows <= 3 && columns >= 1 && columns <= 3);
     call.expect(stride >= 1 && stride <= 3 && padding >= 0 && padding < (rows < columns ? rows : columns));
     if (!call.good) return REFUSED;
-    const int64_t height = call.size(0, 2) + 2 * padding - rows, width = call.size(0, 3) + 2 * padding - columns;
+    const int64_t height = call.size(0, 2) + 2 * padding - rows,
+                  width = call.size(0, 3) + 2 * padding - columns;
     call.expect(height >= 0 && width >= 0 && call.size(0, 1) > 0);
     call.expect(call.size(last, 0) == call.size(0, 0) && call.size(last, 1) == filters);
     if (!call.good) return REFUSED;
     call.expect(call.size(last, 2) == height / stride + 1 && call.size(last, 3) == width / stride + 1);
     if (!call.good) return REFUSED;
-    return chosen().kernels->conv2d(call.in(0), call.in(1), biased ? call.in(2) : 0, call.out(), call.size(0, 0),
-                                    call.size(0, 1), call.size(0, 2), call.size(0, 3), filters, rows, columns,
-                                    stride, padding);
+    return chosen().kernels->conv2d(call.in(0), call.in(1), biased ? call.in(2) : 0, call.out(),
+                                    call.size(0, 0), call.size(0, 1), call.size(0, 2), call.size(0, 3), filters,
+                                    rows, columns, stride, padding);
 }
 
 }  // namespace
@@ -209,9 +211,7 @@ OPERATOR int Geglu(ARGUMENTS) {
                                    call.product(0, 0, ndims[0] - 1), columns);
 }
 
-OPERATOR int GroupNorm(ARGUMENTS) {
-    return group_norm(false, nparam, params, ndims, shapes, dtypes, 0, 0);
-}
+OPERATOR int GroupNorm(ARGUMENTS) { return group_norm(false, nparam, params, ndims, shapes, dtypes, 0, 0); }
 
 OPERATOR int GroupNormTokens(ARGUMENTS) {
     return group_norm(true, nparam, params, ndims, shapes, dtypes, 0, 0);
@@ -315,7 +315,8 @@ OPERATOR int UpsampleNearest2x(ARGUMENTS) {
     call.rank(0, 4);
     call.rank(1, 4);
     if (!call.good) return REFUSED;
-    for (int axis = 0; axis < 4; ++axis) call.expect(call.size(1, axis) == (axis < 2 ? 1 : 2) * call.size(0, axis));
+    for (int axis = 0; axis < 4; ++axis)
+        call.expect(call.size(1, axis) == (axis < 2 ? 1 : 2) * call.size(0, axis));
     if (!call.good) return REFUSED;
     return chosen().kernels->upsample(call.in(0), call.out(), call.product(0, 0, 2), call.size(0, 2),
                                       call.size(0, 3));

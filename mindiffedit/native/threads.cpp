@@ -19,7 +19,7 @@ namespace {
 std::atomic<int> wanted{1};
 
 class Pool {
-   public:
+ public:
     void run(int64_t count, int64_t grain, void (*body)(void *, int64_t, int64_t), void *data) {
         // One loop at a time. Another one that comes meanwhile, from another thread of MindSpore's or from
         // within the loop, is run by its caller alone.
@@ -44,7 +44,7 @@ class Pool {
         done_.wait(lock, [this] { return working_ == 0; });
     }
 
-   private:
+ private:
     void work() {
         for (;;) {
             const int64_t first = next_.fetch_add(grain_, std::memory_order_relaxed);
@@ -102,8 +102,8 @@ void renew() { pool = new (storage) Pool; }
 
 }  // namespace
 
-// How many threads, the caller's included; before the first loop. Not from OMP_NUM_THREADS: MindSpore sets that in
-// its process where it is not set, to an eighth of the cores.
+// How many threads, the caller's included; before the first loop. Not from OMP_NUM_THREADS: MindSpore sets that
+// in its process where it is not set, to an eighth of the cores.
 extern "C" __attribute__((visibility("default"))) void mindiffedit_threads(int number) {
     wanted.store(number < 1 ? 1 : number > 256 ? 256 : number);
 }
