@@ -145,10 +145,16 @@ def test_fifty_steps_of_the_demo_checkpoint(bench, mode, guidance):
     whole += [one for one in comparisons if one.name == "edit/edited_latents"]
     if guidance > 1:
         whole.append(of["edit/edited_latents"])
-    # Where twice the reference's own rounding is more than the goal, two correct runs can be as far apart.
-    own = 2 * max(recorded[2]["chained"]["invert/inverted_latents"])
+    # Where twice the reference's own rounding is more than the goal, two correct runs can be as far apart. An edit that
+    # starts from one's own inverted latents has their rounding in it besides its own.
+    own = {
+        stage: max(recorded[2]["chained"][stage])
+        for stage in ("invert/inverted_latents", "edit/edited_latents")
+    }
+    own["edit/edited_latents"] += own["invert/inverted_latents"] if guidance > 1 else 0
     for one in whole:
-        assert one.steps == 50 and max(one.by_step) <= max(WHOLE_RUN, own), (one.name, max(one.by_step))
+        allowed = max(WHOLE_RUN, 2 * own[one.name])
+        assert one.steps == 50 and max(one.by_step) <= allowed, (one.name, max(one.by_step), allowed)
 
 
 def test_a_seed_is_the_references_seed(bench):
