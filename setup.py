@@ -161,7 +161,7 @@ setup(
         "test": [*REFERENCE, "pytest>=7"],
         "train": REFERENCE,
     },
-    entry_points={"console_scripts": ["mindiffedit=mindiffedit.cli:main"]},
+    entry_points={"console_scripts": ["mindiffedit=mindiffedit.__main__:program"]},
     classifiers=[
         "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3",

@@ -1,8 +1,18 @@
-"""`python -m mindiffedit` is the command `mindiffedit`."""
+"""The program ``mindiffedit``; ``python -m mindiffedit`` is the same."""
 
+import os
 import sys
 
-from .cli import main
+from mindiffedit.cli import main
+
+
+def program() -> int:
+    """``main`` in a process of its own, whose surroundings are ours to set."""
+    if sys.argv[1:3] != ["parity", "record"]:
+        # Where torch is installed, transformers would import it, for seconds; only its tokenizer is used here.
+        os.environ.setdefault("USE_TORCH", "0")
+    return main()
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program())
