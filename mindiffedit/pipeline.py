@@ -521,7 +521,9 @@ class StableDiffusionDiffEditPipeline(Preparation):
             step = i
             model_input = self._scaled_input(scheduler, latents, t)
             doubled = np.concatenate([model_input] * 2) if is_guided else model_input
-            output = guided(predict(doubled, t), guidance_scale, is_guided)
+            output = predict(doubled, t)
+            if is_guided:
+                output = guided(output, np.float32(guidance_scale))
             if regularise is not None:
                 output = regularise(output, doubled, t)
             if wants_noise and stochastic:

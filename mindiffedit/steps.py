@@ -89,10 +89,7 @@ class Stages:
         One picture at a time, which bounds the memory and serves every batch size with one graph. A picture that was
         encoded before, as ``generate_mask`` does before ``invert``, is not encoded again.
         """
-        # Tiling runs operator by operator: mindone blends tiles in place and reads them again, which a graph does not
-        # reproduce (it compiles, and gives other values).
-        tiled = bool(getattr(self.vae, "use_tiling", False))
-        stage = self._stage(("encode",), lambda: _encoder(self.vae), eager=tiled)
+        stage = self._stage(("encode",), lambda: _encoder(self.vae), eager=self._tiled)
         weights = reuse.fingerprint(self.vae)
 
         def encoded(picture):
@@ -101,20 +98,29 @@ class Stages:
 
         return np.concatenate(
             [
-                self._moments.get((tiled, *reuse.digest(picture)), weights, lambda: encoded(picture[None]))
+                self._moments.get(
+                    (self._tiled, *reuse.digest(picture)), weights, lambda: encoded(picture[None])
+                )
                 for picture in pixels
             ]
         )
 
     def decode_latents(self, latents: np.ndarray) -> np.ndarray:
         """Pixels (B, 3, H, W) float32, about [-1, 1], of unscaled latents (B, C, h, w); one at a time."""
-        stage = self._stage(
-            ("decode",), lambda: _decoder(self.vae), eager=bool(getattr(self.vae, "use_tiling", False))
-        )
+        stage = self._stage(("decode",), lambda: _decoder(self.vae), eager=self._tiled)
         self.calls["decode"] += len(latents)
         return np.concatenate(
             [_host(stage(self._sample(latents[i : i + 1], self.vae))) for i in range(len(latents))]
         )
+
+    @property
+    def _tiled(self) -> bool:
+        """Whether the VAE works in tiles, and so operator by operator.
+
+        mindone blends tiles in place and reads them again, which a graph does not reproduce (it compiles, and gives
+        other values).
+        """
+        return bool(getattr(self.vae, "use_tiling", False))
 
     def predictor(self, prompt_embeds: np.ndarray, attention_kwargs: dict, rows: int) -> "Predictor":
         """The UNet for samples with these embeddings (N, L, D), ``rows`` of them in each evaluation."""
@@ -206,12 +212,11 @@ class Predictor:
         return np.concatenate(list(self.stream(latents, timestep)))
 
 
-def guided(predictions: np.ndarray, guidance_scale: float, is_guided: bool) -> np.ndarray:
-    """Classifier-free guidance over predictions (2 B, C, h, w), negatives first; (B, C, h, w)."""
-    if not is_guided:
-        return predictions
-    unconditional, conditional = np.split(predictions, 2)
-    return unconditional + np.float32(guidance_scale) * (conditional - unconditional)
+def guided(predictions, guidance_scale):
+    """Classifier-free guidance over predictions (2 B, C, h, w), negatives first; (B, C, h, w). Arrays or tensors."""
+    batch = predictions.shape[0] // 2
+    unconditional, conditional = predictions[:batch], predictions[batch:]
+    return unconditional + guidance_scale * (conditional - unconditional)
 
 
 def _run_eagerly(function: Callable) -> Callable:
@@ -344,11 +349,7 @@ def _update(solver, prediction_type, clip, is_guided):
         Returns:
             The new latents and this step's x0, both (B, C, h, w).
         """
-        output = predictions
-        if is_guided:
-            batch = latents.shape[0]
-            unconditional, conditional = predictions[:batch], predictions[batch:]
-            output = unconditional + guidance_scale * (conditional - unconditional)
+        output = guided(predictions, guidance_scale) if is_guided else predictions
         updated, clean = solve(latents, output, previous_clean, coefficients, noise)
         return updated * mask + background * (1 - mask), clean
 

@@ -114,6 +114,12 @@ def make_pictures(size: int, count: int, seed: int) -> list:
 # --- the parties ----------------------------------------------------------------------------------
 
 
+BARE = dict(
+    safety_checker=None, requires_safety_checker=False, feature_extractor=None, inverse_scheduler=None
+)
+"""What the two reference pipelines are loaded without."""
+
+
 class Party:
     """What the measurement needs of a library. `samples` and `calls` count what its models were given."""
 
@@ -143,6 +149,18 @@ class Party:
             for name in ("unet", "encode", "decode")
         }
 
+    def made_ready(self, pipeline, library):
+        """The pipeline with DDIM and its inverse, of the library's own classes."""
+        config = pipeline.scheduler.config
+        pipeline.scheduler = library.DDIMScheduler.from_config(config)
+        pipeline.inverse_scheduler = library.DDIMInverseScheduler.from_config(pipeline.scheduler.config)
+        return pipeline
+
+    def with_vae_counted(self, pipeline):
+        pipeline.vae.encode = self.counted("encode", pipeline.vae.encode)
+        pipeline.vae.decode = self.counted("decode", pipeline.vae.decode)
+        return pipeline
+
     def counted(self, name: str, function):
         def call(*args, **kwargs):
             self.calls[name] += 1
@@ -165,23 +183,14 @@ class Torch(Party):
         self.versions = {"torch": torch.__version__, "diffusers": diffusers.__version__}
 
     def load(self, job):
-        from diffusers import DDIMInverseScheduler, DDIMScheduler, StableDiffusionDiffEditPipeline
+        import diffusers
 
         self.torch.set_num_threads(job["threads"])
-        pipeline = StableDiffusionDiffEditPipeline.from_pretrained(
-            job["model"],
-            torch_dtype=self.torch.float32,
-            safety_checker=None,
-            requires_safety_checker=False,
-            feature_extractor=None,
-            inverse_scheduler=None,
+        pipeline = diffusers.StableDiffusionDiffEditPipeline.from_pretrained(
+            job["model"], torch_dtype=self.torch.float32, **BARE
         )
-        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
-        pipeline.inverse_scheduler = DDIMInverseScheduler.from_config(pipeline.scheduler.config)
         pipeline.unet.forward = self.counted("unet", pipeline.unet.forward)
-        pipeline.vae.encode = self.counted("encode", pipeline.vae.encode)
-        pipeline.vae.decode = self.counted("decode", pipeline.vae.decode)
-        return pipeline
+        return self.with_vae_counted(self.made_ready(pipeline, diffusers))
 
     def generator(self, seed: int):
         return self.torch.Generator().manual_seed(seed)
@@ -232,18 +241,11 @@ class Mindone(MindSporeParty):
         return portable_kernels()
 
     def load(self, job):
-        from mindone.diffusers import DDIMInverseScheduler, DDIMScheduler, StableDiffusionDiffEditPipeline
+        from mindone import diffusers
 
-        pipeline = StableDiffusionDiffEditPipeline.from_pretrained(
-            job["model"],
-            mindspore_dtype=self.mindspore.float32,
-            safety_checker=None,
-            requires_safety_checker=False,
-            feature_extractor=None,
-            inverse_scheduler=None,
+        pipeline = diffusers.StableDiffusionDiffEditPipeline.from_pretrained(
+            job["model"], mindspore_dtype=self.mindspore.float32, **BARE
         )
-        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
-        pipeline.inverse_scheduler = DDIMInverseScheduler.from_config(pipeline.scheduler.config)
         # The class, not the object: Python looks a call up there. The compiler reads `construct` only.
         kind = type(pipeline.unet)
         call = kind.__call__
@@ -254,9 +256,7 @@ class Mindone(MindSporeParty):
             return call(unet, sample, *args, **kwargs)
 
         kind.__call__ = counted
-        pipeline.vae.encode = self.counted("encode", pipeline.vae.encode)
-        pipeline.vae.decode = self.counted("decode", pipeline.vae.decode)
-        return pipeline
+        return self.with_vae_counted(self.made_ready(pipeline, diffusers))
 
     def generator(self, seed: int):
         import numpy as np
@@ -284,15 +284,13 @@ class Ours(MindSporeParty):
         return {**found, "unet": {"calls": kept["unet"], "samples": kept["rows"]}}
 
     def load(self, job):
-        from mindiffedit import DDIMInverseScheduler, DDIMScheduler, StableDiffusionDiffEditPipeline
+        import mindiffedit
 
-        pipeline = StableDiffusionDiffEditPipeline.from_pretrained(
+        pipeline = mindiffedit.StableDiffusionDiffEditPipeline.from_pretrained(
             job["model"], safety_checker=None, requires_safety_checker=False
         )
-        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
-        pipeline.inverse_scheduler = DDIMInverseScheduler.from_config(pipeline.scheduler.config)
-        self.pipeline = pipeline
-        return pipeline
+        self.pipeline = self.made_ready(pipeline, mindiffedit)
+        return self.pipeline
 
     def generator(self, seed: int) -> int:
         return seed

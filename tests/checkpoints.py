@@ -90,25 +90,27 @@ def make_vae(seed: int):
     return perturb(vae, seed)
 
 
+UNET = dict(
+    sample_size=8,
+    in_channels=4,
+    out_channels=4,
+    block_out_channels=(16, 32),
+    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    layers_per_block=1,
+    norm_num_groups=8,
+    cross_attention_dim=32,
+    attention_head_dim=4,
+)
+
+
 def make_unet(seed: int, **options):
     """UNet2DConditionModel with one cross-attention block and one plain one, 32-wide text states."""
     import torch
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(seed)
-    arguments = dict(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=(16, 32),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=8,
-        cross_attention_dim=32,
-        attention_head_dim=4,
-    )
-    return perturb(UNet2DConditionModel(**{**arguments, **options}), seed)
+    return perturb(UNet2DConditionModel(**{**UNET, **options}), seed)
 
 
 def make_text_encoder(seed: int, tokenizer, hidden_act: str, layers: int = 3):

@@ -35,13 +35,6 @@ def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
     return operators.layer_norm(input, weight, bias, eps)
 
 
-def group_norm(input, groups, weight, bias, eps):
-    """The cells' group norm; `ops.group_norm` where the operator does not fit."""
-    if input.dtype != mindspore.float32:
-        return ops.group_norm(input, groups, weight, bias, eps)
-    return operators.group_norm(input, groups, weight, bias, eps, False)
-
-
 def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     """For `mint.nn.functional.conv2d`: the same convolutions as elsewhere in float64, biases added in parallel."""
     if input.dtype != mindspore.float32:
@@ -93,7 +86,9 @@ class GroupNorm:
     """For `mint.nn.GroupNorm`."""
 
     def construct(self, input):
-        return group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+        if input.dtype != mindspore.float32:
+            return ops.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+        return operators.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
 
 
 class Conv2d:
@@ -144,10 +139,7 @@ class ResnetBlock2D:
         if fused and self.time_embedding_norm == "default" and temb is not None:
             hidden_states = _without_bias(self.conv1, hidden_states)
             shift = operators.bias_add_tokens(temb, self.conv1.bias)
-            norm = self.norm2
-            hidden_states = operators.group_norm(
-                hidden_states, norm.num_groups, norm.weight, norm.bias, norm.eps, True, shift
-            )
+            hidden_states = _norm_and_silu(self.norm2, hidden_states, shift)
         else:
             hidden_states = self.conv1(hidden_states)
             scale = None
@@ -173,9 +165,11 @@ class ResnetBlock2D:
 
 def _norm_and_activation(norm, activation, x, fused):
     """The group norm of a cell and the activation after it, SiLU where they are fused."""
-    if fused:
-        return operators.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, True)
-    return activation(norm(x))
+    return _norm_and_silu(norm, x) if fused else activation(norm(x))
+
+
+def _norm_and_silu(norm, x, shift=None):
+    return operators.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, True, shift)
 
 
 def _without_bias(cell, x):

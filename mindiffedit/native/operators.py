@@ -46,11 +46,7 @@ def _as_first(*inputs):
     return inputs[0]
 
 
-def _half(x):
-    return [*x[:-1], x[-1] // 2]
-
-
-def _half_of_first(x, bias):
+def _half(x, *rest):
     return [*x[:-1], x[-1] // 2]
 
 
@@ -88,7 +84,7 @@ def _operator(name, shape):
 # One for each number of inputs: an operator that has been compiled keeps the number.
 _attention = _operator("Attention", _as_first)
 _geglu = _operator("Geglu", _half)
-_geglu_bias = _operator("Geglu", _half_of_first)
+_geglu_bias = _operator("Geglu", _half)
 _gelu = _operator("Gelu", _as_first)
 _silu = _operator("Silu", _as_first)
 _group_norm = _operator("GroupNorm", _as_first)
