@@ -8,12 +8,15 @@ __version__ = "0.1.0"
 _HOMES = {
     "StableDiffusionDiffEditPipeline": "pipeline",
     "DiffEditInversionPipelineOutput": "outputs",
+    "DiffEditOutput": "outputs",
+    "EditReport": "outputs",
     "StableDiffusionPipelineOutput": "outputs",
     "DDIMScheduler": "schedulers",
     "DDIMInverseScheduler": "schedulers",
     "DPMSolverMultistepScheduler": "schedulers",
     "DPMSolverMultistepInverseScheduler": "schedulers",
     "Generator": "generator",
+    "MaskOptions": "masks",
     "load_image": "pictures",
     "make_image_grid": "pictures",
 }

@@ -187,6 +187,11 @@ class Predictor:
         self._rows = min(rows, len(prompt_embeds))
         self._tensors: Dict[int, ms.Tensor] = {}
 
+    def replace(self, prompt_embeds: np.ndarray) -> None:
+        """Goes on with other embeddings of the same shape."""
+        self._embeds = prompt_embeds
+        self._tensors.clear()
+
     def __len__(self) -> int:
         """Number of evaluations for all samples."""
         return -(-len(self._embeds) // self._rows)
