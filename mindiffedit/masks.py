@@ -423,7 +423,7 @@ def _resampled(values: np.ndarray, size: Tuple[int, int]) -> np.ndarray:
     for axis, wanted in zip((1, 2), size):
         length = values.shape[axis]
         small, large = sorted((length, wanted))
-        # In which of the few cells the middle of each of the many is: whole numbers, so the two ways are exact inverses.
+        # Which of the few cells holds the middle of each of the many. In whole numbers: both ways are exact inverses.
         cell = (2 * np.arange(large) + 1) * small // (2 * large)
         if wanted >= length:
             values = values.take(cell, axis=axis)
@@ -586,7 +586,10 @@ def sweep_values(text: str, name: str, check: Callable) -> list:
         )
     values = []
     for entry in entries:
-        value = check(_number(entry, text, name), name)
+        try:
+            value = check(_number(entry, text, name), name)
+        except TypeError as error:  # a fraction where a whole number is meant: the text's value, not a type
+            raise ValueError(str(error)) from error
         if value in values:
             raise ValueError(f"`{name}` has {entry} twice in {text!r}; give each value once.")
         values.append(value)

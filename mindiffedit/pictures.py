@@ -893,9 +893,14 @@ def _wrapped(text: str, font, width: int, most: int = 4) -> List[str]:
 def _cut(line: str, font, width: int) -> str:
     if _length(font, line) <= width:
         return line
-    while line and _length(font, line + "...") > width:
-        line = line[:-1]
-    return line.rstrip() + "..."
+    kept, most = 0, len(line)
+    while kept < most:  # bisection: prompts can be thousands of characters long
+        middle = (kept + most + 1) // 2
+        if _length(font, line[:middle] + "...") <= width:
+            kept = middle
+        else:
+            most = middle - 1
+    return line[:kept].rstrip() + "..."
 
 
 def _length(font, text: str) -> float:

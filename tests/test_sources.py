@@ -294,6 +294,7 @@ GROUND = {
     "devices",
     "generator",
     "latents_file",
+    "masks",
     "models",
     "options",
     "outputs",
