@@ -2,8 +2,9 @@
 
 Three parties, on one checkpoint, with the same scenes, prompts, steps, strength and guidance:
 
-- *reference*: the three calls with every default of the reference, so the inversion is guided as the edit is;
-- *edit()*: the one call as it comes;
+- *reference*: the three calls with every default of the reference, so the inversion is guided as the edit is, and the
+  mask settings that suit it (``demo.SETTINGS``);
+- *edit()*: the one call as it comes, with those that suit it (``demo.EDIT_SETTINGS``);
 - *edit(), no paste-back*: the same without the last step, so that the background is what the model made of it.
 
 Then edit() again with one correction at a time switched off, on a part of the scenes. Quality is measured in batches;
@@ -23,7 +24,7 @@ FEATHER = 4
 
 CORRECTIONS = {
     "outliers removed (C2)": dict(outlier_quantile=None),
-    "mask smoothed and filled": dict(mask_options="reference"),
+    "mask smoothed, and of low clamp": dict(mask_options="reference", mask_thresholding_ratio=3.0),
     "clamp per image (C4)": dict(per_image_clamp=False),
     "background at its own noise level (C3)": dict(aligned_background=False),
     "inversion without guidance (C6)": dict(inversion_guidance_scale="guidance"),
@@ -42,16 +43,17 @@ GOALS = ("mask IoU", "target seen", "outside the feathered mask", "outside the o
 
 
 def one_call(editor, edits, pictures, settings, seed, **changes):
-    """(masks (B, h, w), pictures, report) of ``edit``."""
-    from mindiffedit import MaskOptions, editing
+    """(masks (B, h, w), pictures, report) of ``edit``, with the mask settings that suit it."""
+    from mindiffedit import MaskOptions, demo, editing
 
+    suited = demo.EDIT_SETTINGS
     settings_of = dict(
         num_inference_steps=settings["steps"],
         inpaint_strength=settings["strength"],
         guidance_scale=settings["guidance"],
-        num_maps_per_mask=settings["maps"],
-        mask_encode_strength=settings["mask_strength"],
-        mask_thresholding_ratio=settings["mask_threshold"],
+        num_maps_per_mask=suited["maps"],
+        mask_encode_strength=suited["mask_strength"],
+        mask_thresholding_ratio=suited["mask_threshold"],
         generator=[editor.generator(g) for g in evaluation.generators(seed, edits, 2)],
     )
     shapes = {
