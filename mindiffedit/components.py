@@ -10,7 +10,7 @@ from typing import Any, Callable, Dict, Optional
 import numpy as np
 
 from . import compile_cache as compile_caches
-from . import devices, models
+from . import devices, models, tiling
 
 logger = logging.getLogger(__name__)
 
@@ -218,7 +218,16 @@ class PipelineComponents:
         say_once("disable_vae_slicing() changes nothing here: pictures always pass the VAE one at a time.")
 
     def enable_vae_tiling(self) -> None:
-        """Encode and decode in overlapping tiles, for large pictures; runs operator by operator."""
+        """Encode and decode what is larger than a tile in overlapping tiles, which bounds the memory it takes.
+
+        The tiles, and so the results, are the reference's: ``vae.tile_sample_min_size`` pixels or
+        ``vae.tile_latent_min_size`` latents, of which neighbours share ``vae.tile_overlap_factor``. Each shape of
+        tile is compiled once: up to nine for each half of the VAE, four for most sizes (``tiling`` says why).
+
+        Raises:
+            ValueError: the VAE's tile sizes do not fit together.
+        """
+        tiling.tiles_of(self.vae)
         self.vae.enable_tiling()
 
     def disable_vae_tiling(self) -> None:

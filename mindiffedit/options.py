@@ -34,6 +34,7 @@ __all__ = [
     "check_image_batch",
     "check_image_latents",
     "check_output_type",
+    "check_overlap",
     "check_positive_int",
     "check_prompt_inputs",
     "check_quantile",
@@ -192,6 +193,14 @@ def check_quantile(value, name: str = "outlier_quantile") -> Optional[float]:
     if not 0 < quantile <= 1:
         raise ValueError(f"`{name}` has to be above 0 and at most 1, but is {value}; None switches it off.")
     return quantile
+
+
+def check_overlap(value, name: str) -> float:
+    """The part of a tile's side that its neighbour shares: from 0 up to, not including, 1."""
+    overlap = _real(value, name, "a number from 0 up to, not including, 1")
+    if not 0 <= overlap < 1:
+        raise ValueError(f"`{name}` has to be in [0, 1), but is {value}.")
+    return overlap
 
 
 def check_output_type(value, allowed: Sequence[str], name: str = "output_type") -> str:

@@ -308,6 +308,7 @@ GROUND = {
     "randomness",
     "regularisers",
     "schedules",
+    "tiling",
 }
 # The half of the parity tool that runs the reference; imported by `parity record` alone.
 RECORDING = {"parity/reference.py", "parity/floors.py", "parity/command.py"}
