@@ -56,6 +56,10 @@ REQUIRES = [
 # libraries. diffusers 0.35.2: later releases move the DiffEdit pipeline away; transformers 4.57 fits it.
 REFERENCE = ["torch==2.13.0", "diffusers==0.35.2"]
 
+# The documentation's site. mkdocs 1.6 is the first with generated pages, mkdocs 2 another program. black breaks the
+# API page's long signatures into lines.
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10", "mkdocstrings[python]>=0.29,<2", "black"]
+
 NATIVE = "mindiffedit/native"
 
 # Contraction to fused multiply-add, and no errno, keep IEEE's rules for NaN and infinity; -ffast-math would not.
@@ -159,8 +163,9 @@ setup(
     install_requires=REQUIRES,
     extras_require={
         "benchmark": ["matplotlib>=3.5"],  # for `scripts/benchmark.py --scaling`, which draws
+        "docs": DOCS,
         "parity": REFERENCE,  # for `mindiffedit parity record`; checking needs none of it
-        "test": [*REFERENCE, "pytest>=7"],
+        "test": [*REFERENCE, *DOCS, "pytest>=7"],
         "train": REFERENCE,
     },
     entry_points={"console_scripts": ["mindiffedit=mindiffedit.__main__:program"]},

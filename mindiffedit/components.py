@@ -25,8 +25,21 @@ def say_once(message: str) -> None:
 
 
 Observer = Callable[[str, np.ndarray, Optional[int]], np.ndarray]
-"""Called as ``observer(stage, array, step)`` with every array that crosses from one stage to the next, on the host; the
-pipeline goes on with the array that it returns. ``step`` counts from 0 inside the loops and is None outside."""
+"""What ``pipeline.observer`` can be: a function called as ``observer(stage, array, step)`` with every array that
+crosses from one stage to the next, a NumPy array on the host. The pipeline goes on with the array that it returns.
+``step`` counts from 0 in the loops and is None elsewhere.
+
+The stages, in order:
+
+- in ``generate_mask``: ``timestep``, ``target_token_ids``, ``target_prompt_embeds`` and their ``negative_`` and
+  ``source_`` kin, ``moments``, ``posterior_noise``, ``latents``, ``noise``, ``noised_latents``,
+  ``noise_predictions``, ``negative_noise_predictions`` (only where the negatives differ), ``map``,
+  ``clamp_magnitude``, ``mask``;
+- in ``invert``: ``timesteps``, ``moments``, ``posterior_noise``, ``latents``, ``token_ids``, ``prompt_embeds``,
+  their ``negative_`` kin, ``coefficients``, ``inverted_latents``, ``decoded``;
+- in the call: ``timesteps``, ``token_ids``, ``prompt_embeds``, their ``negative_`` kin, ``coefficients``,
+  ``step_noise``, ``edited_latents``, ``decoded``. DPM-Solver++ also shows its ``clean_predictions``.
+"""
 
 Viewer = Callable[[str, np.ndarray, Optional[int]], None]
 """Called as ``viewer(stage, array, step)`` with the same arrays, and with each step's predicted clean latents, stage
@@ -35,6 +48,8 @@ Viewer = Callable[[str, np.ndarray, Optional[int]], None]
 
 class PipelineComponents:
     """Holds the components and the mode; loads and saves them; the switches that users of diffusers know.
+
+    No switch raises, so that programs written for diffusers run as they are.
 
     The constructor's arguments are documented at ``StableDiffusionDiffEditPipeline``.
     """
@@ -118,20 +133,34 @@ class PipelineComponents:
     ) -> "PipelineComponents":
         """Loads a checkpoint in Stable Diffusion layout.
 
+        A folder is refused when it is missing, incomplete, damaged or of another kind of model. Weights that are
+        missing, extra or of the wrong shape are all listed in one error; nothing is left at random values.
+
         Args:
-            pretrained_model_name_or_path: a folder, or a model id on the hub.
-            mode: "graph" or "pynative".
-            compile_cache: where compiled graphs are kept for the next process. None: the folder that the environment
-                variable ``MINDIFFEDIT_CACHE`` names, or one in the user's cache folder; False: nowhere; or a folder.
-            mindspore_dtype: dtype of the models; default float32. What the device does not have is loaded in float32
-                with one warning.
-            use_safetensors: None or True; weights are only ever read from safetensors files.
-            variant, cache_dir, force_download, local_files_only, token, revision, proxies: as in huggingface_hub.
-            kwargs: components by name that are taken as given instead of being loaded (``safety_checker=None``), and
-                ``requires_safety_checker``.
+            pretrained_model_name_or_path: a folder in diffusers' layout, or a model id on the Hugging Face hub.
+            mode: "graph" compiles every stage the first time it runs; "pynative" runs operator by operator, to debug.
+            compile_cache: where compiled graphs are kept for the next process. None is the folder that the
+                environment variable ``MINDIFFEDIT_CACHE`` names, or one in the user's cache folder; False is nowhere;
+                or a folder.
+            mindspore_dtype: dtype of the models; None is ``mindspore.float32``. What the device cannot compute in
+                (float16 on a CPU) is loaded in float32, with one warning.
+            use_safetensors: None or True. Pickled weights are never read, since reading one can run code.
+            variant: "fp16" picks ``*.fp16.safetensors`` where there is one.
+            cache_dir: as in huggingface_hub, whose environment variables count, too.
+            force_download: as in huggingface_hub.
+            local_files_only: as in huggingface_hub.
+            token: as in huggingface_hub.
+            revision: as in huggingface_hub.
+            proxies: as in huggingface_hub.
+            **kwargs: components by name that are taken as given instead of being loaded (``safety_checker=None``,
+                ``scheduler=...``), and ``requires_safety_checker``. Others are ignored with a warning.
+
+        Returns:
+            The pipeline.
 
         Raises:
-            ValueError: a folder that is missing, incomplete or corrupt, or weights that do not fit.
+            ValueError: for a folder that is missing, incomplete or corrupt, or weights that do not fit
+                (``CheckpointError``, ``WeightsError``).
         """
         if mode not in cls.MODES:
             raise ValueError(f"`mode` has to be one of {cls.MODES}, but is {mode!r}.")
@@ -171,7 +200,15 @@ class PipelineComponents:
         return cls(**parts, mode=mode, compile_cache=compile_cache)
 
     def save_pretrained(self, save_directory, variant: Optional[str] = None) -> None:
-        """Writes a folder that this class and diffusers load; safetensors, written whole or not at all."""
+        """Writes a folder that this class and diffusers load; safetensors, written whole or not at all.
+
+        Args:
+            save_directory: the folder to write. A checkpoint that is there already is replaced.
+            variant: "fp16" writes ``*.fp16.safetensors``.
+
+        Raises:
+            ValueError: for a folder that holds something other than a checkpoint.
+        """
         models.save_components(
             save_directory,
             self.components,
@@ -202,12 +239,22 @@ class PipelineComponents:
     # --- switches that users of diffusers know --------------------------------------------------------------------
 
     def enable_model_cpu_offload(self, *args, **kwargs) -> None:
-        """Accepted for compatibility: models are not moved between host and device here (said once)."""
+        """Accepted for compatibility: models are not moved between host and device here (said once on an accelerator).
+
+        Args:
+            *args: not used.
+            **kwargs: not used.
+        """
         if devices.device_target() != "CPU":
             say_once("enable_model_cpu_offload() changes nothing here: all models stay on the device.")
 
     def enable_sequential_cpu_offload(self, *args, **kwargs) -> None:
-        """Accepted for compatibility, like ``enable_model_cpu_offload``."""
+        """Accepted for compatibility, like ``enable_model_cpu_offload``.
+
+        Args:
+            *args: not used.
+            **kwargs: not used.
+        """
         self.enable_model_cpu_offload()
 
     def enable_vae_slicing(self) -> None:
@@ -235,14 +282,22 @@ class PipelineComponents:
         self.vae.disable_tiling()
 
     def enable_attention_slicing(self, slice_size="auto") -> None:
-        """Accepted for compatibility (said once)."""
+        """Accepted for compatibility: nothing changes, attention never holds all its scores (said once).
+
+        Args:
+            slice_size: not used.
+        """
         say_once("enable_attention_slicing() changes nothing: attention never holds all its scores anyway.")
 
     def disable_attention_slicing(self) -> None:
         """Nothing to undo."""
 
     def enable_xformers_memory_efficient_attention(self, attention_op=None) -> None:
-        """mindone's flash attention where the device has it; elsewhere nothing changes (said once)."""
+        """mindone's flash attention on Ascend; elsewhere nothing changes (said once).
+
+        Args:
+            attention_op: not used.
+        """
         if devices.device_target() == "Ascend":
             self.unet.enable_xformers_memory_efficient_attention()
             if self._stages_built is not None:
@@ -258,11 +313,23 @@ class PipelineComponents:
                 self._stages_built.forget()
 
     def set_progress_bar_config(self, **kwargs) -> None:
-        """Options of ``tqdm`` for all progress bars; ``disable=True`` silences them."""
+        """Options of all progress bars.
+
+        Args:
+            **kwargs: what ``tqdm`` takes; ``disable=True`` silences them.
+        """
         self._progress_bar_config = kwargs
 
     def progress_bar(self, iterable=None, total: Optional[int] = None):
-        """A ``tqdm`` bar with the configured options."""
+        """A ``tqdm`` bar with the configured options, over one of the two.
+
+        Args:
+            iterable: what to go through.
+            total: how many updates there will be.
+
+        Raises:
+            ValueError: when both or neither are given.
+        """
         from tqdm.auto import tqdm
 
         if (iterable is None) == (total is None):
@@ -298,7 +365,10 @@ class PipelineComponents:
         Arrays are float32 on the host, not to be written to; ``step`` counts from 0 within a loop and is None outside.
         Stages, in the order of their coming: "map" (B, h, w), "mask" (B, h, w), "inverted_latents" and
         "edited_latents" (B, C, h, w) after each step, with "clean_predictions" (B, C, h, w), the step's prediction of
-        the noiseless latents, before each of them; others are those of ``parity record``. Contexts may be nested.
+        the noiseless latents, before each of them; others are those of ``Observer``. Contexts may be nested.
+
+        Args:
+            callback: a ``Viewer``.
         """
         outer = self._viewer
 

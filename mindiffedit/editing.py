@@ -79,18 +79,26 @@ class Editing:
         paper put right. Every correction is an option, here and in the three calls.
 
         Args:
-            image: picture(s) (PIL, list, array (B, H, W, 3) in [0, 1], tensor (B, 3, H, W)), or latents (B, C, h, w).
-            source_prompt, target_prompt: what is there, what shall be there; str or list of B str; or
-                ``source_prompt_embeds``, ``target_prompt_embeds`` (B, L, D).
-            negative_prompt, negative_prompt_embeds: what the edit moves away from; None: the source prompt.
-            num_inference_steps, inpaint_strength: steps of the schedule, and the share of them that is run, (0, 1].
-            guidance_scale: classifier-free guidance of mask and edit; off at 1 and below.
-            num_maps_per_mask, mask_encode_strength, mask_thresholding_ratio: as for ``generate_mask``.
+            image: picture(s), or latents (B, C, h, w), as for ``generate_mask``.
+            source_prompt: what is there, str or list of B str.
+            target_prompt: what shall be there, str or list of B str.
+            negative_prompt: what the edit moves away from; None is the source prompt.
+            source_prompt_embeds: embeddings (B, L, D) instead of ``source_prompt``.
+            target_prompt_embeds: embeddings (B, L, D) instead of ``target_prompt``.
+            negative_prompt_embeds: embeddings (B, L, D) instead of ``negative_prompt``.
+            num_inference_steps: steps of the whole schedule, 1 to 1000.
+            inpaint_strength: share of them that runs, in (0, 1].
+            guidance_scale: classifier-free guidance of mask and edit, at least 0; 1 or less is without.
+            num_maps_per_mask: as for ``generate_mask``.
+            mask_encode_strength: as for ``generate_mask``.
+            mask_thresholding_ratio: as for ``generate_mask``.
             mask_options: how the map becomes a mask; None: ``mindiffedit.editing.EDIT_MASK``.
             mask_image: own mask(s) of any size, white (1) where the picture may change.
             mask_combination: what becomes of it and the computed mask: "replace" (nothing is computed), "union",
                 "subtract" (computed without own) or "intersection".
-            per_image_clamp, corrected_guidance, outlier_quantile: as for ``generate_mask``.
+            per_image_clamp: as for ``generate_mask``.
+            corrected_guidance: as for ``generate_mask``.
+            outlier_quantile: as for ``generate_mask``.
             inversion: "ddim" inverts the picture; "noise" noises it freshly for every step, which needs no model and
                 leaves what is inside the mask to chance.
             inversion_prompt: caption(s) for the inversion; None: the source prompt.
@@ -107,16 +115,19 @@ class Editing:
             output_type: "pil", "np" or "latent".
             measure_reconstruction: denoise the inverted latents with the source prompt, too, and say in the report how
                 near that comes; costs as much as an inversion.
-            callback_on_step_end, callback_on_step_end_tensor_inputs: as for ``invert``; of the edit's steps.
+            callback_on_step_end: as for ``invert``; of the edit's steps.
+            callback_on_step_end_tensor_inputs: as for ``invert``.
             debug_callback: ``callback(stage, array, step)`` sees every intermediate, see ``debugging``.
-            cross_attention_kwargs, clip_skip: as for the other calls.
+            cross_attention_kwargs: as for the other calls.
+            clip_skip: as for the call.
 
         Returns:
-            DiffEditOutput. Pictures have the size of those that were given.
+            DiffEditOutput: pictures have the size of those that were given.
 
         Raises:
-            ValueError, TypeError: for input that does not fit, before any model runs.
-            options.NumericalError: for NaN or inf, naming stage and step.
+            ValueError: for a value that does not fit, before any model runs.
+            TypeError: for a wrong type, before any model runs.
+            NumericalError: for NaN or inf, naming stage and step.
         """
         # 1. What can be wrong, before any model runs
         if negative_prompt is None and negative_prompt_embeds is None:
@@ -291,8 +302,8 @@ class Editing:
 
         Args:
             image: picture(s) or latents, as for ``invert``.
-            num_inference_steps, inpaint_strength: as given to the edit; the strength says at which noise level the
-                edit begins.
+            num_inference_steps: as given to the edit.
+            inpaint_strength: as given to the edit; it says at which noise level the edit begins.
             generator: int seed or generator(s) of the posterior draw and of all noise.
             batch_size: number of prompts, B.
 
@@ -300,7 +311,8 @@ class Editing:
             DiffEditInversionPipelineOutput: ``latents`` (B, T, C, h, w), noisiest first, and ``clean_latents``.
 
         Raises:
-            ValueError, TypeError: for input that does not fit, before any model runs.
+            ValueError: for a value that does not fit, before any model runs.
+            TypeError: for a wrong type, before any model runs.
         """
         options.check_strength(inpaint_strength, "inpaint_strength")
         options.check_steps(num_inference_steps)

@@ -77,9 +77,14 @@ def rounded(values: np.ndarray, dtype: str) -> np.ndarray:
 class Generator:
     """A stream of random numbers, number for number that of ``torch.Generator(device)``.
 
-    It can be given wherever the pipeline takes ``generator=``, alone or in a list::
+    It can be given wherever the pipeline takes ``generator=``, alone or in a list; there the int seed ``0`` means the
+    same as ``Generator().manual_seed(0)``:
 
-        pipe(..., generator=mindiffedit.Generator().manual_seed(0))
+        generator = Generator().manual_seed(0)  # device="cpu"; or Generator("cuda")
+        noise = generator.randn(1, 4, 64, 64)   # float32; dtype="float16", "bfloat16", "float64"
+        state = generator.get_state()           # uint8 array
+        generator.set_state(state).initial_seed()
+        pipeline.invert(..., generator=generator)
 
     ``device="cpu"`` is complete: ``randn`` of four dtypes and ``randint``, in any order, and states that
     PyTorch takes and gives byte for byte. ``float32``, ``float16`` and ``bfloat16`` values equal those of
@@ -144,7 +149,7 @@ class Generator:
         return f"<mindiffedit.Generator device={self.device!r} initial_seed={self.initial_seed()}>"
 
     def manual_seed(self, seed: int) -> "Generator":
-        """Starts the stream of ``seed`` (-2**63 to 2**64 - 1) at its beginning and returns the generator.
+        """Starts the stream of ``seed`` (``-2**63`` to ``2**64 - 1``) at its beginning and returns the generator.
 
         The CPU's stream uses the seed's lowest 32 bits only, as PyTorch's does.
 
@@ -155,13 +160,13 @@ class Generator:
         return self
 
     def seed(self) -> int:
-        """Starts the stream of a seed from the system's entropy and returns that seed, 0 to 2**53 - 1."""
+        """Starts the stream of a seed from the system's entropy and returns that seed, 0 to ``2**53 - 1``."""
         seed = secrets.randbits(53)  # PyTorch too keeps to what a double holds exactly
         self.manual_seed(seed)
         return seed
 
     def initial_seed(self) -> int:
-        """The seed that the stream was started with, 0 to 2**64 - 1; a negative one shows as 2**64 + seed."""
+        """The seed that the stream was started with, 0 to ``2**64 - 1``; a negative one shows as ``2**64`` + seed."""
         return self._stream.seed
 
     def get_state(self) -> np.ndarray:
@@ -209,7 +214,7 @@ class Generator:
         """Standard normal numbers, as ``torch.randn(size, generator=self, dtype=dtype)`` draws them.
 
         Args:
-            size: the shape, as whole numbers or as one tuple or list of them.
+            *size: the shape, as whole numbers or as one tuple or list of them.
             dtype: "float32", "float64", "float16" or "bfloat16". On "cpu" the dtypes move the stream
                 differently; on "cuda" the half types are ``float32`` draws, rounded.
 
@@ -228,7 +233,7 @@ class Generator:
         """Whole numbers from 0 to ``high - 1``, as ``torch.randint(high, size, generator=self)`` draws them.
 
         Args:
-            high: 1 to 2**63 - 1.
+            high: 1 to ``2**63 - 1``.
             size: the shape, a tuple, list or whole number.
 
         Returns:
@@ -245,11 +250,20 @@ class Generator:
         return self._stream.integers(int(high), math.prod(shape)).reshape(shape)
 
     def standard_normal(self, size=(), dtype=np.float32) -> np.ndarray:
-        """``randn`` under the name that ``numpy.random.Generator`` has for it; ``size`` as ``randint``'s."""
+        """``randn`` under the name that ``numpy.random.Generator`` has for it.
+
+        Args:
+            size: the shape, a tuple, list or whole number.
+            dtype: as ``randn``'s.
+        """
         return self.randn(tuple(size) if isinstance(size, (tuple, list)) else (size,), dtype=dtype)
 
     def integers(self, high: int) -> int:
-        """One number of ``randint`` under the name that ``numpy.random.Generator`` has for it."""
+        """One number of ``randint`` under the name that ``numpy.random.Generator`` has for it.
+
+        Args:
+            high: 1 to ``2**63 - 1``.
+        """
         return int(self.randint(high))
 
 

@@ -30,15 +30,37 @@ def _texts(prompt, batch: int) -> List[str]:
 
 
 class StableDiffusionDiffEditPipeline(Editing, Preparation):
-    """Text-guided image editing with DiffEdit (arXiv 2210.11427).
+    """Text-guided image editing with DiffEdit (arXiv 2210.11427), with the methods of diffusers' class of this name.
+
+    Parameter names, order, defaults and results are diffusers'; ``docs/differences.md`` lists what differs. Tensors
+    are MindSpore tensors; where a tensor is accepted, a NumPy array or a PyTorch tensor is too.
+
+    Letters in shapes: B prompts, H x W pixels, h x w latents (H / 8 and W / 8 for Stable Diffusion), C latent
+    channels (4), T steps that run, L tokens (77), D width of the text embeddings (768 or 1024).
+
+    Input is checked before any model runs: a wrong value is a ValueError, a wrong type a TypeError. A NaN that
+    arises on the way is a ``NumericalError`` that names stage and step.
 
     Args:
-        vae, text_encoder, tokenizer, unet, scheduler, safety_checker, feature_extractor: the parts of a Stable
-            Diffusion 1.x or 2.x checkpoint (mindone models; a transformers tokenizer).
-        inverse_scheduler: scheduler of ``invert``; None: the inverse of ``scheduler`` where it has one.
+        vae: mindone's AutoencoderKL of a Stable Diffusion 1.x or 2.x checkpoint.
+        text_encoder: mindone's CLIPTextModel.
+        tokenizer: a transformers tokenizer.
+        unet: mindone's UNet2DConditionModel.
+        scheduler: scheduler of ``generate_mask`` and of the edit.
+        safety_checker: mindone's StableDiffusionSafetyChecker, or None, which is warned of once.
+        feature_extractor: image processor of the safety checker, or None.
+        inverse_scheduler: scheduler of ``invert``; None is the inverse of ``scheduler`` where it has one.
         requires_safety_checker: warn when ``safety_checker`` is None.
-        mode: "graph" (every stage compiled; the default) or "pynative" (operator by operator, to debug).
+        mode: "graph" compiles every stage the first time it runs; "pynative" runs operator by operator, to debug.
         compile_cache: where compiled graphs are kept, see ``from_pretrained``.
+
+    Attributes:
+        scheduler: can be replaced at any time by another scheduler.
+        inverse_scheduler: likewise. One that is None follows ``scheduler``.
+        observer: None, or a function that sees and may replace every array between the stages, see ``Observer``.
+        unet_batch_size (int): samples that the UNet is given at once, in all three calls; 2 at first. 1 saves memory,
+            more can be faster on a large device. Each value compiles the UNet once.
+        vae_scale_factor (int): pixels per latent, 8 for Stable Diffusion.
 
     Raises:
         ValueError: for a mode that is neither, or a safety checker without feature extractor.
@@ -75,35 +97,53 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
     ):
         """Where the picture has to change: the thresholded difference of noise predictions for two prompts.
 
-        Section 3.2 of arXiv 2210.11427; the reference's method of the same name.
+        Section 3.2 of arXiv 2210.11427; the reference's method of the same name. The clamp is a mean over the whole
+        batch, as there, so a picture's mask depends on which others are in the batch; ``per_image_clamp`` undoes that.
 
         Args:
-            image: picture(s) (PIL, list, array (B, H, W, 3) in [0, 1], tensor (B, 3, H, W)), or latents (B, 4, h, w).
-            target_prompt, source_prompt: what shall be there, what is there; str or list of B str.
-            target_negative_prompt, source_negative_prompt: negatives; used with ``guidance_scale`` > 1.
-            *_embeds: embeddings (B, L, D) instead of the text.
-            num_maps_per_mask: noise maps averaged for a mask, at least 1.
-            mask_encode_strength: noise level in (0, 1] at which the predictions are compared.
-            mask_thresholding_ratio: the map is clamped to this multiple of its mean; mask where above half the clamp.
-            num_inference_steps: number of steps of the schedule from which the noise level is taken.
-            guidance_scale: classifier-free guidance; off at 1 and below.
-            generator: int seed (PyTorch's noise of that seed), ``mindiffedit.Generator``, ``numpy.random.Generator``, or
-                a list with one for each of B * num_maps_per_mask samples.
+            image: what to edit: a PIL picture, an array (H, W, 3) or (B, H, W, 3) in [0, 1] or uint8, a tensor
+                (3, H, W) or (B, 3, H, W), or a list of one of these; or latents (B, C, h, w), which skip the VAE.
+                Sizes go down to the next multiple of 8 (of ``vae_scale_factor``). One picture serves any number of
+                prompts.
+            target_prompt: what it shall show, str or list of B str.
+            target_negative_prompt: what the target is guided away from, of the same type; None is the empty text.
+                Without guidance it has no effect.
+            target_prompt_embeds: embeddings (B, L, D) instead of ``target_prompt``.
+            target_negative_prompt_embeds: embeddings (B, L, D) instead of ``target_negative_prompt``.
+            source_prompt: what it shows now, str or list of B str.
+            source_negative_prompt: what the source is guided away from, as ``target_negative_prompt``.
+            source_prompt_embeds: embeddings (B, L, D) instead of ``source_prompt``.
+            source_negative_prompt_embeds: embeddings (B, L, D) instead of ``source_negative_prompt``.
+            num_maps_per_mask: over how many noises the map is averaged, at least 1. More is steadier and takes
+                longer in proportion.
+            mask_encode_strength: noise level at which the predictions are compared, in (0, 1]; 0.5 is the middle of
+                the schedule.
+            mask_thresholding_ratio: above 0. The map is clamped to this multiple of its mean, and the mask is where
+                it exceeds half the clamp: a higher ratio makes a smaller mask.
+            num_inference_steps: 1 to 1000; only decides how finely ``mask_encode_strength`` picks the noise level.
+            guidance_scale: weight of the prompts over the negatives, at least 0; 1 or less switches guidance off. As
+                long as source and target have the same negative, the mask hardly depends on it.
+            generator: None (different each time), an int seed (PyTorch's noise of that seed), a
+                ``mindiffedit.Generator`` or ``numpy.random.Generator`` (whose position moves on), or a list with one
+                of these for each of B * num_maps_per_mask samples, which makes a sample independent of its
+                batch-mates. All noise is drawn on the host: a seed gives the same on every device.
             output_type: "np" or "pil".
-            cross_attention_kwargs: plain values handed to the UNet's attention.
+            cross_attention_kwargs: dict of plain values (numbers, str, bool, None) handed to the UNet's attention.
             per_image_clamp: clamp each map at a multiple of its own mean, not of the batch's (C4).
             corrected_guidance: guide away from the negatives, not towards them (C1).
             outlier_quantile: before the mean over maps, bring each map's values beyond this quantile of them, in
-                (0, 1], down to it (section 3.2 of the paper: extreme values are removed); None: as they are.
-            mask_options: how the map becomes a mask (``MaskOptions``); None: the reference's threshold.
+                (0, 1], down to it (section 3.2 of the paper: extreme values are removed); None leaves them.
+            mask_options: how the map becomes a mask (``MaskOptions``); None is the reference's threshold.
 
         Returns:
-            "np": int64 array (B, h, w) of 0 and 1, on the latents' grid, float32 in [0, 1] with soft masks; "pil": list
-            of B one-channel pictures, 0 to 255.
+            With "np" an int64 array (B, h, w) of 0 and 1 on the latents' grid, float32 in [0, 1] with soft masks; with
+            "pil" a list of B one-channel pictures, 0 to 255.
 
         Raises:
-            ValueError, TypeError: for input that does not fit, before any model runs.
-            options.NumericalError: for NaN or inf in a stage, or predictions that do not differ at all.
+            ValueError: for a value that does not fit, before any model runs; also for equal source and target
+                prompts, which leave no difference to make a mask of.
+            TypeError: for a wrong type, before any model runs.
+            NumericalError: for NaN or inf in a stage, or predictions that do not differ at all.
         """
         # 1. Check inputs
         options.check_guidance_scale(guidance_scale)
@@ -306,35 +346,50 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
         callback_on_step_end: Optional[Callable] = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ):
-        """Latents of the picture from nearly clean to noisy, along the inverse scheduler.
+        """Latents of the picture, step by step from nearly clean to noisy, along the inverse scheduler.
+
+        The reference's method of the same name; for DDIM, the encoding of section 3.2 of arXiv 2210.11427.
 
         Args:
-            prompt: caption(s) of the picture, str or list of B str; or ``prompt_embeds`` (B, L, D).
+            prompt: what the picture shows, str or list of B str.
             image: as for ``generate_mask``.
-            num_inference_steps: steps of the whole schedule.
-            inpaint_strength: share of them that is run, (0, 1]; the same for the edit.
-            guidance_scale, negative_prompt, negative_prompt_embeds: classifier-free guidance; off at 1 and below.
-            generator: int seed or generator(s) of the VAE's posterior draw (and the regulariser's shifts).
-            decode_latents: decode every latent into a picture as well.
-            output_type: of those pictures, "pil" or "np".
-            return_dict: False gives the tuple (latents, images).
-            callback, callback_steps: ``callback(step, timestep, latents)`` every ``callback_steps`` steps.
-            lambda_auto_corr, lambda_kl, num_reg_steps, num_auto_corr_rolls: regularisation of each noise prediction
-                towards white noise (Pix2Pix-Zero); off with ``num_reg_steps=0``.
+            num_inference_steps: steps of the whole schedule, 1 to 1000.
+            inpaint_strength: share of them that runs, in (0, 1]: T = floor(steps * strength). Give the edit the same
+                two numbers.
+            guidance_scale: weight of the prompt over the negative; 1 or less is without guidance, which is what the
+                paper does here and what reconstructs best. The default is the reference's.
+            negative_prompt: what to guide away from, of ``prompt``'s type; None is the empty text.
+            generator: of the VAE's posterior draw and the regulariser's shifts, as for ``generate_mask``; a list has
+                B entries.
+            prompt_embeds: embeddings (B, L, D) instead of ``prompt``.
+            negative_prompt_embeds: embeddings (B, L, D) instead of ``negative_prompt``.
+            decode_latents: also decode the latents of every step into pictures.
+            output_type: of those pictures: "pil", or "np" for an array (B * T, H, W, 3) in [0, 1].
+            return_dict: False returns the tuple (latents, images).
+            callback: called as ``callback(step, timestep, latents)``.
+            callback_steps: every how many steps, at least 1.
+            cross_attention_kwargs: as for ``generate_mask``.
+            lambda_auto_corr: weight of the regulariser's pull against correlated neighbours, at least 0; 0 is off.
+            lambda_kl: weight of its pull towards mean 0 and variance 1, at least 0; 0 is off.
+            num_reg_steps: how often each noise prediction is pulled towards white noise before it is used
+                (Pix2Pix-Zero, arXiv 2302.03027); 0 is off. Slower, since the step is then not one graph.
+            num_auto_corr_rolls: over how many random shifts the first pull is taken, at least 0.
             inversion_iterations: so many more UNet evaluations for each step of DDIM, which bring its result nearer to
-                what a step of the edit leads back from (fixed-point iteration of the implicit update).
-            callback_on_step_end, callback_on_step_end_tensor_inputs: called after every step as
-                ``callback(pipeline, step, timestep, tensors)`` with a dict of the tensors named, out of "latents",
-                "prompt_embeds" (as the UNet takes them: negatives first with guidance) and "pred_original_sample" (None
-                where the solver gives none); "latents" and "prompt_embeds" in a dict that it returns replace these.
+                what a step of the edit leads back from (fixed-point iteration of the implicit update); 0 is off.
+            callback_on_step_end: called after every step as ``callback(pipeline, step, timestep, tensors)`` with a dict
+                of the tensors named; "latents" and "prompt_embeds" in a dict that it returns replace these.
+            callback_on_step_end_tensor_inputs: names of these tensors, out of "latents", "prompt_embeds" (as the UNet
+                takes them: negatives first with guidance) and "pred_original_sample" (None where the solver gives
+                none).
 
         Returns:
-            DiffEditInversionPipelineOutput: ``latents`` (B, T, C, h, w), noisiest first, T = steps run, and
-            ``clean_latents`` (B, C, h, w), where it began.
+            DiffEditInversionPipelineOutput: ``latents``, a tensor (B, T, C, h, w) with the noisiest first; ``images``,
+            None without ``decode_latents``; and ``clean_latents`` (B, C, h, w), where it began.
 
         Raises:
-            ValueError, TypeError: for input that does not fit, before any model runs.
-            options.NumericalError: for NaN or inf, naming stage and step.
+            ValueError: for a value that does not fit, before any model runs; also for a scheduler without inverse.
+            TypeError: for a wrong type, before any model runs.
+            NumericalError: for NaN or inf, naming stage and step.
         """
         # 1. Check inputs
         options.check_guidance_scale(guidance_scale)
@@ -688,33 +743,50 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
         callback_on_step_end: Optional[Callable] = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ):
-        """Denoise toward ``prompt`` inside the mask, keep the inverted latents outside.
+        """The edit: denoise towards ``prompt`` inside the mask, keep the inverted latents outside.
+
+        Section 3.2 of arXiv 2210.11427, step 3; the reference's call.
 
         Args:
-            prompt, negative_prompt, prompt_embeds, negative_prompt_embeds: what shall be there and what not; B of each.
-            mask_image: (B or 1, h, w) on the latents' grid, 0 = keep, 1 = change; PIL, array, tensor or list.
-            image_latents: from ``invert``: (B, T, C, h, w), noisiest first, or (B * T, C, h, w).
-            inpaint_strength, num_inference_steps: as given to ``invert``.
-            guidance_scale: classifier-free guidance; off at 1 and below.
-            num_images_per_prompt: results for each prompt (they differ only with ``eta`` > 0).
-            eta: DDIM's eta in [0, 1]; other schedulers ignore it.
-            generator: int seed or generator(s) of the noise that ``eta`` > 0 adds.
-            latents: ignored, as in the reference; the edit starts from ``image_latents``.
-            output_type: "pil", "np" or "latent".
-            return_dict: False gives the tuple (images, nsfw_content_detected).
-            callback, callback_steps, cross_attention_kwargs: as for ``invert``.
-            clip_skip: take the prompt's embeddings this many layers before the text encoder's last.
+            prompt: what the picture shall show, str or list of B str.
+            mask_image: where it may change, on the latents' grid: (h, w), (B, h, w) or (B, 1, h, w) in [0, 1], as
+                array, tensor or PIL picture (white changes), or a list of one of these. From 0.5 on a value counts
+                as 1. One mask serves all B.
+            image_latents: from ``invert``: (B, T, C, h, w), noisiest first, or (B * T, C, h, w) with the steps of one
+                picture in a row.
+            inpaint_strength: as given to ``invert``.
+            num_inference_steps: as given to ``invert``.
+            guidance_scale: how strongly to follow the prompt, at least 0; 1 or less is without guidance.
+            negative_prompt: what to move away from, of ``prompt``'s type, usually the source prompt; None is the
+                empty text.
+            num_images_per_prompt: results for each prompt, at least 1. They differ only with ``eta`` above 0.
+            eta: noise added in each DDIM step, in [0, 1]: 0 none, 1 as much as DDPM. DPM-Solver++ ignores it.
+            generator: of that noise, as for ``generate_mask``; a list has B * num_images_per_prompt entries.
+            latents: accepted and not used, as in the reference: the edit starts from ``image_latents``.
+            prompt_embeds: embeddings (B, L, D) instead of ``prompt``.
+            negative_prompt_embeds: embeddings (B, L, D) instead of ``negative_prompt``.
+            output_type: "pil", "np" for an array (B, H, W, 3) in [0, 1], or "latent" for a tensor (B, C, h, w).
+            return_dict: False returns the tuple (images, nsfw_content_detected).
+            callback: called as ``callback(step, timestep, latents)``.
+            callback_steps: every how many steps, at least 1.
+            cross_attention_kwargs: as for ``generate_mask``.
+            clip_skip: leave out this many of the text encoder's last layers; for the prompt only, as in the
+                reference.
             clean_latents: (B, C, h, w), ``invert``'s of that name: each step's background is then taken at the noise
-                level that the step arrives at, and the last is these; None: one level late, as in the reference (C3).
+                level that the step arrives at, and the last is these; None is one level late, as in the reference (C3).
             soft_mask: whether values between 0 and 1 blend; otherwise they are rounded, as in the reference.
-            callback_on_step_end, callback_on_step_end_tensor_inputs: as for ``invert``.
+            callback_on_step_end: as for ``invert``.
+            callback_on_step_end_tensor_inputs: as for ``invert``.
 
         Returns:
-            StableDiffusionPipelineOutput: B * num_images_per_prompt pictures.
+            StableDiffusionPipelineOutput: ``images``, B * num_images_per_prompt of them, and
+                ``nsfw_content_detected``, a list of bool from the safety checker or None without one. A flagged
+                picture comes back black.
 
         Raises:
-            ValueError, TypeError: for input that does not fit, before any model runs.
-            options.NumericalError: for NaN or inf, naming stage and step.
+            ValueError: for a value that does not fit, before any model runs.
+            TypeError: for a wrong type, before any model runs.
+            NumericalError: for NaN or inf, naming stage and step.
         """
         # 1. Check inputs
         options.check_guidance_scale(guidance_scale)
@@ -827,7 +899,14 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
         return array[None] if array.ndim == 3 else array
 
     def run_safety_checker(self, images: np.ndarray):
-        """Pictures (B, 3, H, W) in [-1, 1] with flagged ones zeroed, and the flags; (pictures, None) without a checker."""
+        """Blackens the pictures that the safety checker flags.
+
+        Args:
+            images: float array (B, 3, H, W) in [-1, 1].
+
+        Returns:
+            The pictures with flagged ones zeroed, and a list of B bool; (images, None) without a checker.
+        """
         if self.safety_checker is None:
             return images, None
         import mindspore as ms

@@ -139,19 +139,27 @@ class Preparation(PipelineComponents):
     ):
         """Text to prompt embeddings, as the reference's method of that name.
 
+        What is longer than the text encoder reads is cut off, with a warning that says which words.
+
         Args:
-            prompt: str or list of B str; or None with ``prompt_embeds`` (B, L, D).
-            device: ignored; MindSpore places tensors on its device target.
-            num_images_per_prompt: each embedding is repeated this often, one after the other.
+            prompt: str or list of B str; or None with ``prompt_embeds``.
+            device: not used; MindSpore places tensors on its device target.
+            num_images_per_prompt: each embedding is repeated this often, one after the other; at least 1.
             do_classifier_free_guidance: whether to give negatives too.
-            negative_prompt: str or list of B str; None means the empty text.
-            negative_prompt_embeds: (B, L, D), instead of ``negative_prompt``.
+            negative_prompt: str or list of B str; None is the empty text.
+            prompt_embeds: embeddings (B, L, D) instead of ``prompt``.
+            negative_prompt_embeds: embeddings (B, L, D) instead of ``negative_prompt``.
             lora_scale: accepted, not used (no LoRA layers are loaded here).
-            clip_skip: take the hidden state this many layers before the last; of the prompt only, like the reference.
+            clip_skip: take the hidden state this many layers before the last; of the prompt only, as in the
+                reference.
 
         Returns:
             Prompt and negative embeddings, tensors (B * num_images_per_prompt, L, D) in the text encoder's dtype;
             the second is None (or what was given) without guidance.
+
+        Raises:
+            ValueError: for a value that does not fit.
+            TypeError: for a wrong type.
         """
         options.check_positive_int("num_images_per_prompt", num_images_per_prompt)
         if clip_skip is not None:
@@ -241,13 +249,31 @@ class Preparation(PipelineComponents):
         return batch
 
     def get_timesteps(self, num_inference_steps: int, strength: float, device=None):
-        """The scheduler's timesteps (NumPy, noisiest first) that a strength leaves, and their number of steps."""
+        """The scheduler's timesteps that a strength leaves.
+
+        Args:
+            num_inference_steps: steps of the whole schedule, already set on the scheduler.
+            strength: share of them that runs, in [0, 1].
+            device: not used.
+
+        Returns:
+            Timesteps as NumPy array, noisiest first, and their number of steps.
+        """
         kept = min(int(num_inference_steps * strength), num_inference_steps)
         start = max(num_inference_steps - kept, 0)
         return self.scheduler.timesteps.asnumpy()[start * self.scheduler.order :], num_inference_steps - start
 
     def get_inverse_timesteps(self, num_inference_steps: int, strength: float, device=None):
-        """The inverse scheduler's timesteps (NumPy, cleanest first) that a strength leaves, and their number."""
+        """The inverse scheduler's timesteps that a strength leaves.
+
+        Args:
+            num_inference_steps: steps of the whole schedule, already set on the inverse scheduler.
+            strength: share of them that runs, in [0, 1].
+            device: not used.
+
+        Returns:
+            Timesteps as NumPy array, cleanest first, and their number of steps.
+        """
         kept = min(int(num_inference_steps * strength), num_inference_steps)
         start = max(num_inference_steps - kept, 0)
         timesteps = self._ready_inverse_scheduler().timesteps.asnumpy()

@@ -1,9 +1,11 @@
 """mindone's schedulers with the PyTorch reference's exact noise tables, and their plans for the compiled step.
 
-The four classes keep mindone's configuration, saving and loading, ``set_timesteps`` and eager ``step``; only the
-tables that mindone computes in float64 are replaced by the float32 ones of ``schedules``. A *plan* gives every
-coefficient of a run in advance, so that the compiled step is pure. Schedulers without a plan (other classes, or
-options that the compiled formulas do not cover) run with their own ``step``.
+The four classes keep mindone's configuration (diffusers' options, ``from_config``, ``config``), saving and loading,
+``set_timesteps`` and eager ``step``; only the tables that mindone computes in float64 are replaced by the float32 ones
+of ``schedules``, which equal diffusers' to the last bit. A *plan* gives every coefficient of a run in advance, so that
+the compiled step is pure and runs with the UNet. Schedulers without a plan (other classes of mindone, or options that
+the compiled formulas do not cover: thresholding, SDE variants, third order) run with their own ``step``; the UNet stays
+compiled. ``invert`` needs a scheduler that has an inverse.
 """
 
 from __future__ import annotations
@@ -135,7 +137,12 @@ class DDIMScheduler(_DDIMTables, _DDIM):
     """DDIM (arXiv 2010.02502); options and methods of diffusers' class of that name."""
 
     def plan(self, timesteps: np.ndarray, eta: float = 0.0) -> Optional[schedules.StepPlan]:
-        """Coefficients for denoising along ``timesteps``; None where only ``step`` covers the options."""
+        """Coefficients for denoising along ``timesteps``; None where only ``step`` covers the options.
+
+        Args:
+            timesteps: those of the run, noisiest first.
+            eta: DDIM's eta, in [0, 1].
+        """
         jump = self.config.num_train_timesteps // self.num_inference_steps
         return self._plan(
             [schedules.ddim_row(self.exact_alphas_cumprod[t], self._alpha(t - jump), eta) for t in timesteps],
@@ -254,6 +261,9 @@ INVERSES = {
 
 def inverse_of(scheduler):
     """The matching inverse scheduler with the same configuration.
+
+    Args:
+        scheduler: a DDIMScheduler or DPMSolverMultistepScheduler.
 
     Raises:
         ValueError: when the scheduler has no inverse here.

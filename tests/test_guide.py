@@ -1,45 +1,130 @@
-"""The documentation is true: the guide's code runs, signatures are the real ones, command lines parse."""
+"""The documentation is true: the pages' code runs, the guide's does what it says, command lines parse.
+
+The site and the API page are tested in ``test_docs.py``.
+"""
 
 import ast
 import contextlib
 import functools
 import http.server
-import inspect
+import json
 import re
 import shlex
 import threading
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Callable, Dict, Tuple
 
 import numpy as np
 import PIL.Image
 import pytest
+from scipy import ndimage
 
 from mindiffedit import demo
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *sorted(DOCS.glob("*.ipynb"))]
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def text_of(page):
+    """A page's Markdown; a notebook's cells as such."""
+    text = page.read_text(encoding="utf-8")
+    if page.suffix != ".ipynb":
+        return text
+    cells = [("".join(cell["source"]), cell["cell_type"]) for cell in json.loads(text)["cells"]]
+    return "\n\n".join(source if kind == "markdown" else f"```py\n{source}\n```" for source, kind in cells)
 
 
 def blocks(page, *languages):
     """The code blocks of a page in the given languages, in order."""
-    found = FENCE.findall(page.read_text(encoding="utf-8"))
-    return [code for language, code in found if language in languages]
+    return [code for language, code in FENCE.findall(text_of(page)) if language in languages]
 
 
-# --- the guide, executed ---------------------------------------------------------------------------
+# --- pages, executed -------------------------------------------------------------------------------
 
-GUIDE = blocks(ROOT / "docs" / "guide.md", "py", "python")
 
-# Everything that is changed before the guide's code is run, and how often it occurs in it.
-MODEL = '"stabilityai/stable-diffusion-2-1"'  # the demo checkpoint's folder
-# a local server
+@dataclass
+class Program:
+    """How the Python blocks of one page are run: as one program, from top to bottom."""
+
+    changes: Dict[str, Tuple[int, Callable]] = field(default_factory=dict)
+    """Text in the blocks -> how often it is there, and a function of ``Stands`` giving what is put in its place."""
+    given: Callable = lambda stands: {}
+    """Function of ``Stands`` giving the names that are there before the first block."""
+    check: Callable = lambda ran: None
+    """Asserts about what has been run, see ``run_program``."""
+
+
+@dataclass
+class Stands:
+    """What stands in for models and pictures that would be downloaded."""
+
+    picture_url: str
+    """The demo's sample picture on this machine's own loopback address."""
+    fixture: Callable
+    """A fixture's value by its name: ``fixture("sd1_folder")`` is a tiny random checkpoint."""
+    folder: Path
+    """The program's current folder, empty at first."""
+
+    @property
+    def demo_folder(self):
+        return demo.checkpoint_folder()
+
+
+# The guide's texts that are not there in the tests, and the demo checkpoint's size and scenes.
+MODEL = '"stabilityai/stable-diffusion-2-1"'
 PICTURE = '"https://github.com/Xiang-cd/DiffEdit-stable-diffusion/raw/main/assets/origin.png"'
-SIZE = "768"  # the demo checkpoint's size
-SOURCE, TARGET = '"a bowl of fruits"', '"a basket of pears"'  # scenes that the demo checkpoint has seen
-OCCURRENCES = {MODEL: 1, PICTURE: 1, SIZE: 6, SOURCE: 1, TARGET: 1}
+SIZE = "768"
+SOURCE, TARGET = '"a bowl of fruits"', '"a basket of pears"'
 DEMO_SIZE = 128
+
+
+def check_notebook(ran):
+    side = DEMO_SIZE // ran.pipeline.vae_scale_factor
+    assert ran.mask.shape == (1, side, side) and 0.01 < ran.mask.mean() < 0.6
+    assert ran.latents.shape == (1, 18, 4, side, side)  # 20 steps at a strength of 0.9
+    before, result = (np.asarray(one, float) for one in (ran.picture, ran.result))
+    factor = ran.pipeline.vae_scale_factor
+    inside = np.kron(ran.mask[0], np.ones((factor, factor))) > 0.5
+    change = ((before - result) ** 2).mean(-1)
+    assert change[inside].mean() > 10 * change[~inside].mean()
+    assert ran.displayed[1].size == (2 * DEMO_SIZE, DEMO_SIZE)
+    # One call: what is said of it there.
+    after = np.asarray(ran.edited.images[0], float)
+    mask = np.kron(ran.edited.mask_image[0], np.ones((factor, factor))) > 0.5
+    far = ndimage.distance_transform_edt(~mask) > 2 * factor
+    assert far.mean() > 0.2 and np.array_equal(before[far], after[far]) and not np.array_equal(before, after)
+    assert ran.displayed[4].size == (4 * DEMO_SIZE, DEMO_SIZE)
+    assert ran.displayed[5] is ran.edited.report and "mask_coverage" in repr(ran.displayed[5])
+
+
+def check_api(ran):
+    array = np.arange(6)
+    assert ran.pipeline.observer("mask", array, None) is array
+
+
+def check_devices(ran):
+    assert isinstance(ran.missing_kernels(), list)
+
+
+PROGRAMS = {
+    "guide.md": Program(
+        changes={
+            MODEL: (1, lambda stands: repr(str(stands.demo_folder))),
+            PICTURE: (1, lambda stands: repr(stands.picture_url)),
+            SIZE: (6, lambda stands: str(DEMO_SIZE)),
+            SOURCE: (1, lambda stands: repr(demo.SAMPLE_PROMPTS["source"])),
+            TARGET: (1, lambda stands: repr(demo.SAMPLE_PROMPTS["target"])),
+        }
+    ),
+    "notebook.ipynb": Program(check=check_notebook),
+    "api.md": Program(given=lambda stands: {"pipeline": SimpleNamespace()}, check=check_api),
+    "devices.md": Program(check=check_devices),
+}
+NOT_RUN = {"README.md": "the guide's program in fewer lines"}
 
 
 @contextlib.contextmanager
@@ -61,43 +146,92 @@ def served(file):
             thread.join()
 
 
-def run_block(code, names):
+def run_block(code, names, name):
     """Execute a block as a notebook does; returns the value of the last line where it is an expression."""
     tree = ast.parse(code)
     last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
-    exec(compile(tree, "docs/guide.md", "exec"), names)
-    return None if last is None else eval(compile(ast.Expression(last.value), "docs/guide.md", "eval"), names)
+    exec(compile(tree, name, "exec"), names)
+    return None if last is None else eval(compile(ast.Expression(last.value), name, "eval"), names)
 
 
-@pytest.fixture(scope="module")
-def guide():
-    """The guide has been run: the names it made, what each block displayed, and the mask as an array."""
+def run_program(program, codes, stands, name):
+    """A namespace of the names that a page's blocks leave.
+
+    With ``displayed``, what each block's last line shows; and ``first_mask``, the ``mask_image`` as first made.
+    """
+    joined = "".join(codes)
+    found = {text: joined.count(text) for text in program.changes}
+    assert found == {text: count for text, (count, _) in program.changes.items()}
     unseeded = np.random.default_rng
-    with served(demo.sample_picture()) as url, pytest.MonkeyPatch.context() as patch:
-        # The guide gives no generator: fresh entropy would make this test another one each time.
+    with pytest.MonkeyPatch.context() as patch:
+        # Pages give few generators: fresh entropy would make this test another one each time.
         patch.setattr(np.random, "default_rng", lambda seed=0: unseeded(seed))
         patch.setenv("no_proxy", "127.0.0.1")
         patch.setenv("HF_HUB_OFFLINE", "1")
-        changes = {
-            MODEL: repr(str(demo.checkpoint_folder())),
-            PICTURE: repr(url),
-            SIZE: str(DEMO_SIZE),
-            SOURCE: repr(demo.SAMPLE_PROMPTS["source"]),
-            TARGET: repr(demo.SAMPLE_PROMPTS["target"]),
-        }
-        names, shown, mask = {"__name__": "guide"}, [], None
-        for code in GUIDE:
-            for old, new in changes.items():
-                code = code.replace(old, new)
-            shown.append(run_block(code, names))
+        patch.chdir(stands.folder)
+        names, displayed, mask = {"__name__": name, **program.given(stands)}, [], None
+        for code in codes:
+            for old, (_, new) in program.changes.items():
+                code = code.replace(old, new(stands))
+            displayed.append(run_block(code, names, name))
             if mask is None and "mask_image" in names:
                 mask = names["mask_image"].copy()
-    return SimpleNamespace(**names, shown=shown, mask=mask)
+    return SimpleNamespace(**names, displayed=displayed, first_mask=mask)
 
 
-def test_the_substitutions_are_those_listed():
-    code = "".join(GUIDE)
-    assert {text: code.count(text) for text in OCCURRENCES} == OCCURRENCES
+@pytest.fixture(scope="module")
+def run(request, tmp_path_factory):
+    """A function that runs a page by its name, once."""
+
+    @functools.lru_cache(maxsize=None)
+    def run(name):
+        codes = blocks(DOCS / name, "py", "python")
+        with served(demo.sample_picture()) as url:
+            stands = Stands(url, request.getfixturevalue, tmp_path_factory.mktemp("page"))
+            return run_program(PROGRAMS[name], codes, stands, name)
+
+    return run
+
+
+@pytest.mark.parametrize("name", sorted(PROGRAMS))
+def test_pages_run_from_top_to_bottom(name, run):
+    PROGRAMS[name].check(run(name))
+
+
+def test_every_page_with_code_is_run():
+    assert {page.name for page in PAGES if blocks(page, "py", "python")} == {*PROGRAMS, *NOT_RUN}
+
+
+def test_a_page_that_does_not_run_is_seen(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("```py\nx = 1\n```\n\ntext\n\n```python\nfrom mindiffedit import nothing\n```\n")
+    codes, stands = blocks(page, "py", "python"), Stands("", None, tmp_path)
+    with pytest.raises(ImportError):
+        run_program(Program(), codes, stands, "page.md")
+    assert run_program(Program(), codes[:1] + ["x + 1"], stands, "page.md").displayed == [None, 2]
+    with pytest.raises(AssertionError):  # a text that is to be replaced is not there
+        run_program(Program({"y = 1": (1, str)}), codes[:1], stands, "page.md")
+
+
+def test_the_notebook_is_one_without_traces_of_a_machine():
+    text = (DOCS / "notebook.ipynb").read_text(encoding="utf-8")
+    notebook = json.loads(text)
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
+    ids = [cell["id"] for cell in notebook["cells"]]
+    assert len(ids) == len(set(ids)) > 5
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code)
+    assert not re.search(r"/(home|root|tmp|work|Users)\b", text)
+
+
+# --- the guide -------------------------------------------------------------------------------------
+
+GUIDE = blocks(DOCS / "guide.md", "py", "python")
+
+
+@pytest.fixture
+def guide(run):
+    return run("guide.md")
 
 
 def test_the_guide_has_the_reference_guides_code():
@@ -124,10 +258,10 @@ def test_the_guide_has_the_reference_guides_code():
 
 def test_the_guides_mask_is_a_mask(guide):
     side = DEMO_SIZE // guide.pipeline.vae_scale_factor
-    assert guide.mask.shape == (1, side, side)
-    assert set(np.unique(guide.mask)) == {0, 1}, "neither empty nor full"
-    assert 0.01 < guide.mask.mean() < 0.6
-    displayed = guide.shown[4]
+    assert guide.first_mask.shape == (1, side, side)
+    assert set(np.unique(guide.first_mask)) == {0, 1}, "neither empty nor full"
+    assert 0.01 < guide.first_mask.mean() < 0.6
+    displayed = guide.displayed[4]
     assert displayed.mode == "L" and displayed.size == (DEMO_SIZE, DEMO_SIZE)
 
 
@@ -149,10 +283,10 @@ def test_the_guides_edit_changes_the_inside_of_the_mask(guide):
     size = (DEMO_SIZE, DEMO_SIZE)
     assert isinstance(guide.output_image, PIL.Image.Image)
     assert guide.output_image.mode == "RGB" and guide.output_image.size == guide.raw_image.size == size
-    assert guide.shown[-1].size == (3 * DEMO_SIZE, DEMO_SIZE)
+    assert guide.displayed[-1].size == (3 * DEMO_SIZE, DEMO_SIZE)
     before, after = (np.asarray(p, np.float64) for p in (guide.raw_image, guide.output_image))
     factor = guide.pipeline.vae_scale_factor
-    inside = np.kron(guide.mask[0], np.ones((factor, factor))) > 0.5
+    inside = np.kron(guide.first_mask[0], np.ones((factor, factor))) > 0.5
     # The decoder mixes neighbouring latents, so the outside is judged from two latents away.
     reach = 2 * factor
     near = np.zeros_like(inside)
@@ -209,58 +343,6 @@ def test_there_are_command_lines_to_check():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_to_files_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+    for target in re.findall(r"\]\(([^)\s]+)\)", text_of(page)):
         if not target.startswith(("http://", "https://", "#")):
             assert (page.parent / target.partition("#")[0]).exists(), f"{page.name} links to {target}"
-
-
-# --- the API page ----------------------------------------------------------------------------------
-
-API = ROOT / "docs" / "api.md"
-DOCUMENTED = (
-    "generate_mask", "invert", "__call__", "encode_prompt", "from_pretrained", "save_pretrained", "__init__",
-)
-
-
-def documented_signatures():
-    """{name: [(parameter, default)]} from the page's ``def`` lines."""
-    found = {}
-    for code in blocks(API, "py", "python"):
-        for node in ast.walk(ast.parse(code)):
-            if isinstance(node, ast.FunctionDef):
-                arguments = node.args
-                positional = arguments.posonlyargs + arguments.args
-                defaults = [None] * (len(positional) - len(arguments.defaults)) + arguments.defaults
-                pairs = [*zip(positional, defaults), *zip(arguments.kwonlyargs, arguments.kw_defaults)]
-                found[node.name] = [
-                    (a.arg, inspect.Parameter.empty if d is None else ast.literal_eval(d)) for a, d in pairs
-                ]
-    return found
-
-
-@pytest.mark.parametrize("name", DOCUMENTED)
-def test_documented_signatures_are_the_real_ones(name):
-    from mindiffedit import StableDiffusionDiffEditPipeline
-
-    real = [
-        (parameter.name, parameter.default)
-        for parameter in inspect.signature(getattr(StableDiffusionDiffEditPipeline, name)).parameters.values()
-        if parameter.kind is not inspect.Parameter.VAR_KEYWORD and parameter.name != "self"
-    ]
-    assert [pair for pair in documented_signatures()[name] if pair[0] not in ("self", "cls")] == real
-
-
-@pytest.mark.parametrize("name", ["generate_mask", "invert", "__call__"])
-def test_every_parameter_is_explained(name):
-    text = API.read_text(encoding="utf-8")
-    for parameter, _ in documented_signatures()[name]:
-        if parameter != "self":
-            assert f"`{parameter}`" in text, f"{name}: {parameter}"
-
-
-def test_every_public_name_is_on_the_api_page():
-    import mindiffedit
-
-    text = API.read_text(encoding="utf-8")
-    missing = [name for name in mindiffedit.__all__ if name not in text and not name.startswith("__")]
-    assert not missing
