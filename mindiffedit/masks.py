@@ -68,19 +68,18 @@ class MaskOptions:
 
     Checked on construction: a wrong type is a TypeError, a wrong value a ValueError.
 
-    Parameters
-    ----------
-    smoothing : sigma in latents, 0 to 100, of a Gaussian over the clamped map; 0: none. The grid goes on at its
-        edges with the values there.
-    threshold : in (0, 1); a latent belongs to the mask where the map is above this share of the clamp. The
-        paper's and the reference's is 0.5.
-    fill_holes : holes that the mask encloses become part of it. What reaches the edge of the grid is no hole.
-    smallest_region : connected regions of fewer latents are dropped; latents that touch at a corner are connected.
-        0 or 1: all are kept.
-    erosion : latents taken off the mask's border, then
-    dilation : latents added around it. Both footprints are discs: a latent within this distance, from middle to
-        middle. The edge of the grid is no border of the mask.
-    soft : continuous values in place of 0 and 1; `mask_of` has the formula.
+    Args:
+        smoothing: sigma in latents, 0 to 100, of a Gaussian over the clamped map; 0: none. The grid goes on at its
+            edges with the values there.
+        threshold: in (0, 1); a latent belongs to the mask where the map is above this share of the clamp. The
+            paper's and the reference's is 0.5.
+        fill_holes: holes that the mask encloses become part of it. What reaches the edge of the grid is no hole.
+        smallest_region: connected regions of fewer latents are dropped; latents that touch at a corner are connected.
+            0 or 1: all are kept.
+        erosion: latents taken off the mask's border, then
+        dilation: latents added around it. Both footprints are discs: a latent within this distance, from middle to
+            middle. The edge of the grid is no border of the mask.
+        soft: continuous values in place of 0 and 1; `mask_of` has the formula.
     """
 
     threshold: float = 0.5
@@ -120,23 +119,19 @@ def checked_options(options) -> MaskOptions:
 def clamp_of(maps, ratio: float = 3.0, per_image: bool = False) -> np.ndarray:
     """The magnitude that maps are clamped to: `ratio` times their mean.
 
-    Parameters
-    ----------
-    maps : (B, h, w), at least 0.
-    ratio : above 0.
-    per_image : False: the mean of the whole batch, as the reference takes it (D4). True: each map's own, so that
-        no mask depends on its batch-mates.
+    Args:
+        maps: (B, h, w), at least 0.
+        ratio: above 0.
+        per_image: False: the mean of the whole batch, as the reference takes it (D4). True: each map's own, so that
+            no mask depends on its batch-mates.
 
-    Returns
-    -------
-    float32, of shape () or, per image, (B, 1, 1). The mean is taken in float64, the product in float32.
+    Returns:
+        float32, of shape () or, per image, (B, 1, 1). The mean is taken in float64, the product in float32.
 
-    Raises
-    ------
-    options.NumericalError
-        The mean, or that of one image, is 0: there is no difference to make a mask of.
-    ValueError, TypeError
-        `maps` or `ratio` is not as above.
+    Raises:
+        options.NumericalError: The mean, or that of one image, is 0: there is no difference to make a mask
+            of.
+        ValueError, TypeError: `maps` or `ratio` is not as above.
     """
     maps, ratio = _maps(maps), np.float32(check_ratio(ratio, "ratio"))
     groups = maps if check_switch(per_image, "per_image") else [maps]
@@ -171,24 +166,21 @@ def mask_of(
     with r = 1 + ceil(smoothing). So the value is 1 deeper than r latents in H, 0 further than r outside, above 1/2 in
     H and at most 1/2 elsewhere, and never falls where the map rises under the same clamp.
 
-    Parameters
-    ----------
-    maps : (B, h, w), finite and at least 0; computed with as float32.
-    ratio, per_image : as for `clamp_of`.
-    options : see `MaskOptions`.
-    clamp : magnitudes above 0 of shape (), (B,) or (B, 1, 1), as `clamp_of` gives them; `ratio` and `per_image` are
-        then not used. None: computed.
+    Args:
+        maps: (B, h, w), finite and at least 0; computed with as float32.
+        ratio: as for `clamp_of`.
+        per_image: as `ratio`.
+        options: see `MaskOptions`.
+        clamp: magnitudes above 0 of shape (), (B,) or (B, 1, 1), as `clamp_of` gives them; `ratio` and `per_image` are
+            then not used. None: computed.
 
-    Returns
-    -------
-    int64 (B, h, w) of 0 and 1; float32 in [0, 1] with `options.soft`.
+    Returns:
+        int64 (B, h, w) of 0 and 1; float32 in [0, 1] with `options.soft`.
 
-    Raises
-    ------
-    options.NumericalError
-        The maps are 0 everywhere (per image: one of them is), or hold NaN or infinity.
-    ValueError, TypeError
-        An argument is not as above.
+    Raises:
+        options.NumericalError: The maps are 0 everywhere (per image: one of them is), or hold NaN or
+            infinity.
+        ValueError, TypeError: An argument is not as above.
     """
     if not isinstance(options, MaskOptions):
         raise TypeError(f"`options` has to be a MaskOptions, but is {type(options).__name__}.")
@@ -280,36 +272,30 @@ def mask_coverage(mask) -> List[float]:
 def user_mask(mask, size: Tuple[int, int], batch: int = 1, name: str = "mask") -> np.ndarray:
     """A mask drawn by the user, of any size and kind, on the latents' grid.
 
-    Parameters
-    ----------
-    mask : white means "change here":
+    Args:
+        mask: white means "change here":
 
-        - PIL picture of any mode, by its luminance; what is transparent is black; mode F is in [0, 1];
-        - array, tensor or nested list of numbers, (H, W), (B, H, W) or (B, 1, H, W), bool, float or integer in
-          [0, 1]; bytes, in pictures too, are 0..255 as soon as one is above 1, and 0 and 1 otherwise;
-        - list of pictures, arrays or tensors of one size.
-    size : (h, w) of the latents.
-    batch : number of pictures, B; one mask serves all.
-    name : what messages call the mask.
+            - PIL picture of any mode, by its luminance; what is transparent is black; mode F is in [0, 1];
+            - array, tensor or nested list of numbers, (H, W), (B, H, W) or (B, 1, H, W), bool, float or integer in
+              [0, 1]; bytes, in pictures too, are 0..255 as soon as one is above 1, and 0 and 1 otherwise;
+            - list of pictures, arrays or tensors of one size.
+        size: (h, w) of the latents.
+        batch: number of pictures, B; one mask serves all.
+        name: what messages call the mask.
 
-    Returns
-    -------
-    float32 (1 or B, h, w) in [0, 1]. Each pixel belongs to the latent that its middle is in, and a latent has the
-    largest value of its pixels, so nothing thin is lost. A mask smaller than the grid is enlarged to the nearest.
-    Continuous values are kept. A mask that `enlarged` made comes back as it was.
+    Returns:
+        float32 (1 or B, h, w) in [0, 1]. Each pixel belongs to the latent that its middle is in, and a latent has the
+        largest value of its pixels, so nothing thin is lost. A mask smaller than the grid is enlarged to the nearest.
+        Continuous values are kept. A mask that `enlarged` made comes back as it was.
 
-    Raises
-    ------
-    ValueError
-        Values outside [0, 1] or NaN, more than one channel, another count than 1 or `batch`, sizes that differ,
-        nothing in it.
-    TypeError
-        Another type.
+    Raises:
+        ValueError: Values outside [0, 1] or NaN, more than one channel, another count than 1 or `batch`,
+            sizes that differ, nothing in it.
+        TypeError: Another type.
 
-    Warns
-    -----
-    UserWarning
-        The mask's proportions are not the grid's: it is stretched, and likely belongs to another picture.
+    Warns:
+        UserWarning: The mask's proportions are not the grid's: it is stretched, and likely belongs to another
+            picture.
     """
     height, width = _checked_size(size)
     values = mask_values(_user_values(mask, name), check_positive_int("batch", batch), name)[:, 0]
@@ -363,20 +349,17 @@ def _drawn(picture: PIL.Image.Image) -> np.ndarray:
 def combine(automatic, own, how: str) -> np.ndarray:
     """One mask of the automatic one, a, and the user's own, b.
 
-    Parameters
-    ----------
-    automatic, own : (h, w), (B, h, w) or (B, 1, h, w) in [0, 1], on the same grid; a single one serves all of the
-        other. `automatic` may be None where it is replaced.
-    how : "replace": b; "union": max(a, b); "subtract": min(a, 1 - b); "intersection": min(a, b).
+    Args:
+        automatic: (h, w), (B, h, w) or (B, 1, h, w) in [0, 1], on the same grid; a single one serves all of the
+            other. `automatic` may be None where it is replaced.
+        own: as `automatic`.
+        how: "replace": b; "union": max(a, b); "subtract": min(a, 1 - b); "intersection": min(a, b).
 
-    Returns
-    -------
-    float32 (B, h, w), of 0 and 1 where both are.
+    Returns:
+        float32 (B, h, w), of 0 and 1 where both are.
 
-    Raises
-    ------
-    ValueError
-        An unknown `how`, grids or numbers of masks that differ, values outside [0, 1].
+    Raises:
+        ValueError: An unknown `how`, grids or numbers of masks that differ, values outside [0, 1].
     """
     check_output_type(how, COMBINATIONS, "how")
     own = _grids(own, "own")
@@ -450,12 +433,11 @@ def feathered(mask, size: Tuple[int, int], radius: float) -> np.ndarray:
     1 on all pixels of the mask, (1 + cos(pi d / radius)) / 2 at a distance of d pixels from the nearest of them, and
     exactly 0 from `radius` on.
 
-    Parameters
-    ----------
-    mask : (h, w), (B, h, w) or (B, 1, h, w) in [0, 1]; a latent belongs to it where it is above 0: a soft value has
-        blended the latents while they were edited, and weighing the pixels too would do it twice.
-    size : (H, W) of the picture.
-    radius : pixels, 0 to 10000; 0 gives a hard border.
+    Args:
+        mask: (h, w), (B, h, w) or (B, 1, h, w) in [0, 1]; a latent belongs to it where it is above 0: a soft value has
+            blended the latents while they were edited, and weighing the pixels too would do it twice.
+        size: (H, W) of the picture.
+        radius: pixels, 0 to 10000; 0 gives a hard border.
     """
     radius = check_at_least_zero(radius, "radius", _LARGEST_RADIUS)
     inside = enlarged(mask, size) > 0
@@ -471,20 +453,17 @@ def feathered(mask, size: Tuple[int, int], radius: float) -> np.ndarray:
 def paste_back(original, edited, weights) -> np.ndarray:
     """The edited pictures where the weights are 1, the originals where they are 0, and a blend between.
 
-    Parameters
-    ----------
-    original, edited : (B, H, W, 3), both uint8 or both float.
-    weights : float (B or 1, H, W) in [0, 1], as `feathered` gives them.
+    Args:
+        original: (B, H, W, 3), both uint8 or both float.
+        edited: as `original`.
+        weights: float (B or 1, H, W) in [0, 1], as `feathered` gives them.
 
-    Returns
-    -------
-    (B, H, W, 3), a new array, float32 or uint8, bytes rounded to the nearest. Where a weight is 0 it is the original,
-    value by value.
+    Returns:
+        (B, H, W, 3), a new array, float32 or uint8, bytes rounded to the nearest. Where a weight is 0 it is the original,
+        value by value.
 
-    Raises
-    ------
-    ValueError, TypeError
-        Another dtype, shapes that do not fit, weights outside [0, 1] or NaN.
+    Raises:
+        ValueError, TypeError: Another dtype, shapes that do not fit, weights outside [0, 1] or NaN.
     """
     original, edited = to_numpy(original), to_numpy(edited)
     for name, pixels in (("original", original), ("edited", edited)):
@@ -525,17 +504,15 @@ def overlay(
 ) -> PIL.Image.Image:
     """A picture with its mask over it.
 
-    Parameters
-    ----------
-    picture : PIL picture of any mode.
-    mask : one mask of any kind and size that `user_mask` takes.
-    colour : (red, green, blue), each 0..255.
-    opacity : of the colour where the mask is 1, in [0, 1]; softer values show fainter.
-    outline : draw the border of the part that is at least 1/2 in the full colour.
+    Args:
+        picture: PIL picture of any mode.
+        mask: one mask of any kind and size that `user_mask` takes.
+        colour: (red, green, blue), each 0..255.
+        opacity: of the colour where the mask is 1, in [0, 1]; softer values show fainter.
+        outline: draw the border of the part that is at least 1/2 in the full colour.
 
-    Returns
-    -------
-    PIL picture in RGB, of the picture's size.
+    Returns:
+        PIL picture in RGB, of the picture's size.
     """
     if not isinstance(picture, PIL.Image.Image):
         raise TypeError(f"`picture` has to be a PIL picture, but is {type(picture).__name__}.")
@@ -564,16 +541,13 @@ def overlay(
 def sweep_values(text: str, name: str, check: Callable) -> list:
     """The values of an option to try one after the other, such as "0.3,0.5,0.7".
 
-    Parameters
-    ----------
-    text : 1 to 12 different numbers with commas between them; numbers without a point or exponent are ints.
-    name : of the option, for messages.
-    check : called as check(value, name) for each; raises for what the option can't be, returns what it is.
+    Args:
+        text: 1 to 12 different numbers with commas between them; numbers without a point or exponent are ints.
+        name: of the option, for messages.
+        check: called as check(value, name) for each; raises for what the option can't be, returns what it is.
 
-    Raises
-    ------
-    ValueError
-        An entry is missing, no number, there twice, or refused by `check`; there are too many.
+    Raises:
+        ValueError: An entry is missing, no number, there twice, or refused by `check`; there are too many.
     """
     if not isinstance(text, str) or not text.strip():
         raise ValueError(

@@ -85,10 +85,9 @@ def is_tensor(value) -> bool:
 def to_numpy(value) -> np.ndarray:
     """`value` as a NumPy array of the same shape; an array comes back as it is, not copied.
 
-    Parameters
-    ----------
-    value : NumPy array, MindSpore tensor, PyTorch tensor (of any device, with or without gradient), or what
-        `numpy.asarray` takes. bfloat16, which NumPy does not have, becomes float32.
+    Args:
+        value: NumPy array, MindSpore tensor, PyTorch tensor (of any device, with or without gradient), or what
+            `numpy.asarray` takes. bfloat16, which NumPy does not have, becomes float32.
     """
     if isinstance(value, np.ndarray):
         return value
@@ -110,21 +109,18 @@ def load_image(
 ) -> PIL.Image.Image:
     """Load one still picture, upright (EXIF orientation applied) and in RGB.
 
-    Parameters
-    ----------
-    image : path, http(s) URL or PIL picture.
-    convert_method : called with the upright picture in its own mode, in place of the conversion to RGB.
+    Args:
+        image: path, http(s) URL or PIL picture.
+        convert_method: called with the upright picture in its own mode, in place of the conversion to RGB.
 
-    Returns
-    -------
-    PIL picture, fully decoded. Transparency is dropped as `PIL.Image.convert("RGB")` drops it: the colours
-    stored under it show. 16-bit greyscale is scaled to 8 bits, not clipped.
+    Returns:
+        PIL picture, fully decoded. Transparency is dropped as `PIL.Image.convert("RGB")` drops it, so the colours
+        stored under it show. 16-bit greyscale is scaled to 8 bits, not clipped.
 
-    Raises
-    ------
-    ValueError
-        The picture is missing, empty, truncated, no picture, animated, zero-sized or above `MAX_PIXELS`, or
-        the URL does not answer, answers with an error, or sends more than `MAX_DOWNLOAD` bytes.
+    Raises:
+        ValueError: The picture is missing, empty, truncated, no picture, animated, zero-sized or above
+            `MAX_PIXELS`, or the URL does not answer, answers with an error, or sends more than `MAX_DOWNLOAD`
+            bytes.
     """
     if isinstance(image, PIL.Image.Image):
         picture = _upright(image, "the picture")
@@ -250,10 +246,9 @@ def to_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
     Palettes and every 8-bit mode go through `PIL.Image.convert`. Wide greyscale is brought to 8 bits: modes
     I;16* are 0..65535; mode I is taken as 0..255 where no value is larger, as 0..65535 otherwise.
 
-    Raises
-    ------
-    ValueError
-        Mode I with values outside 0..65535, mode F (its range is unknown), or a mode Pillow cannot convert.
+    Raises:
+        ValueError: Mode I with values outside 0..65535, mode F (its range is unknown), or a mode Pillow
+            cannot convert.
     """
     if picture.mode == "RGB":
         return picture
@@ -292,31 +287,26 @@ def _eight_bits(picture: PIL.Image.Image) -> PIL.Image.Image:
 def preprocess_image(image, scale_factor: int, latent_channels: int = 4) -> np.ndarray:
     """Bring pictures of any accepted kind to what the VAE takes.
 
-    Parameters
-    ----------
-    image : one of the following, or a list of them (all of one kind and, but for PIL, of one size):
+    Args:
+        image: one of the following, or a list of them (all of one kind and, but for PIL, of one size):
 
-        - PIL picture of any mode, made RGB;
-        - NumPy array (H, W, 3) or (B, H, W, 3), in [0, 1], or uint8 in 0..255;
-        - MindSpore or PyTorch tensor (3, H, W) or (B, 3, H, W), same ranges;
-        - latents, (B, latent_channels, h, w), as tensor or array, or (latent_channels, h, w) as tensor.
-    scale_factor : pixels per latent; height and width go down to its next multiple, by Lanczos for PIL (to
-        the first picture's size for all of a list), by nearest neighbour for arrays.
-    latent_channels : channels that tell latents from pictures.
+            - PIL picture of any mode, made RGB;
+            - NumPy array (H, W, 3) or (B, H, W, 3), in [0, 1], or uint8 in 0..255;
+            - MindSpore or PyTorch tensor (3, H, W) or (B, 3, H, W), same ranges;
+            - latents, (B, latent_channels, h, w), as tensor or array, or (latent_channels, h, w) as tensor.
+        scale_factor: pixels per latent; height and width go down to its next multiple, by Lanczos for PIL (to
+            the first picture's size for all of a list), by nearest neighbour for arrays.
+        latent_channels: channels that tell latents from pictures.
 
-    Returns
-    -------
-    float32 (B, 3, H, W) in [-1, 1], or the latents as float32, otherwise untouched. Data with a negative
-    value is taken to be in [-1, 1] already: a FutureWarning, and no normalisation. float16 and float64 are
-    normalised in their own precision, as the reference does; bfloat16 in float32, where the reference rounds.
+    Returns:
+        float32 (B, 3, H, W) in [-1, 1], or the latents as float32, otherwise untouched. Data with a negative
+        value is taken to be in [-1, 1] already: a FutureWarning, and no normalisation. float16 and float64 are
+        normalised in their own precision, as the reference does; bfloat16 in float32, where the reference rounds.
 
-    Raises
-    ------
-    ValueError
-        Another layout, sizes that differ in a list, a picture smaller than `scale_factor`, NaN or inf, or
-        values that are neither in [0, 1] nor in [-1, 1], nor uint8.
-    TypeError
-        Another type.
+    Raises:
+        ValueError: Another layout, sizes that differ in a list, a picture smaller than `scale_factor`, NaN or
+            inf, or values that are neither in [0, 1] nor in [-1, 1], nor uint8.
+        TypeError: Another type.
     """
     pictures = list(image) if isinstance(image, (list, tuple)) else [image]
     if len(pictures) == 0:
@@ -436,15 +426,13 @@ def postprocess_image(
 ):
     """What a decoder gives, as the user wants it.
 
-    Parameters
-    ----------
-    image : float (B, C, H, W).
-    output_type : 'pil', 'np', or 'latent' (given back untouched).
-    do_denormalize : for each picture whether it is brought from [-1, 1] to [0, 1] and clamped; None: all are.
+    Args:
+        image: float (B, C, H, W).
+        output_type: 'pil', 'np', or 'latent' (given back untouched).
+        do_denormalize: for each picture whether it is brought from [-1, 1] to [0, 1] and clamped; None: all are.
 
-    Returns
-    -------
-    'pil': list of B pictures (mode L where C is 1); 'np': float32 (B, H, W, C).
+    Returns:
+        'pil': list of B pictures (mode L where C is 1); 'np': float32 (B, H, W, C).
     """
     if output_type == "latent":
         return image
@@ -511,27 +499,22 @@ def _array_to_pil(images: np.ndarray) -> List[PIL.Image.Image]:
 def preprocess_mask(mask, batch_size: int = 1, soft: bool = False) -> np.ndarray:
     """Bring a mask of any accepted kind to zeros and ones; the caller's array is never written to.
 
-    Parameters
-    ----------
-    mask : in [0, 1], a value of 0.5 or more means "change here":
+    Args:
+        mask: in [0, 1], a value of 0.5 or more means "change here":
 
-        - PIL picture of any mode (its luminance / 255), or a list of them;
-        - array or tensor (h, w), (B, h, w) or (B, 1, h, w), float, bool or integer, or a list of arrays or
-          tensors, of which those with two dimensions are stacked and the others joined.
-    batch_size : number of pictures; a single mask is repeated for all.
-    soft : keep values between 0 and 1, which then blend.
+            - PIL picture of any mode (its luminance / 255), or a list of them;
+            - array or tensor (h, w), (B, h, w) or (B, 1, h, w), float, bool or integer, or a list of arrays or
+              tensors, of which those with two dimensions are stacked and the others joined.
+        batch_size: number of pictures; a single mask is repeated for all.
+        soft: keep values between 0 and 1, which then blend.
 
-    Returns
-    -------
-    float32 (batch_size, 1, h, w) of 0 and 1, or between them with `soft`.
+    Returns:
+        float32 (batch_size, 1, h, w) of 0 and 1, or between them with `soft`.
 
-    Raises
-    ------
-    ValueError
-        Values outside [0, 1] or NaN, more than one channel, another count than 1 or `batch_size`, sizes that
-        differ, nothing in it.
-    TypeError
-        Another type.
+    Raises:
+        ValueError: Values outside [0, 1] or NaN, more than one channel, another count than 1 or `batch_size`,
+            sizes that differ, nothing in it.
+        TypeError: Another type.
     """
     values = mask_values(mask, batch_size)
     values = (values if soft else values >= 0.5).astype(np.float32)
@@ -541,20 +524,16 @@ def preprocess_mask(mask, batch_size: int = 1, soft: bool = False) -> np.ndarray
 def mask_values(mask, batch_size: Optional[int] = None, name: str = "mask_image") -> np.ndarray:
     """The values of a mask of any kind that `preprocess_mask` takes, checked but not made 0 or 1.
 
-    Parameters
-    ----------
-    mask : as for `preprocess_mask`.
-    batch_size : number of pictures; None: any number of masks.
-    name : what messages call the mask.
+    Args:
+        mask: as for `preprocess_mask`.
+        batch_size: number of pictures; None: any number of masks.
+        name: what messages call the mask.
 
-    Returns
-    -------
-    (1 or batch_size, 1, h, w) in [0, 1], of the mask's own dtype; it may be the caller's memory.
+    Returns:
+        (1 or batch_size, 1, h, w) in [0, 1], of the mask's own dtype; it may be the caller's memory.
 
-    Raises
-    ------
-    ValueError, TypeError
-        As `preprocess_mask`.
+    Raises:
+        ValueError, TypeError: As `preprocess_mask`.
     """
     values = _joined_masks(mask, name)
     if values.size == 0:
@@ -657,15 +636,13 @@ def fit_picture(
 ) -> Tuple[PIL.Image.Image, Optional[str]]:
     """Resize a picture to a size the model can take.
 
-    Parameters
-    ----------
-    picture : PIL picture in RGB.
-    scale_factor : pixels per latent; both sides become multiples of it.
-    max_pixels : pictures of more pixels are scaled down to about that many, in their own proportions.
+    Args:
+        picture: PIL picture in RGB.
+        scale_factor: pixels per latent; both sides become multiples of it.
+        max_pixels: pictures of more pixels are scaled down to about that many, in their own proportions.
 
-    Returns
-    -------
-    (picture, notice): the notice says what was done, or is None where the size was right already.
+    Returns:
+        (picture, notice): the notice says what was done, or is None where the size was right already.
     """
     width, height = picture.size
     if max_pixels is not None and width * height > max_pixels:
@@ -694,20 +671,18 @@ def fit_mask(
 ) -> np.ndarray:
     """A mask drawn by the user, on the latent grid.
 
-    Parameters
-    ----------
-    mask : PIL picture; white means "change here".
-    picture_size, latent_size : (width, height) of the user's picture and of the latents.
-    scale_factor : pixels per latent.
+    Args:
+        mask: PIL picture; white means "change here".
+        picture_size: (width, height) of the user's picture and of the latents.
+        latent_size: as `picture_size`.
+        scale_factor: pixels per latent.
 
-    Returns
-    -------
-    float32 (1, 1, h, w) of 0 and 1: a latent changes where at least half of its area is marked.
+    Returns:
+        float32 (1, 1, h, w) of 0 and 1: a latent changes where at least half of its area is marked.
 
-    Raises
-    ------
-    ValueError
-        The mask is neither of the picture's size, nor of the size the model works at, nor of the latents'.
+    Raises:
+        ValueError: The mask is neither of the picture's size, nor of the size the model works at, nor of the
+            latents'.
     """
     working = (latent_size[0] * scale_factor, latent_size[1] * scale_factor)
     accepted = [tuple(picture_size), working, tuple(latent_size)]
@@ -725,9 +700,19 @@ def fit_mask(
 def make_image_grid(
     images: List[PIL.Image.Image], rows: int, cols: int, resize: Optional[int] = None
 ) -> PIL.Image.Image:
-    """One RGB picture of `rows` × `cols` pictures, row by row; `resize` makes each a square of that side.
+    """One RGB picture of `rows` × `cols` pictures, row by row.
 
-    Raises ValueError where the count does not fill the grid. Tiles have the size of the first picture.
+    Args:
+        images: rows * cols pictures; tiles have the size of the first.
+        rows: number of rows.
+        cols: number of columns.
+        resize: make each picture a square of this side first, in pixels.
+
+    Returns:
+        The picture.
+
+    Raises:
+        ValueError: The count does not fill the grid.
     """
     if len(images) != rows * cols or len(images) == 0:
         raise ValueError(f"{len(images)} pictures do not fill a grid of {rows} rows and {cols} columns.")
@@ -743,11 +728,10 @@ def make_image_grid(
 def labelled_grid(items: Sequence[Tuple[str, PIL.Image.Image]], smallest_side: int = 256) -> PIL.Image.Image:
     """Pictures side by side, each under its caption.
 
-    Parameters
-    ----------
-    items : (caption, picture) pairs; all tiles get the size of the first picture.
-    smallest_side : where that size has a side below this many pixels, tiles are enlarged by a whole factor,
-        so that captions can be read.
+    Args:
+        items: (caption, picture) pairs; all tiles get the size of the first picture.
+        smallest_side: where that size has a side below this many pixels, tiles are enlarged by a whole factor,
+            so that captions can be read.
     """
     if len(items) == 0:
         raise ValueError("there is no picture to put into the grid.")
@@ -780,26 +764,22 @@ def contact_sheet(
 ) -> PIL.Image.Image:
     """A table of pictures, such as the results over two options, with a label for each row and each column.
 
-    Parameters
-    ----------
-    rows : list of lists of PIL pictures, all of one length; every cell gets the size of the first picture.
-    row_labels, column_labels : texts at the left and on top.
-    corner : text over the row labels, such as what rows and columns are; None: nothing.
-    title : text over everything; None: nothing.
-    smallest_side : where the first picture has a side below this many pixels, cells are enlarged by a whole
-        factor.
+    Args:
+        rows: list of lists of PIL pictures, all of one length; every cell gets the size of the first picture.
+        row_labels: texts at the left and on top.
+        column_labels: as `row_labels`.
+        corner: text over the row labels, such as what rows and columns are; None: nothing.
+        title: text over everything; None: nothing.
+        smallest_side: where the first picture has a side below this many pixels, cells are enlarged by a whole
+            factor.
 
-    Returns
-    -------
-    PIL picture in RGB. Texts that do not fit in four lines are cut off.
+    Returns:
+        PIL picture in RGB. Texts that do not fit in four lines are cut off.
 
-    Raises
-    ------
-    ValueError
-        No picture, rows of different lengths, another number of labels than of rows or columns, more than
-        `MAX_PIXELS` pixels in all.
-    TypeError
-        A cell is no PIL picture.
+    Raises:
+        ValueError: No picture, rows of different lengths, another number of labels than of rows or columns,
+            more than `MAX_PIXELS` pixels in all.
+        TypeError: A cell is no PIL picture.
     """
     rows = [list(row) for row in rows]
     columns = len(rows[0]) if rows else 0
@@ -916,19 +896,16 @@ def _length(font, text: str) -> float:
 def check_output_path(path, extensions: Optional[Sequence[str]] = None) -> Path:
     """Check that a file can be written at `path`, before the long work that will fill it.
 
-    Parameters
-    ----------
-    path : str or path. Its folder has to exist.
-    extensions : accepted extensions, with the dot; None means those of pictures.
+    Args:
+        path: str or path. Its folder has to exist.
+        extensions: accepted extensions, with the dot; None means those of pictures.
 
-    Returns
-    -------
-    The path.
+    Returns:
+        The path.
 
-    Raises
-    ------
-    ValueError
-        The folder is missing or read-only, the path is a folder, or the extension is none of the accepted.
+    Raises:
+        ValueError: The folder is missing or read-only, the path is a folder, or the extension is none of the
+            accepted.
     """
     path = Path(path)
     accepted = tuple(PICTURE_FORMATS) if extensions is None else tuple(extensions)
