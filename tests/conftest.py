@@ -44,3 +44,19 @@ def sd2_folder(tmp_path_factory):
     from checkpoints import make_sd2
 
     return make_sd2(tmp_path_factory.mktemp("sd2") / "checkpoint")
+
+
+@pytest.fixture(scope="session")
+def t5_folder(tmp_path_factory):
+    """Folder of a tiny random Flan-T5-like checkpoint saved by transformers."""
+    from language_checkpoints import make_t5
+
+    return make_t5(tmp_path_factory.mktemp("t5") / "flan")
+
+
+@pytest.fixture(scope="session")
+def blip_folder(tmp_path_factory):
+    """Folder of a tiny random BLIP checkpoint saved by transformers."""
+    from language_checkpoints import make_blip
+
+    return make_blip(tmp_path_factory.mktemp("blip") / "captions")

@@ -55,7 +55,7 @@ class Program:
     given: Callable = lambda stands: {}
     """Function of ``Stands`` giving the names that are there before the first block."""
     check: Callable = lambda ran: None
-    """Asserts about what has been run, see ``run_program``."""
+    """Asserts about what has been run, a ``Ran``."""
 
 
 @dataclass
@@ -72,6 +72,20 @@ class Stands:
     @property
     def demo_folder(self):
         return demo.checkpoint_folder()
+
+
+class Ran:
+    """A page that has been run. The names that it leaves are attributes."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.displayed = []
+        """What the last line of each block shows, None where it is no expression."""
+        self.after = []
+        """The names after each block."""
+
+    def __getattr__(self, name):
+        return self.after[-1][name]
 
 
 # The guide's texts that are not there in the tests, and the demo checkpoint's size and scenes.
@@ -110,6 +124,37 @@ def check_devices(ran):
     assert isinstance(ran.missing_kernels(), list)
 
 
+T5, BLIP = '"google/flan-t5-large"', '"Salesforce/blip-image-captioning-base"'
+
+
+def folder_of(fixture):
+    """The folder of a tiny checkpoint, as Python source."""
+    return lambda stands: repr(str(stands.fixture(fixture)))
+
+
+def from_the_guide(stands):
+    """What pages that go on from the guide take from it: a pipeline (of a tiny checkpoint) and a picture."""
+    from mindiffedit import DDIMScheduler, StableDiffusionDiffEditPipeline, load_image
+
+    pipeline = StableDiffusionDiffEditPipeline.from_pretrained(
+        stands.fixture("sd1_folder"), safety_checker=None, requires_safety_checker=False
+    )
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    return {"pipeline": pipeline, "raw_image": load_image(demo.sample_picture()).resize((80, 64))}
+
+
+def check_guide(ran):
+    assert ran.again.images[0].size == ran.raw_image.size and ran.again.report.seconds["inversion"] < 0.5
+    assert (ran.folder / "edit.gif").stat().st_size > 1000
+    assert ran.source_embeds.shape == ran.target_embeds.shape and len(ran.source_prompts) > 1
+    assert ran.caption.startswith("a photograph of")
+
+
+def check_prompts(ran):
+    assert len(ran.source_prompts) > 4 and all(isinstance(one, str) for one in ran.source_prompts)
+    assert ran.output_image.size == ran.raw_image.size
+
+
 PROGRAMS = {
     "guide.md": Program(
         changes={
@@ -118,7 +163,16 @@ PROGRAMS = {
             SIZE: (6, lambda stands: str(DEMO_SIZE)),
             SOURCE: (1, lambda stands: repr(demo.SAMPLE_PROMPTS["source"])),
             TARGET: (1, lambda stands: repr(demo.SAMPLE_PROMPTS["target"])),
-        }
+            T5: (1, folder_of("t5_folder")),
+            BLIP: (1, folder_of("blip_folder")),
+        },
+        check=check_guide,
+    ),
+    "masks.md": Program(),  # its blocks assert
+    "prompts.md": Program(
+        changes={T5: (1, folder_of("t5_folder")), BLIP: (1, folder_of("blip_folder"))},
+        given=from_the_guide,
+        check=check_prompts,
     ),
     "notebook.ipynb": Program(check=check_notebook),
     "api.md": Program(given=lambda stands: {"pipeline": SimpleNamespace()}, check=check_api),
@@ -154,29 +208,25 @@ def run_block(code, names, name):
     return None if last is None else eval(compile(ast.Expression(last.value), name, "eval"), names)
 
 
-def run_program(program, codes, stands, name):
-    """A namespace of the names that a page's blocks leave.
-
-    With ``displayed``, what each block's last line shows; and ``first_mask``, the ``mask_image`` as first made.
-    """
+def run_program(program, codes, stands, page):
     joined = "".join(codes)
     found = {text: joined.count(text) for text in program.changes}
     assert found == {text: count for text, (count, _) in program.changes.items()}
     unseeded = np.random.default_rng
+    ran = Ran(stands.folder)
     with pytest.MonkeyPatch.context() as patch:
         # Pages give few generators: fresh entropy would make this test another one each time.
         patch.setattr(np.random, "default_rng", lambda seed=0: unseeded(seed))
         patch.setenv("no_proxy", "127.0.0.1")
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.chdir(stands.folder)
-        names, displayed, mask = {"__name__": name, **program.given(stands)}, [], None
+        names = {"__name__": page, **program.given(stands)}
         for code in codes:
             for old, (_, new) in program.changes.items():
                 code = code.replace(old, new(stands))
-            displayed.append(run_block(code, names, name))
-            if mask is None and "mask_image" in names:
-                mask = names["mask_image"].copy()
-    return SimpleNamespace(**names, displayed=displayed, first_mask=mask)
+            ran.displayed.append(run_block(code, names, page))
+            ran.after.append(dict(names))
+    return ran
 
 
 @pytest.fixture(scope="module")
@@ -229,14 +279,20 @@ def test_the_notebook_is_one_without_traces_of_a_machine():
 GUIDE = blocks(DOCS / "guide.md", "py", "python")
 
 
+REFERENCES = 7  # the first so many blocks are those of the published guide
+
+
 @pytest.fixture
 def guide(run):
-    return run("guide.md")
+    """The names after the published guide's part, what its blocks displayed, and the mask as it was made."""
+    ran = run("guide.md")
+    mask = ran.after[4]["mask_image"]
+    return SimpleNamespace(**ran.after[REFERENCES - 1], displayed=ran.displayed[:REFERENCES], mask=mask)
 
 
 def test_the_guide_has_the_reference_guides_code():
     """Block for block what the published guide has, with our imports; and nothing is installed unasked."""
-    assert len(GUIDE) == 7
+    assert len(GUIDE) >= REFERENCES
     assert all(line.startswith("#") for line in GUIDE[0].splitlines() if line.strip())
     assert not any(re.search(r"^\s*[!%]", code, re.MULTILINE) for code in GUIDE)
     assert "mindone.diffusers" not in "".join(GUIDE) and "diffusers.utils" not in "".join(GUIDE)
@@ -258,9 +314,9 @@ def test_the_guide_has_the_reference_guides_code():
 
 def test_the_guides_mask_is_a_mask(guide):
     side = DEMO_SIZE // guide.pipeline.vae_scale_factor
-    assert guide.first_mask.shape == (1, side, side)
-    assert set(np.unique(guide.first_mask)) == {0, 1}, "neither empty nor full"
-    assert 0.01 < guide.first_mask.mean() < 0.6
+    assert guide.mask.shape == (1, side, side)
+    assert set(np.unique(guide.mask)) == {0, 1}, "neither empty nor full"
+    assert 0.01 < guide.mask.mean() < 0.6
     displayed = guide.displayed[4]
     assert displayed.mode == "L" and displayed.size == (DEMO_SIZE, DEMO_SIZE)
 
@@ -286,7 +342,7 @@ def test_the_guides_edit_changes_the_inside_of_the_mask(guide):
     assert guide.displayed[-1].size == (3 * DEMO_SIZE, DEMO_SIZE)
     before, after = (np.asarray(p, np.float64) for p in (guide.raw_image, guide.output_image))
     factor = guide.pipeline.vae_scale_factor
-    inside = np.kron(guide.first_mask[0], np.ones((factor, factor))) > 0.5
+    inside = np.kron(guide.mask[0], np.ones((factor, factor))) > 0.5
     # The decoder mixes neighbouring latents, so the outside is judged from two latents away.
     reach = 2 * factor
     near = np.zeros_like(inside)
