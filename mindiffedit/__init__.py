@@ -14,6 +14,8 @@ _HOMES = {
     "DPMSolverMultistepScheduler": "schedulers",
     "DPMSolverMultistepInverseScheduler": "schedulers",
     "Generator": "generator",
+    "load_component": "models",
+    "portable_kernels": "kernels",
     "load_image": "pictures",
     "make_image_grid": "pictures",
 }
