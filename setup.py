@@ -38,6 +38,8 @@ REQUIRES = [
     "transformers==4.57.1",
     # MindSpore and mindone are both built against the NumPy 1 interface.
     "numpy>=1.22,<2",
+    # Gaussians, regions and distances in masks. MindSpore asks for the same.
+    "scipy>=1.5.4",
     # 10.1 is the first with a scalable built-in font, used for the captions of picture grids.
     "pillow>=10.1",
     # transformers 4.57 does not work with the 1.0 series.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 from typing import Any, Callable, Dict, Optional
@@ -9,7 +10,7 @@ from typing import Any, Callable, Dict, Optional
 import numpy as np
 
 from . import compile_cache as compile_caches
-from . import devices, models
+from . import devices, models, tiling
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,10 @@ def say_once(message: str) -> None:
 Observer = Callable[[str, np.ndarray, Optional[int]], np.ndarray]
 """Called as ``observer(stage, array, step)`` with every array that crosses from one stage to the next, on the host; the
 pipeline goes on with the array that it returns. ``step`` counts from 0 inside the loops and is None outside."""
+
+Viewer = Callable[[str, np.ndarray, Optional[int]], None]
+"""Called as ``viewer(stage, array, step)`` with the same arrays, and with each step's predicted clean latents, stage
+"clean_predictions"; it only looks on."""
 
 
 class PipelineComponents:
@@ -71,6 +76,7 @@ class PipelineComponents:
         self._fitting: tuple = ()
         self.check_components()
         self.observer: Optional[Observer] = None
+        self._viewer: Optional[Viewer] = None
         self.unet_batch_size = 2  # samples in one UNet evaluation: a guided step of one picture
         self._progress_bar_config: Dict[str, Any] = {}
         self.compile_cache = compile_caches.open_cache(compile_cache) if mode == "graph" else None
@@ -287,7 +293,16 @@ class PipelineComponents:
         say_once("disable_vae_slicing() changes nothing here: pictures always pass the VAE one at a time.")
 
     def enable_vae_tiling(self) -> None:
-        """Encode and decode in overlapping tiles, for large pictures; runs operator by operator."""
+        """Encode and decode what is larger than a tile in overlapping tiles, which bounds the memory it takes.
+
+        The tiles, and so the results, are the reference's: ``vae.tile_sample_min_size`` pixels or
+        ``vae.tile_latent_min_size`` latents, of which neighbours share ``vae.tile_overlap_factor``. Each shape of
+        tile is compiled once: up to nine for each half of the VAE, four for most sizes (``tiling`` says why).
+
+        Raises:
+            ValueError: the VAE's tile sizes do not fit together.
+        """
+        tiling.tiles_of(self.vae)
         self.vae.enable_tiling()
 
     def disable_vae_tiling(self) -> None:
@@ -364,7 +379,36 @@ class PipelineComponents:
 
     def _crosses(self, stage: str, array: np.ndarray, step: Optional[int] = None) -> np.ndarray:
         """Shows an array that crosses a stage to the observer, if there is one; returns what to go on with."""
-        return array if self.observer is None else self.observer(stage, array, step)
+        if self.observer is not None:
+            array = self.observer(stage, array, step)
+        self._shows(stage, array, step)
+        return array
+
+    def _shows(self, stage: str, array: np.ndarray, step: Optional[int] = None) -> None:
+        if self._viewer is not None:
+            self._viewer(stage, array, step)
+
+    @contextlib.contextmanager
+    def debugging(self, callback: Viewer):
+        """While this context is open ``callback(stage, array, step)`` sees every intermediate of all calls.
+
+        Arrays are float32 on the host, not to be written to; ``step`` counts from 0 within a loop and is None outside.
+        Stages, in the order of their coming: "map" (B, h, w), "mask" (B, h, w), "inverted_latents" and
+        "edited_latents" (B, C, h, w) after each step, with "clean_predictions" (B, C, h, w), the step's prediction of
+        the noiseless latents, before each of them; others are those of ``parity record``. Contexts may be nested.
+        """
+        outer = self._viewer
+
+        def both(stage, array, step):
+            if outer is not None:
+                outer(stage, array, step)
+            callback(stage, array, step)
+
+        self._viewer = both
+        try:
+            yield self
+        finally:
+            self._viewer = outer
 
     @staticmethod
     def _tensor(array: np.ndarray, dtype=None):

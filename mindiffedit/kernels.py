@@ -54,12 +54,14 @@ class Kernel:
     replacement : function with the signature of the original.
     probe : calls the original on tiny input; it raises where the kernel is missing or inaccurate.
     reason : what is missing or wrong, and so when this entry can go.
+    improves : whether the original would do, with more memory.
     """
 
     name: str
     replacement: Callable[..., Any]
     probe: Callable[[], Any]
     reason: str
+    improves: bool = False
 
 
 def _floats(*shape: int) -> mindspore.Tensor:
@@ -178,7 +180,13 @@ KERNELS: tuple[Kernel, ...] = (
         "mint.nn.functional.layer_norm", portable.layer_norm, _layer_norm, "LayerNormExt cannot be created"
     ),
     Kernel("mint.nn.LayerNorm", portable.LayerNorm.construct, _layer_norm, "LayerNormExt cannot be created"),
-    Kernel("mint.nn.Linear", portable.Linear.construct, _linear, "adding a bias holds memory on a CPU"),
+    Kernel(
+        "mint.nn.Linear",
+        portable.Linear.construct,
+        _linear,
+        "adding a bias holds memory on a CPU",
+        improves=True,
+    ),
     Kernel("mint.nn.functional.embedding", portable.embedding, _embedding, "Embedding is unregistered"),
     Kernel("mint.nn.Embedding", portable.Embedding.construct, _embedding, "Embedding is unregistered"),
     Kernel("mint.nn.functional.pad", portable.pad, _pad, "ConstantPadND is unregistered"),
@@ -205,6 +213,7 @@ KERNELS: tuple[Kernel, ...] = (
         portable.Attention.math_attention_op,
         _whole_scores,
         "it holds the scores of all tokens with all tokens",
+        improves=True,
     ),
 )
 

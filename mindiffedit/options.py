@@ -17,12 +17,16 @@ import numpy as np
 from .pictures import to_numpy
 
 MAX_STEPS = 1000
+MOST_ITERATIONS = 100  # of one step of an inversion; two or three are of use
 
 __all__ = [
     "MAX_STEPS",
     "NumericalError",
+    "check_at_least_zero",
     "check_callback",
+    "check_clean_latents",
     "check_clip_skip",
+    "check_count",
     "check_eta",
     "check_finite",
     "check_generators",
@@ -30,12 +34,18 @@ __all__ = [
     "check_image_batch",
     "check_image_latents",
     "check_output_type",
+    "check_overlap",
     "check_positive_int",
     "check_prompt_inputs",
+    "check_quantile",
     "check_ratio",
     "check_regularisation",
+    "check_step_callback",
     "check_steps",
     "check_strength",
+    "check_switch",
+    "check_threshold",
+    "check_viewer",
     "effective_steps",
 ]
 
@@ -136,12 +146,61 @@ def check_ratio(value, name: str = "mask_thresholding_ratio") -> float:
     return ratio
 
 
+def check_threshold(value, name: str = "threshold") -> float:
+    """A number above 0 and below 1."""
+    threshold = _real(value, name, "a number above 0 and below 1")
+    if not 0 < threshold < 1:
+        raise ValueError(f"`{name}` has to be above 0 and below 1, but is {value}; 0.5 is the paper's.")
+    return threshold
+
+
+def check_at_least_zero(value, name: str, most: float) -> float:
+    """A number from 0 to `most`; 0 switches something off."""
+    number = _real(value, name, f"a number from 0 to {most:g}")
+    if not 0 <= number <= most:
+        raise ValueError(f"`{name}` has to be from 0 to {most:g}, but is {value}; 0 switches it off.")
+    return number
+
+
+def check_count(value, name: str, most: int) -> int:
+    """A whole number from 0 to `most`; 0 switches something off."""
+    count = _int(value, name, f"a whole number from 0 to {most}")
+    if not 0 <= count <= most:
+        raise ValueError(f"`{name}` has to be from 0 to {most}, but is {count}; 0 switches it off.")
+    return count
+
+
+def check_switch(value, name: str) -> bool:
+    """True or False."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"`{name}` has to be True or False, but is {value!r} of type {type(value).__name__}.")
+    return bool(value)
+
+
 def check_eta(value) -> float:
     """DDIM's η, in [0, 1]: 0 is deterministic, 1 is as random as DDPM."""
     eta = _real(value, "eta", "a number from 0 to 1")
     if not 0 <= eta <= 1:
         raise ValueError(f"`eta` has to be in [0, 1], but is {value}.")
     return eta
+
+
+def check_quantile(value, name: str = "outlier_quantile") -> Optional[float]:
+    """None, or a number above 0 and up to 1."""
+    if value is None:
+        return None
+    quantile = _real(value, name, "None or a number above 0 and up to 1")
+    if not 0 < quantile <= 1:
+        raise ValueError(f"`{name}` has to be above 0 and at most 1, but is {value}; None switches it off.")
+    return quantile
+
+
+def check_overlap(value, name: str) -> float:
+    """The part of a tile's side that its neighbour shares: from 0 up to, not including, 1."""
+    overlap = _real(value, name, "a number from 0 up to, not including, 1")
+    if not 0 <= overlap < 1:
+        raise ValueError(f"`{name}` has to be in [0, 1), but is {value}.")
+    return overlap
 
 
 def check_output_type(value, allowed: Sequence[str], name: str = "output_type") -> str:
@@ -164,6 +223,35 @@ def check_callback(callback, callback_steps) -> int:
             f"{type(callback).__name__}."
         )
     return check_positive_int("callback_steps", callback_steps)
+
+
+def check_step_callback(callback, tensor_inputs, allowed: Sequence[str]) -> Tuple[str, ...]:
+    """`callback_on_step_end` is None or callable; returns the names of the tensors that it gets, from `allowed`."""
+    if callback is not None and not callable(callback):
+        raise TypeError(
+            "`callback_on_step_end` has to be None or callable as callback(pipeline, step, timestep, tensors), but is "
+            f"{type(callback).__name__}."
+        )
+    if isinstance(tensor_inputs, str) or not isinstance(tensor_inputs, (list, tuple)):
+        raise TypeError(
+            "`callback_on_step_end_tensor_inputs` has to be a list of names, but is "
+            f"{type(tensor_inputs).__name__}; give for example ['latents']."
+        )
+    for name in tensor_inputs:
+        if name not in allowed:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` has to be in {list(allowed)}, but {name!r} was given."
+            )
+    return tuple(tensor_inputs)
+
+
+def check_viewer(callback) -> None:
+    """`debug_callback` is None or callable."""
+    if callback is not None and not callable(callback):
+        raise TypeError(
+            "`debug_callback` has to be None or callable as callback(stage, array, step), but is "
+            f"{type(callback).__name__}."
+        )
 
 
 def check_clip_skip(value, number_of_layers: int) -> Optional[int]:
@@ -373,6 +461,21 @@ def check_image_latents(
     if array.shape[:2] != (batch_size, steps):
         got = f"has batch size {array.shape[0]} with latent images from {array.shape[1]} timesteps"
         raise ValueError(_wrong_count(name, batch_size, steps, got))
+    if not np.isfinite(array).all():
+        raise ValueError(f"`{name}` has NaN or infinite values; every value has to be finite.")
+    return array
+
+
+def check_clean_latents(array, shape: Sequence[int], name: str = "clean_latents") -> np.ndarray:
+    """Latents of the pictures without noise, of exactly this shape (B, C, h, w); finite floats."""
+    array = to_numpy(array)
+    if array.dtype.kind != "f":
+        raise TypeError(f"`{name}` has to hold floating-point numbers, but is of dtype {array.dtype}.")
+    if array.shape != tuple(shape):
+        raise ValueError(
+            f"`{name}` has to be of shape {tuple(shape)}, but is {array.shape}; give what `invert()` returned with the"
+            " other latents."
+        )
     if not np.isfinite(array).all():
         raise ValueError(f"`{name}` has NaN or infinite values; every value has to be finite.")
     return array

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any, List, Optional, Union
+from dataclasses import dataclass, field, fields
+from typing import Any, Dict, List, Optional, Union
 
 import numpy as np
 import PIL.Image
@@ -14,7 +14,8 @@ class _Output:
 
     def keys(self) -> List[str]:
         """Names of the values that are not None, in order."""
-        return [f.name for f in fields(self) if getattr(self, f.name) is not None]
+        named = (f.name for f in fields(self) if not f.metadata.get("beside"))
+        return [name for name in named if getattr(self, name) is not None]
 
     def to_tuple(self) -> tuple:
         """The values that are not None, in order."""
@@ -44,10 +45,13 @@ class DiffEditInversionPipelineOutput(_Output):
     Attributes:
         latents: mindspore.Tensor (B, T, C, h, w), noisiest first.
         images: decoded latents (list of B * T pictures, or array (B * T, H, W, 3) in [0, 1]), or None.
+        clean_latents: mindspore.Tensor (B, C, h, w), where the inversion began; for the call's argument of that name.
+            No part of the tuple or the mapping, which are the reference's.
     """
 
     latents: Any
     images: Optional[Union[List[PIL.Image.Image], np.ndarray]] = None
+    clean_latents: Any = field(default=None, metadata={"beside": True})
 
 
 @dataclass
@@ -60,4 +64,53 @@ class StableDiffusionPipelineOutput(_Output):
     """
 
     images: Any
+    nsfw_content_detected: Optional[List[bool]] = None
+
+
+@dataclass
+class EditReport:
+    """What an edit says about itself. Lists have an entry for each of the B pictures.
+
+    Attributes:
+        mask_coverage: share of the latents that the mask marks, 0 to 1.
+        inversion_error: how far a step back from the inverted latents misses where the inversion came from, the rms
+            error over the rms of the latents, summed over all steps (from a few of them); None without an inversion.
+        reconstruction_psnr: dB between the picture and what inversion and denoising with the source prompt give back;
+            None unless ``measure_reconstruction``.
+        change_outside: rms difference of result and picture outside the feathered mask, in levels of 255; None
+            without a picture in pixels. 0 with ``paste_back``.
+        change_outside_before_paste_back: the same of what the model gave.
+        seconds: wall time by stage: "mask", "inversion", "edit", and "reconstruction" where it was measured.
+        warnings: sentences that say what looks wrong and which option to change.
+    """
+
+    mask_coverage: List[float]
+    inversion_error: Optional[List[float]] = None
+    reconstruction_psnr: Optional[List[float]] = None
+    change_outside: Optional[List[float]] = None
+    change_outside_before_paste_back: Optional[List[float]] = None
+    seconds: Dict[str, float] = field(default_factory=dict)
+    warnings: List[str] = field(default_factory=list)
+
+
+@dataclass
+class DiffEditOutput(_Output):
+    """What ``edit`` returns.
+
+    Attributes:
+        images: list of B pictures, array (B, H, W, 3) in [0, 1], or latents tensor (B, C, h, w).
+        mask_image: array (B, h, w) on the latents' grid, 1 where the picture may change; float32 with soft masks.
+        mask_map: float32 (B, h, w), the averaged noise difference that the mask was made of; None with an own mask.
+        image_latents: mindspore.Tensor (B, T, C, h, w), what the background was taken from, noisiest first.
+        latents: mindspore.Tensor (B, C, h, w), the edited latents.
+        report: ``EditReport``.
+        nsfw_content_detected: one bool for each picture, or None without a safety checker.
+    """
+
+    images: Any
+    mask_image: np.ndarray
+    mask_map: Optional[np.ndarray]
+    image_latents: Any
+    latents: Any
+    report: EditReport
     nsfw_content_detected: Optional[List[bool]] = None

@@ -53,13 +53,16 @@ __all__ = [
     "PICTURE_FORMATS",
     "atomic_path",
     "check_output_path",
+    "contact_sheet",
     "fit_mask",
     "fit_picture",
     "fitted_size",
+    "grey_levels",
     "labelled_grid",
     "load_image",
     "make_image_grid",
     "mask_to_pil",
+    "mask_values",
     "postprocess_image",
     "preprocess_image",
     "preprocess_mask",
@@ -460,6 +463,41 @@ def postprocess_image(
     return done if output_type == "np" else _array_to_pil(done)
 
 
+def originals(image, count: int) -> np.ndarray:
+    """The pictures that were given to an edit, (count, H, W, 3) float32 in [0, 1], at their own size.
+
+    Pixels of 8 bits are exact: they come back the same when the result is made a picture of 8 bits.
+    """
+    if isinstance(image, PIL.Image.Image):
+        image = [image]
+    if isinstance(image, (list, tuple)) and isinstance(image[0], PIL.Image.Image):
+        batch = np.stack([np.asarray(to_rgb(picture)) for picture in image])
+    elif isinstance(image, (list, tuple)) and isinstance(image[0], np.ndarray) and image[0].ndim == 3:
+        batch = np.stack(image)
+    elif isinstance(image, np.ndarray):
+        batch = image if image.ndim == 4 else image[None]
+    else:
+        batch = None
+    if batch is not None and batch.dtype == np.uint8:
+        batch = batch.astype(np.float32) / np.float32(255)
+    if batch is None or batch.min() < 0:
+        batch = (preprocess_image(image, 1).transpose(0, 2, 3, 1) + np.float32(1)) / np.float32(2)
+    return np.concatenate([batch.astype(np.float32)] * (count // len(batch)))
+
+
+def resized_arrays(images: np.ndarray, size: Tuple[int, int]) -> np.ndarray:
+    """Pictures (B, H, W, 3) float32 in [0, 1] brought to (height, width); untouched where they have it."""
+    if images.shape[1:3] == tuple(size):
+        return images
+    resized = [restore_size(picture, (size[1], size[0])) for picture in _array_to_pil(images)]
+    return np.stack([np.asarray(picture) for picture in resized]).astype(np.float32) / np.float32(255)
+
+
+def of_arrays(images: np.ndarray) -> List[PIL.Image.Image]:
+    """PIL pictures of (B, H, W, 3) in [0, 1]."""
+    return _array_to_pil(images)
+
+
 def _array_to_pil(images: np.ndarray) -> List[PIL.Image.Image]:
     if not np.isfinite(images).all():
         raise ValueError("a picture has NaN or infinite values and cannot become a PIL picture.")
@@ -470,7 +508,7 @@ def _array_to_pil(images: np.ndarray) -> List[PIL.Image.Image]:
 # --- masks -----------------------------------------------------------------------------------------
 
 
-def preprocess_mask(mask, batch_size: int = 1) -> np.ndarray:
+def preprocess_mask(mask, batch_size: int = 1, soft: bool = False) -> np.ndarray:
     """Bring a mask of any accepted kind to zeros and ones; the caller's array is never written to.
 
     Parameters
@@ -481,10 +519,11 @@ def preprocess_mask(mask, batch_size: int = 1) -> np.ndarray:
         - array or tensor (h, w), (B, h, w) or (B, 1, h, w), float, bool or integer, or a list of arrays or
           tensors, of which those with two dimensions are stacked and the others joined.
     batch_size : number of pictures; a single mask is repeated for all.
+    soft : keep values between 0 and 1, which then blend.
 
     Returns
     -------
-    float32 (batch_size, 1, h, w) of 0 and 1.
+    float32 (batch_size, 1, h, w) of 0 and 1, or between them with `soft`.
 
     Raises
     ------
@@ -494,56 +533,81 @@ def preprocess_mask(mask, batch_size: int = 1) -> np.ndarray:
     TypeError
         Another type.
     """
-    values = _mask_values(mask)
+    values = mask_values(mask, batch_size)
+    values = (values if soft else values >= 0.5).astype(np.float32)
+    return np.repeat(values, batch_size, axis=0) if len(values) != batch_size else values
+
+
+def mask_values(mask, batch_size: Optional[int] = None, name: str = "mask_image") -> np.ndarray:
+    """The values of a mask of any kind that `preprocess_mask` takes, checked but not made 0 or 1.
+
+    Parameters
+    ----------
+    mask : as for `preprocess_mask`.
+    batch_size : number of pictures; None: any number of masks.
+    name : what messages call the mask.
+
+    Returns
+    -------
+    (1 or batch_size, 1, h, w) in [0, 1], of the mask's own dtype; it may be the caller's memory.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `preprocess_mask`.
+    """
+    values = _joined_masks(mask, name)
     if values.size == 0:
-        raise ValueError(f"`mask_image` is empty: its shape is {values.shape}.")
+        raise ValueError(f"`{name}` is empty: its shape is {values.shape}.")
     if values.ndim == 2:
         values = values[None, None]
     elif values.ndim == 3:
         values = values[:, None]
     elif values.ndim != 4:
         raise ValueError(
-            f"`mask_image` has to be (h, w), (B, h, w) or (B, 1, h, w), but has shape {values.shape}."
+            f"`{name}` has to be (h, w), (B, h, w) or (B, 1, h, w), but has shape {values.shape}."
         )
     if values.shape[1] != 1:
-        raise ValueError(f"`mask_image` must have 1 channel, but has {values.shape[1]} channels")
-    if values.shape[0] not in (1, batch_size):
         raise ValueError(
-            f"`mask_image` with batch size {values.shape[0]} cannot be broadcasted to batch size "
-            f"{batch_size} inferred by prompt inputs"
+            f"`{name}` must have 1 channel, but has {values.shape[1]} channels; give (h, w), (B, h, w) or "
+            f"(B, 1, h, w)."
+        )
+    if batch_size is not None and values.shape[0] not in (1, batch_size):
+        raise ValueError(
+            f"`{name}` with batch size {values.shape[0]} cannot be broadcasted to batch size {batch_size} "
+            f"inferred by prompt inputs; give one mask, (h, w), or one for each picture, (B, h, w)."
         )
     if values.dtype.kind == "f" and np.isnan(values).any():
-        raise ValueError("`mask_image` has NaN in it; every value has to be in [0, 1].")
+        raise ValueError(f"`{name}` has NaN in it; every value has to be in [0, 1].")
     if values.min() < 0 or values.max() > 1:
         raise ValueError(
-            f"`mask_image` should be in [0, 1] range, but has values from {values.min():g} to "
+            f"`{name}` should be in [0, 1] range, but has values from {values.min():g} to "
             f"{values.max():g}; divide a mask in 0..255 by 255."
         )
-    binary = (values >= 0.5).astype(np.float32)
-    return np.repeat(binary, batch_size, axis=0) if len(binary) != batch_size else binary
+    return values
 
 
-def _mask_values(mask) -> np.ndarray:
+def _joined_masks(mask, name: str) -> np.ndarray:
     """The mask or the list of masks as one array, before any check of its values."""
     parts = list(mask) if isinstance(mask, (list, tuple)) else [mask]
     if len(parts) == 0:
-        raise ValueError("`mask_image` is an empty list; give at least one mask.")
+        raise ValueError(f"`{name}` is an empty list; give at least one mask.")
     pil = isinstance(parts[0], PIL.Image.Image)
     arrays = []
     for part in parts:
         if isinstance(part, PIL.Image.Image) != pil:
-            raise TypeError("`mask_image` is a list that mixes PIL pictures with arrays or tensors.")
+            raise TypeError(f"`{name}` is a list that mixes PIL pictures with arrays or tensors.")
         if pil:
-            arrays.append(np.asarray(_eight_bits(part).convert("L")).astype(np.float32) / 255.0)
+            arrays.append(grey_levels(part).astype(np.float32) / 255.0)
         elif isinstance(part, np.ndarray) or is_tensor(part):
             arrays.append(to_numpy(part))
         else:
             raise TypeError(
-                f"`mask_image` has to be a PIL picture, an array, a tensor or a list of these, but is or "
+                f"`{name}` has to be a PIL picture, an array, a tensor or a list of these, but is or "
                 f"holds {type(part).__name__}."
             )
     if not all(array.dtype.kind in "fbiu" for array in arrays):
-        raise TypeError(f"`mask_image` has to hold numbers, but is of dtype {arrays[0].dtype}.")
+        raise TypeError(f"`{name}` has to hold numbers, but is of dtype {arrays[0].dtype}.")
     if not isinstance(mask, (list, tuple)):
         return arrays[0]
     if any(a.ndim != arrays[0].ndim or a.shape[1:] != arrays[0].shape[1:] for a in arrays) or (
@@ -551,19 +615,24 @@ def _mask_values(mask) -> np.ndarray:
     ):
         shapes = ", ".join(str(a.shape) for a in arrays)
         raise ValueError(
-            f"`mask_image` is a list of masks of different shapes: {shapes}; bring them to one size."
+            f"`{name}` is a list of masks of different shapes: {shapes}; bring them to one size."
         )
     return np.stack(arrays) if arrays[0].ndim < 3 else np.concatenate(arrays)
 
 
+def grey_levels(picture: PIL.Image.Image) -> np.ndarray:
+    """The luminance of a PIL picture of any mode but F, uint8 (H, W)."""
+    return np.asarray(_eight_bits(picture).convert("L"))
+
+
 def mask_to_pil(mask) -> List[PIL.Image.Image]:
-    """Masks (B, h, w) or (h, w) of 0 and 1 as a list of B pictures of mode L: black and white (255)."""
+    """Masks (B, h, w) or (h, w) of 0 to 1 as a list of B pictures of mode L, 0 (black) to 255 (white)."""
     mask = to_numpy(mask)
     if mask.ndim == 2:
         mask = mask[None]
     if mask.ndim != 3:
         raise ValueError(f"a mask has to be (B, h, w) or (h, w), but has shape {mask.shape}.")
-    return [PIL.Image.fromarray(np.where(row >= 0.5, 255, 0).astype(np.uint8)) for row in mask]
+    return [PIL.Image.fromarray(np.round(row * 255.0).clip(0, 255).astype(np.uint8)) for row in mask]
 
 
 # --- sizes -----------------------------------------------------------------------------------------
@@ -696,11 +765,106 @@ def labelled_grid(items: Sequence[Tuple[str, PIL.Image.Image]], smallest_side: i
     pen = PIL.ImageDraw.Draw(grid)
     for i, ((_, picture), lines) in enumerate(zip(items, captions)):
         left = border + i * (width + border)
-        for number, line in enumerate(lines):
-            x = left + (width - font.getlength(line)) / 2
-            pen.text((x, gap + number * line_height), line, fill="black", font=font)
+        _write_lines(pen, lines, font, left, gap, width, line_height)
         grid.paste(restore_size(picture, (width, height)), (left, strip))
     return grid
+
+
+def contact_sheet(
+    rows: Sequence[Sequence[PIL.Image.Image]],
+    row_labels: Sequence[str],
+    column_labels: Sequence[str],
+    corner: Optional[str] = None,
+    title: Optional[str] = None,
+    smallest_side: int = 96,
+) -> PIL.Image.Image:
+    """A table of pictures, such as the results over two options, with a label for each row and each column.
+
+    Parameters
+    ----------
+    rows : list of lists of PIL pictures, all of one length; every cell gets the size of the first picture.
+    row_labels, column_labels : texts at the left and on top.
+    corner : text over the row labels, such as what rows and columns are; None: nothing.
+    title : text over everything; None: nothing.
+    smallest_side : where the first picture has a side below this many pixels, cells are enlarged by a whole
+        factor.
+
+    Returns
+    -------
+    PIL picture in RGB. Texts that do not fit in four lines are cut off.
+
+    Raises
+    ------
+    ValueError
+        No picture, rows of different lengths, another number of labels than of rows or columns, more than
+        `MAX_PIXELS` pixels in all.
+    TypeError
+        A cell is no PIL picture.
+    """
+    rows = [list(row) for row in rows]
+    columns = len(rows[0]) if rows else 0
+    if columns == 0:
+        raise ValueError("there is no picture to put into the contact sheet; give at least one row of one.")
+    if any(len(row) != columns for row in rows):
+        lengths = ", ".join(str(len(row)) for row in rows)
+        raise ValueError(f"the rows of the contact sheet have {lengths} pictures; give each as many.")
+    for labels, count, what in ((row_labels, len(rows), "rows"), (column_labels, columns, "columns")):
+        if isinstance(labels, str) or len(labels) != count:
+            raise ValueError(f"the contact sheet has {count} {what}, but {labels!r} as labels; give {count}.")
+    for picture in (picture for row in rows for picture in row):
+        if not isinstance(picture, PIL.Image.Image):
+            raise TypeError(
+                f"cells of a contact sheet are PIL pictures, but one is {type(picture).__name__}."
+            )
+        if 0 in picture.size:
+            raise ValueError(
+                f"a cell of the contact sheet is {picture.width} x {picture.height} pixels; leave it out."
+            )
+
+    width, height = rows[0][0].size
+    factor = max(1, -(-smallest_side // min(width, height)))
+    width, height = width * factor, height * factor
+    font_size = int(np.clip(width // 10, 12, 32))
+    font = _font(font_size)
+    line_height, gap = round(font_size * 1.35), max(4, font_size // 3)
+    texts = [str(text) for text in (*row_labels, corner or "")]
+    left = int(np.ceil(max(_length(font, text) for text in texts))) + 2 * gap
+    left = min(left, max(width, 8 * font_size))
+    full_width, border = left + columns * (width + gap), gap
+    heading = _wrapped(title, font, full_width - 2 * gap) if title else []
+    tops = [_wrapped(str(label), font, width) for label in column_labels]
+    cornered = _wrapped(corner, font, left - 2 * gap) if corner else []
+    band = max(len(lines) for lines in (*tops, cornered)) * line_height + 2 * gap
+    above = len(heading) * line_height + (gap if heading else 0)
+    size = (full_width, above + band + len(rows) * (height + border))
+    if size[0] * size[1] > MAX_PIXELS:
+        raise ValueError(
+            f"the contact sheet would be {size[0]} x {size[1]} pixels; at most {MAX_PIXELS} pixels are drawn: "
+            f"give fewer or smaller pictures."
+        )
+
+    sheet = PIL.Image.new("RGB", size, "white")
+    pen = PIL.ImageDraw.Draw(sheet)
+    _write_lines(pen, heading, font, gap, gap, full_width - 2 * gap, line_height)
+    _write_lines(pen, cornered, font, gap, above + gap, left - 2 * gap, line_height)
+    for column, lines in enumerate(tops):
+        _write_lines(pen, lines, font, left + column * (width + gap), above + gap, width, line_height)
+    for i, (label, row) in enumerate(zip(row_labels, rows)):
+        top = above + band + i * (height + border)
+        lines = _wrapped(str(label), font, left - 2 * gap)
+        middle = top + max(0, (height - len(lines) * line_height) // 2)
+        _write_lines(pen, lines, font, gap, middle, left - 2 * gap, line_height)
+        for column, picture in enumerate(row):
+            cell = restore_size(picture, (width, height))
+            sheet.paste(cell.convert("RGB"), (left + column * (width + gap), top))
+    return sheet
+
+
+def _write_lines(pen, lines: Sequence[str], font, left: int, top: int, width: int, line_height: int) -> None:
+    """Lines of text under one another, each in the middle of `width` pixels."""
+    for number, line in enumerate(lines):
+        x = left + (width - _length(font, line)) / 2
+        pen.text((x, top + number * line_height), line, fill="black", font=font)
 
 
 def _font(size: int):
@@ -729,9 +893,14 @@ def _wrapped(text: str, font, width: int, most: int = 4) -> List[str]:
 def _cut(line: str, font, width: int) -> str:
     if _length(font, line) <= width:
         return line
-    while line and _length(font, line + "...") > width:
-        line = line[:-1]
-    return line.rstrip() + "..."
+    kept, most = 0, len(line)
+    while kept < most:  # bisection: prompts can be thousands of characters long
+        middle = (kept + most + 1) // 2
+        if _length(font, line[:middle] + "...") <= width:
+            kept = middle
+        else:
+            most = middle - 1
+    return line[:kept].rstrip() + "..."
 
 
 def _length(font, text: str) -> float:
@@ -795,7 +964,9 @@ def atomic_path(path) -> Iterator[Path]:
     mode = os.stat(draft).st_mode & 0o777
     try:
         yield draft
-        os.chmod(draft, mode)  # some writers put a file of their own, for the owner alone, in the draft's place
+        os.chmod(
+            draft, mode
+        )  # some writers put a file of their own, for the owner alone, in the draft's place
         os.replace(draft, target)
     finally:
         with contextlib.suppress(FileNotFoundError):

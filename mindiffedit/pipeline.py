@@ -10,11 +10,12 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import logging
-from typing import Any, Callable, Dict, List, Optional, Union
+from typing import Any, Callable, Dict, List, Optional, Sequence, Union
 
 import numpy as np
 
-from . import devices, options, pictures, randomness, regularisers
+from . import devices, masks, options, pictures, randomness, regularisers, schedules
+from .editing import Editing
 from .outputs import DiffEditInversionPipelineOutput, StableDiffusionPipelineOutput
 from .preparation import Preparation, as_its_own
 
@@ -28,7 +29,7 @@ def _texts(prompt, batch: int) -> List[str]:
     return [prompt] * batch if isinstance(prompt, str) else list(prompt)
 
 
-class StableDiffusionDiffEditPipeline(Preparation):
+class StableDiffusionDiffEditPipeline(Editing, Preparation):
     """Text-guided image editing with DiffEdit (arXiv 2210.11427).
 
     Args:
@@ -42,6 +43,8 @@ class StableDiffusionDiffEditPipeline(Preparation):
     Raises:
         ValueError: for a mode that is neither, or a safety checker without feature extractor.
     """
+
+    _callback_tensor_inputs = ("latents", "prompt_embeds", "pred_original_sample")
 
     # --- generate_mask -------------------------------------------------------------------------------------------
 
@@ -64,6 +67,11 @@ class StableDiffusionDiffEditPipeline(Preparation):
         generator=None,
         output_type: Optional[str] = "np",
         cross_attention_kwargs: Optional[Dict[str, Any]] = None,
+        *,
+        per_image_clamp: bool = False,
+        corrected_guidance: bool = False,
+        outlier_quantile: Optional[float] = None,
+        mask_options: Optional[masks.MaskOptions] = None,
     ):
         """Where the picture has to change: the thresholded difference of noise predictions for two prompts.
 
@@ -83,9 +91,15 @@ class StableDiffusionDiffEditPipeline(Preparation):
                 a list with one for each of B * num_maps_per_mask samples.
             output_type: "np" or "pil".
             cross_attention_kwargs: plain values handed to the UNet's attention.
+            per_image_clamp: clamp each map at a multiple of its own mean, not of the batch's (C4).
+            corrected_guidance: guide away from the negatives, not towards them (C1).
+            outlier_quantile: before the mean over maps, bring each map's values beyond this quantile of them, in
+                (0, 1], down to it (section 3.2 of the paper: extreme values are removed); None: as they are.
+            mask_options: how the map becomes a mask (``MaskOptions``); None: the reference's threshold.
 
         Returns:
-            "np": int64 array (B, h, w) of 0 and 1, on the latents' grid; "pil": list of B one-channel pictures, 0/255.
+            "np": int64 array (B, h, w) of 0 and 1, on the latents' grid, float32 in [0, 1] with soft masks; "pil": list
+            of B one-channel pictures, 0 to 255.
 
         Raises:
             ValueError, TypeError: for input that does not fit, before any model runs.
@@ -120,6 +134,10 @@ class StableDiffusionDiffEditPipeline(Preparation):
         options.check_steps(num_inference_steps)
         options.effective_steps(num_inference_steps, mask_encode_strength, "mask_encode_strength")
         options.check_output_type(output_type, ("np", "pil"))
+        options.check_switch(per_image_clamp, "per_image_clamp")
+        options.check_switch(corrected_guidance, "corrected_guidance")
+        options.check_quantile(outlier_quantile)
+        mask_options = masks.checked_options(mask_options)
         same_negatives = _texts(target_negative_prompt, batch) == _texts(source_negative_prompt, batch) and (
             target_negative_prompt_embeds is None and source_negative_prompt_embeds is None
         )
@@ -159,19 +177,17 @@ class StableDiffusionDiffEditPipeline(Preparation):
             (target_prompt, target_negative_prompt, target_prompt_embeds, target_negative_prompt_embeds),
             (source_prompt, source_negative_prompt, source_prompt_embeds, source_negative_prompt_embeds),
             attention_kwargs,
+            corrected_guidance,
+            outlier_quantile,
         )
 
         maps = self._crosses("map", maps)
 
-        # 8. The mask. D4: the clamp is a mean over the whole batch, as in the reference.
-        magnitude = maps.mean(dtype=np.float64).astype(np.float32) * np.float32(mask_thresholding_ratio)
-        if magnitude == 0:
-            raise options.NumericalError(
-                "Source and target prompt give the same noise prediction everywhere, so there is no difference to"
-                " make a mask of; say in the target prompt what shall change."
-            )
-        magnitude = self._crosses("clamp_magnitude", np.asarray(magnitude))
-        mask = self._crosses("mask", np.where(np.clip(maps, 0, magnitude) / magnitude <= 0.5, 0, 1))
+        # 8. The mask. D4: without `per_image_clamp` the clamp is a mean over the whole batch, as in the reference.
+        clamp = self._crosses(
+            "clamp_magnitude", masks.clamp_of(maps, mask_thresholding_ratio, per_image_clamp)
+        )
+        mask = self._crosses("mask", masks.mask_of(maps, options=mask_options, clamp=clamp))
 
         # 9. Convert
         return pictures.mask_to_pil(mask) if output_type == "pil" else mask
@@ -188,6 +204,8 @@ class StableDiffusionDiffEditPipeline(Preparation):
         target_texts,
         source_texts,
         attention_kwargs,
+        corrected_guidance,
+        outlier_quantile,
     ) -> np.ndarray:
         """The averaged noise difference before the threshold, (B, h, w) float32, at least 0."""
         is_guided = guidance_scale > 1.0
@@ -221,10 +239,11 @@ class StableDiffusionDiffEditPipeline(Preparation):
         )
         difference = on_target - on_source
         # D1: the reference takes the negative for the prompt and the prompt for the negative here, which turns the
-        # guidance round: each prediction is p + scale * (negative - p). Kept, so that masks are the reference's.
+        # guidance round: each prediction is p + scale * (negative - p). Kept, unless the correction is asked for.
+        scale = np.float32(guidance_scale)
         if is_guided and np.array_equal(origin_negative, target_negative):
             # B9: one negative's prediction, twice, cancels: what remains of the reference's four is this.
-            difference *= np.float32(1) - np.float32(guidance_scale)
+            difference *= scale if corrected_guidance else np.float32(1) - scale
         elif is_guided:
             negatives = self._noise_predictions(
                 "negative_noise_predictions",
@@ -234,14 +253,18 @@ class StableDiffusionDiffEditPipeline(Preparation):
                 attention_kwargs,
             )
             on_source_negative, on_target_negative = np.split(negatives, 2)
-            scale = np.float32(guidance_scale)
-            source_noise = on_source + scale * (on_source_negative - on_source)
-            target_noise = on_target + scale * (on_target_negative - on_target)
+            pairs = [(on_source, on_source_negative), (on_target, on_target_negative)]
+            if corrected_guidance:
+                pairs = [(negative, positive) for positive, negative in pairs]
+            source_noise, target_noise = (start + scale * (end - start) for start, end in pairs)
             difference = target_noise - source_noise
 
         # 8. Mean over maps and channels of the absolute difference
         difference = np.abs(difference)
         difference = difference.reshape(batch, copies, *difference.shape[1:])
+        if outlier_quantile is not None:
+            most = np.quantile(difference, outlier_quantile, axis=(2, 3, 4), keepdims=True)
+            difference = np.minimum(difference, most.astype(np.float32))
         return difference.mean(axis=(1, 2), dtype=np.float64).astype(np.float32)
 
     def _noise_predictions(self, stage, noised, timestep, branches, attention_kwargs) -> np.ndarray:
@@ -278,6 +301,10 @@ class StableDiffusionDiffEditPipeline(Preparation):
         lambda_kl: float = 20.0,
         num_reg_steps: int = 0,
         num_auto_corr_rolls: int = 5,
+        *,
+        inversion_iterations: int = 0,
+        callback_on_step_end: Optional[Callable] = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ):
         """Latents of the picture from nearly clean to noisy, along the inverse scheduler.
 
@@ -294,9 +321,16 @@ class StableDiffusionDiffEditPipeline(Preparation):
             callback, callback_steps: ``callback(step, timestep, latents)`` every ``callback_steps`` steps.
             lambda_auto_corr, lambda_kl, num_reg_steps, num_auto_corr_rolls: regularisation of each noise prediction
                 towards white noise (Pix2Pix-Zero); off with ``num_reg_steps=0``.
+            inversion_iterations: so many more UNet evaluations for each step of DDIM, which bring its result nearer to
+                what a step of the edit leads back from (fixed-point iteration of the implicit update).
+            callback_on_step_end, callback_on_step_end_tensor_inputs: called after every step as
+                ``callback(pipeline, step, timestep, tensors)`` with a dict of the tensors named, out of "latents",
+                "prompt_embeds" (as the UNet takes them: negatives first with guidance) and "pred_original_sample" (None
+                where the solver gives none); "latents" and "prompt_embeds" in a dict that it returns replace these.
 
         Returns:
-            DiffEditInversionPipelineOutput: ``latents`` (B, T, C, h, w), noisiest first, T = steps run.
+            DiffEditInversionPipelineOutput: ``latents`` (B, T, C, h, w), noisiest first, T = steps run, and
+            ``clean_latents`` (B, C, h, w), where it began.
 
         Raises:
             ValueError, TypeError: for input that does not fit, before any model runs.
@@ -313,9 +347,21 @@ class StableDiffusionDiffEditPipeline(Preparation):
             options.check_output_type(output_type, ("pil", "np"))
         options.check_callback(callback, callback_steps)
         options.check_regularisation(lambda_auto_corr, lambda_kl, num_reg_steps, num_auto_corr_rolls)
+        options.check_count(inversion_iterations, "inversion_iterations", options.MOST_ITERATIONS)
+        tensor_inputs = options.check_step_callback(
+            callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs
+        )
         source = randomness.resolve(generator)
         attention_kwargs = self._attention_kwargs(cross_attention_kwargs)
         scheduler = self._ready_inverse_scheduler()
+        if inversion_iterations > 0 and (
+            num_reg_steps > 0 or type(scheduler).__name__ != "DDIMInverseScheduler"
+        ):
+            raise ValueError(
+                "`inversion_iterations` refines steps of DDIMInverseScheduler without regularisation, but the inverse"
+                f" scheduler is {type(scheduler).__name__} with num_reg_steps={num_reg_steps}; set it to 0, or change"
+                " the others."
+            )
         if num_reg_steps > 0 and is_guided and batch > 1 and scheduler.config.prediction_type != "epsilon":
             raise ValueError(  # D7
                 f"`num_reg_steps` with guidance and prediction type {scheduler.config.prediction_type!r} works for one"
@@ -364,6 +410,9 @@ class StableDiffusionDiffEditPipeline(Preparation):
             callback_steps,
             source=source,
             regularise=regularised if num_reg_steps > 0 else None,
+            iterations=inversion_iterations,
+            step_callback=callback_on_step_end,
+            tensor_inputs=tensor_inputs,
         )
         stacked = np.stack(inverted[::-1], axis=1)
 
@@ -375,7 +424,8 @@ class StableDiffusionDiffEditPipeline(Preparation):
         result = self._tensor(stacked, self.unet.dtype)
         if not return_dict:
             return result, images
-        return DiffEditInversionPipelineOutput(latents=result, images=images)
+        clean = self._tensor(latents, self.unet.dtype)
+        return DiffEditInversionPipelineOutput(latents=result, images=images, clean_latents=clean)
 
     def _joined_embeds(
         self, prompt, copies, is_guided, negative_prompt, prompt_embeds, negative_prompt_embeds, skip=None
@@ -409,12 +459,16 @@ class StableDiffusionDiffEditPipeline(Preparation):
         eta=0.0,
         source=None,
         regularise=None,
+        iterations=0,
+        step_callback=None,
+        tensor_inputs=(),
     ) -> List[np.ndarray]:
         """The loop of ``invert`` (no mask) and of the edit: latents after every step, each (B, C, h, w) float32.
 
         ``stage`` is "inverted_latents" or "edited_latents".
         """
         is_guided = guidance_scale > 1.0
+        predict = self._stages.predictor(embeds, attention_kwargs, self.unet_batch_size)
         plan = None
         if hasattr(scheduler, "plan"):
             accepts_eta = "eta" in inspect.signature(scheduler.plan).parameters
@@ -422,16 +476,16 @@ class StableDiffusionDiffEditPipeline(Preparation):
         if plan is not None:
             plan = dataclasses.replace(plan, coefficients=self._crosses("coefficients", plan.coefficients))
         if plan is not None and regularise is None:
+            refine = self._refinement(scheduler, predict, is_guided, iterations)
             advance = self._fused_advance(
-                plan, embeds, guidance_scale, attention_kwargs, latents, mask, backgrounds, source
+                plan, predict, guidance_scale, latents, mask, source, refine, backgrounds
             )
         else:
             advance = self._stepwise_advance(
                 scheduler,
-                embeds,
+                predict,
                 guidance_scale,
                 is_guided,
-                attention_kwargs,
                 mask,
                 backgrounds,
                 eta,
@@ -442,9 +496,14 @@ class StableDiffusionDiffEditPipeline(Preparation):
         results = []
         with self.progress_bar(total=steps) as bar:
             for i, t in enumerate(timesteps):
-                latents = advance(i, t, latents)
+                latents, clean = advance(i, t, latents)
                 options.check_finite(latents, "edit" if stage == "edited_latents" else "inversion", i)
                 latents = self._crosses(stage, latents, i)
+                if step_callback is not None:
+                    tensors = {"latents": latents, "prompt_embeds": embeds, "pred_original_sample": clean}
+                    latents, embeds = self._step_ended(
+                        step_callback, i, t, tensors, tensor_inputs, latents, embeds, predict
+                    )
                 results.append(latents)
                 if i == len(timesteps) - 1 or ((i + 1) > warmup and (i + 1) % scheduler.order == 0):
                     bar.update()
@@ -452,10 +511,37 @@ class StableDiffusionDiffEditPipeline(Preparation):
                         callback(i // scheduler.order, t, self._tensor(latents, self.unet.dtype))
         return results
 
-    def _fused_advance(self, plan, embeds, guidance_scale, attention_kwargs, like, mask, backgrounds, source):
+    def _step_ended(self, callback, i, t, tensors, names, latents, embeds, predict):
+        """Calls ``callback_on_step_end``; returns the latents and embeddings to go on with."""
+        given = {
+            name: None if tensors[name] is None else self._tensor(tensors[name], self.unet.dtype)
+            for name in names
+        }
+        changed = callback(self, i, t, given)
+        if changed is None:
+            return latents, embeds
+        if not isinstance(changed, dict):
+            raise TypeError(
+                f"`callback_on_step_end` has to return a dict or None, but returned {type(changed).__name__}."
+            )
+        found = []
+        for name, before in (("latents", latents), ("prompt_embeds", embeds)):
+            after = before
+            if changed.get(name) is not None and changed[name] is not given.get(name):
+                after = pictures.to_numpy(changed[name]).astype(np.float32)
+                if after.shape != before.shape:
+                    raise ValueError(
+                        f"`callback_on_step_end` returned `{name}` of shape {after.shape}; it has to stay {before.shape}."
+                    )
+                options.check_finite(after, f"`{name}` returned by callback_on_step_end", i)
+            found.append(after)
+        if found[1] is not embeds:
+            predict.replace(found[1])
+        return tuple(found)
+
+    def _fused_advance(self, plan, predict, guidance_scale, like, mask, source, refine, backgrounds):
         """The compiled UNet, then everything else of the step in a second graph."""
         is_guided = guidance_scale > 1.0
-        predict = self._stages.predictor(embeds, attention_kwargs, self.unet_batch_size)
         update = self._stages.update(plan, is_guided)
         zeros = np.zeros(like.shape, np.float32)
         inside = np.ones((like.shape[0], 1, *like.shape[2:]), np.float32) if mask is None else mask
@@ -464,30 +550,58 @@ class StableDiffusionDiffEditPipeline(Preparation):
         def advance(i, t, latents):
             nonlocal previous_clean
             predictions = predict(np.concatenate([latents, latents]) if is_guided else latents, t)
-            updated, previous_clean = update(
-                latents,
-                previous_clean,
-                predictions,
+            rest = (
                 guidance_scale,
                 plan.coefficients[i],
                 inside,
                 zeros if backgrounds is None else backgrounds[i],
                 self._crosses("step_noise", self._noise(like.shape, source), i) if plan.noisy else zeros,
             )
+            updated, previous_clean = update(latents, previous_clean, predictions, *rest)
+            if refine is not None:
+                updated, previous_clean = refine(t, latents, updated, rest)
             if plan.solver == "dpm":
                 # The one other thing that a step hands to the next.
                 previous_clean = self._crosses("clean_predictions", previous_clean, i)
-            return updated
+            else:
+                self._shows("clean_predictions", previous_clean, i)
+            return updated, previous_clean
 
         return advance
+
+    def _refinement(self, scheduler, predict, is_guided, iterations):
+        """The fixed-point iteration of an inverse DDIM step, or None.
+
+        The step back from x' predicts the noise at x', the inverse step at x, before it. The x' that is led back to x
+        exactly solves x' = a x + b epsilon(x', t), which is iterated, from the inverse step's result on.
+        """
+        if iterations == 0:
+            return None
+        kind = scheduler.config.prediction_type
+        update = self._stages.update(
+            schedules.StepPlan("ddim", "epsilon", None, np.zeros((0, 5), np.float32)), is_guided
+        )
+
+        def refine(t, latents, updated, rest):
+            scale, spread = scheduler.noise_scale(t)
+            for _ in range(iterations):
+                arrived = np.concatenate([updated, updated]) if is_guided else updated
+                output = predict(arrived, t)
+                if kind == "v_prediction":
+                    output = scale * output + spread * arrived
+                elif kind == "sample":
+                    output = (arrived - scale * output) / spread
+                updated, clean = update(latents, np.zeros_like(latents), output, *rest)
+            return updated, clean
+
+        return refine
 
     def _stepwise_advance(
         self,
         scheduler,
-        embeds,
+        predict,
         guidance_scale,
         is_guided,
-        attention_kwargs,
         mask,
         backgrounds,
         eta,
@@ -501,7 +615,6 @@ class StableDiffusionDiffEditPipeline(Preparation):
 
         from .steps import guided
 
-        predict = self._stages.predictor(embeds, attention_kwargs, self.unet_batch_size)
         accepted = inspect.signature(scheduler.step).parameters
         extra = {"eta": eta} if "eta" in accepted else {}
         wants_noise = "variance_noise" in accepted
@@ -529,16 +642,20 @@ class StableDiffusionDiffEditPipeline(Preparation):
             if wants_noise and stochastic:
                 extra["variance_noise"] = ms.Tensor(draw(latents.shape))
             with portable_kernels(), devices.eager():
-                updated = scheduler.step(
+                done = scheduler.step(
                     ms.Tensor(output),
                     as_its_own(scheduler, t),
                     ms.Tensor(latents),
                     **extra,
-                    return_dict=False,
-                )[0].asnumpy()
-            if mask is None:
-                return updated
-            return updated * mask + backgrounds[i] * (1 - mask)
+                    return_dict=True,
+                )
+            updated = done["prev_sample"].asnumpy()
+            clean = done["pred_original_sample"].asnumpy() if "pred_original_sample" in done else None
+            if clean is not None:
+                self._shows("clean_predictions", clean, i)
+            if mask is not None:
+                updated = updated * mask + backgrounds[i] * (1 - mask)
+            return updated, clean
 
         return advance
 
@@ -565,6 +682,11 @@ class StableDiffusionDiffEditPipeline(Preparation):
         callback_steps: int = 1,
         cross_attention_kwargs: Optional[Dict[str, Any]] = None,
         clip_skip: int = None,
+        *,
+        clean_latents=None,
+        soft_mask: bool = False,
+        callback_on_step_end: Optional[Callable] = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ):
         """Denoise toward ``prompt`` inside the mask, keep the inverted latents outside.
 
@@ -582,6 +704,10 @@ class StableDiffusionDiffEditPipeline(Preparation):
             return_dict: False gives the tuple (images, nsfw_content_detected).
             callback, callback_steps, cross_attention_kwargs: as for ``invert``.
             clip_skip: take the prompt's embeddings this many layers before the text encoder's last.
+            clean_latents: (B, C, h, w), ``invert``'s of that name: each step's background is then taken at the noise
+                level that the step arrives at, and the last is these; None: one level late, as in the reference (C3).
+            soft_mask: whether values between 0 and 1 blend; otherwise they are rounded, as in the reference.
+            callback_on_step_end, callback_on_step_end_tensor_inputs: as for ``invert``.
 
         Returns:
             StableDiffusionPipelineOutput: B * num_images_per_prompt pictures.
@@ -607,6 +733,10 @@ class StableDiffusionDiffEditPipeline(Preparation):
             raise ValueError("`mask_image` is missing; `generate_mask()` computes one from two prompts.")
         if image_latents is None:
             raise ValueError("`image_latents` is missing; `invert()` computes them from a picture.")
+        options.check_switch(soft_mask, "soft_mask")
+        tensor_inputs = options.check_step_callback(
+            callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs
+        )
         source = randomness.resolve(generator)
         if isinstance(source, list) and len(source) > 1 and eta > 0:
             options.check_generators(source, batch * num_images_per_prompt)
@@ -614,7 +744,7 @@ class StableDiffusionDiffEditPipeline(Preparation):
         scheduler = self._ready_scheduler()
 
         # 4. Preprocess mask (before the prompts are encoded, so that bad input fails first)
-        mask = pictures.preprocess_mask(mask_image, batch)
+        mask = pictures.preprocess_mask(mask_image, batch, soft=soft_mask)
         latent_shape = (self.vae.config.latent_channels, *mask.shape[-2:])
         # D2: the reference repeats the batch of masks as a whole but each picture's latents one after the other, so
         # that with several prompts and several images for each the masks change places. Kept.
@@ -630,6 +760,12 @@ class StableDiffusionDiffEditPipeline(Preparation):
         array = options.check_image_latents(
             self._latents_array(image_latents), batch, len(timesteps), latent_shape
         )
+        start = array[:, 0]
+        if clean_latents is not None:
+            # C3: what step i arrives at is where step i + 1 begins, and the last arrives at the clean latents.
+            clean = options.check_clean_latents(clean_latents, (batch, *latent_shape))
+            array = np.concatenate([array[:, 1:], clean[:, None]], axis=1)
+        start = np.repeat(start, num_images_per_prompt, axis=0).astype(np.float32)
         backgrounds = np.repeat(np.swapaxes(array, 0, 1), num_images_per_prompt, axis=1).astype(np.float32)
 
         # 3. Encode input prompt
@@ -643,13 +779,14 @@ class StableDiffusionDiffEditPipeline(Preparation):
             clip_skip,
         )
 
-        # 8. Denoising loop. D3: the background of step i is image_latents[i], one noise level late, as in the reference.
+        # 8. Denoising loop. D3: without clean latents the background of step i is image_latents[i], one noise level late,
+        # as in the reference.
         edited = self._run(
             "edited_latents",
             scheduler,
             timesteps,
             steps,
-            backgrounds[0],
+            start,
             embeds,
             guidance_scale,
             attention_kwargs,
@@ -659,6 +796,8 @@ class StableDiffusionDiffEditPipeline(Preparation):
             backgrounds=backgrounds,
             eta=eta,
             source=source,
+            step_callback=callback_on_step_end,
+            tensor_inputs=tensor_inputs,
         )[-1]
 
         # 9. Decode, check, convert

@@ -18,7 +18,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import ops
 
-from . import devices, freeu, native, reuse
+from . import devices, freeu, native, reuse, tiling
 from .kernels import portable_kernels
 from .schedules import StepPlan
 
@@ -32,7 +32,8 @@ class Stages:
         cache: a ``compile_cache.CompileCache``, or None to compile everything afresh.
 
     Attributes:
-        calls: how often a model has run, by stage: "text", "encode", "decode", "unet"; "rows" counts the UNet's samples.
+        calls: how often a model has run, by stage: "text", "encode", "decode" (a picture is one, however many tiles it
+            has), "unet"; "rows" counts the UNet's samples.
     """
 
     def __init__(self, unet, vae, text_encoder, mode: str, cache=None):
@@ -86,41 +87,46 @@ class Stages:
     def encode_image(self, pixels: np.ndarray) -> np.ndarray:
         """VAE posterior moments (B, 2 C, h, w) float32 (mean, then log-variance) of pixels (B, 3, H, W) in [-1, 1].
 
-        One picture at a time, which bounds the memory and serves every batch size with one graph. A picture that was
-        encoded before, as ``generate_mask`` does before ``invert``, is not encoded again.
+        One picture at a time, or one tile of it where the VAE's tiling is on, which bounds the memory and serves every
+        batch size with the same graphs. A picture that was encoded before, as ``generate_mask`` does before
+        ``invert``, is not encoded again.
         """
-        stage = self._stage(("encode",), lambda: _encoder(self.vae), eager=self._tiled)
-        weights = reuse.fingerprint(self.vae)
+        stage = self._stage(("encode",), lambda: _encoder(self.vae))
+        weights, tiles = reuse.fingerprint(self.vae), self._tiles(pixels.shape, half=0)
 
         def encoded(picture):
             self.calls["encode"] += 1
-            return _host(stage(self._sample(picture, self.vae)))
+            return self._through_vae(stage, picture, tiles)
 
         return np.concatenate(
             [
-                self._moments.get(
-                    (self._tiled, *reuse.digest(picture)), weights, lambda: encoded(picture[None])
-                )
+                # A picture in tiles has other moments than the same one whole.
+                self._moments.get((tiles, *reuse.digest(picture)), weights, lambda: encoded(picture[None]))
                 for picture in pixels
             ]
         )
 
     def decode_latents(self, latents: np.ndarray) -> np.ndarray:
-        """Pixels (B, 3, H, W) float32, about [-1, 1], of unscaled latents (B, C, h, w); one at a time."""
-        stage = self._stage(("decode",), lambda: _decoder(self.vae), eager=self._tiled)
+        """Pixels (B, 3, H, W) float32, about [-1, 1], of unscaled latents (B, C, h, w); one picture or tile at a time."""
+        stage = self._stage(("decode",), lambda: _decoder(self.vae))
+        tiles = self._tiles(latents.shape, half=1)
         self.calls["decode"] += len(latents)
         return np.concatenate(
-            [_host(stage(self._sample(latents[i : i + 1], self.vae))) for i in range(len(latents))]
+            [self._through_vae(stage, latents[i : i + 1], tiles) for i in range(len(latents))]
         )
 
-    @property
-    def _tiled(self) -> bool:
-        """Whether the VAE works in tiles, and so operator by operator.
+    def _tiles(self, shape: tuple, half: int) -> Optional[tiling.Tiles]:
+        """The tiles in which the encoder (0) or the decoder (1) gets inputs of this shape; None for whole inputs."""
+        if not getattr(self.vae, "use_tiling", False):
+            return None
+        tiles = tiling.tiles_of(self.vae)[half]
+        return tiles if tiles.cut(shape) else None
 
-        mindone blends tiles in place and reads them again, which a graph does not reproduce (it compiles, and gives
-        other values).
-        """
-        return bool(getattr(self.vae, "use_tiling", False))
+    def _through_vae(self, stage: Callable, array: np.ndarray, tiles: Optional[tiling.Tiles]) -> np.ndarray:
+        def run(part):
+            return _host(stage(self._sample(part, self.vae)))
+
+        return run(array) if tiles is None else tiling.in_tiles(run, array, tiles)
 
     def predictor(self, prompt_embeds: np.ndarray, attention_kwargs: dict, rows: int) -> "Predictor":
         """The UNet for samples with these embeddings (N, L, D), ``rows`` of them in each evaluation."""
@@ -141,11 +147,11 @@ class Stages:
 
     # --- building ------------------------------------------------------------------------------------------------
 
-    def _stage(self, key: tuple, build: Callable[[], Callable], eager: bool = False) -> Callable:
-        eager = eager or self.mode == "pynative"
-        key = (*key, eager)
+    def _stage(self, key: tuple, build: Callable[[], Callable]) -> Callable:
         if key not in self._built:
-            self._built[key] = _run_eagerly(build()) if eager else self._run_compiled(build(), key)
+            function = build()
+            eager = self.mode == "pynative"
+            self._built[key] = _run_eagerly(function) if eager else self._run_compiled(function, key)
         return self._built[key]
 
     def _run_compiled(self, function: Callable, key: tuple) -> Callable:
@@ -188,6 +194,11 @@ class Predictor:
         self._embeds = prompt_embeds
         self._rows = min(rows, len(prompt_embeds))
         self._tensors: Dict[int, ms.Tensor] = {}
+
+    def replace(self, prompt_embeds: np.ndarray) -> None:
+        """Goes on with other embeddings of the same shape."""
+        self._embeds = prompt_embeds
+        self._tensors.clear()
 
     def __len__(self) -> int:
         """Number of evaluations for all samples."""

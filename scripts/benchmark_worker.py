@@ -219,12 +219,16 @@ class MindSporeParty(Party):
 
 
 class Mindone(MindSporeParty):
-    """mindone's own pipeline, in graph mode, on the operators that `portable_kernels` puts in place."""
+    """mindone's own pipeline, in graph mode, with only what this device lacks replaced."""
 
     same_noise = False
 
     def prepare(self):
         from mindspore import mint, ops
+
+        from mindiffedit import kernels
+
+        kernels.KERNELS = tuple(kernel for kernel in kernels.KERNELS if not kernel.improves)
 
         def stack(tensors, dim=0):
             return ops.stack(tensors, dim)

@@ -6,7 +6,8 @@ Fresh scenes are drawn with ``demo_scenes`` (their true object masks are known),
 another kind (every second scene) or another colour (the others) by changing the prompt, and the three calls
 of ``StableDiffusionDiffEditPipeline`` do the edit with the reference's behaviour and the demo's settings: the
 source prompt is the caption for ``invert`` and the negative prompt of the edit. Progress goes to stderr, the
-table to stdout. ``--reference`` runs the same edits with diffusers (needs torch).
+table to stdout. ``--reference`` runs the same edits with diffusers (needs torch). ``--compare`` sets the
+reference's behaviour against ``edit()``, see ``compare_editing.py``.
 
 What is measured, each as a mean over the edits:
 
@@ -437,10 +438,33 @@ def build_parser() -> argparse.ArgumentParser:
         default = known.get(name)
         shown = "that of --guidance" if default is None else default
         add(f"--{name.replace('_', '-')}", type=kind, default=default, help=f"{text} ({shown})")
+    add("--compare", action="store_true", help="the three calls against edit(), with an ablation")
+    add("--ablation", type=natural, default=100, help="with --compare: scenes of the ablation (100)")
+    add("--timed", type=natural, default=20, help="with --compare: edits whose seconds are measured (20)")
     add("--json", type=Path, metavar="FILE", help="write settings, means and every edit's figures")
     add("--sheet", type=Path, metavar="PNG", help="write the first twelve edits as one picture")
     add("--check", action="store_true", help="exit with 1 when a goal is missed")
     return parser
+
+
+def compare(args, editor, classifier, settings) -> int:
+    """``--compare``; returns the exit code."""
+    import compare_editing
+
+    def progress(name, done):
+        print(f"{name}: {done} edits", file=sys.stderr, flush=True)
+
+    results = compare_editing.compare(
+        editor, classifier, settings, count=args.scenes, seed=args.seed, batch=args.batch,
+        ablation=min(args.ablation, args.scenes), rebuilt=min(args.reconstructions, args.scenes),
+        timed=min(args.timed, args.scenes - 1), progress=progress,
+    )
+    print(compare_editing.tables(results))
+    if args.json:
+        results = {"scenes": args.scenes, "seed": args.seed, "model": args.model, "settings": settings} | results
+        args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    missed = [name for name, goal in results["goals"].items() if not goal["passed"]]
+    return 1 if args.check and missed else 0
 
 
 def main(arguments=None) -> int:
@@ -452,6 +476,8 @@ def main(arguments=None) -> int:
     model = demo.checkpoint_folder() if args.model == "demo" else Path(args.model)
     editor = (ReferenceEditor if args.reference else MindSporeEditor)(model, args.mode)
     started = time.monotonic()
+    if args.compare:
+        return compare(args, editor, classifier, settings)
     results, kept = evaluate(
         editor, classifier, settings, count=args.scenes, seed=args.seed, batch=args.batch,
         reconstructions=args.reconstructions, progress=Progress(), keep_pictures=12 if args.sheet else 0,

@@ -15,7 +15,7 @@ LEDGER = (ROOT / "docs" / "differences.md").read_text(encoding="utf-8")
 ROWS = [
     [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
     for line in LEDGER.splitlines()
-    if re.match(r"\| [DWEBN]\d", line)
+    if re.match(r"\| [DWEBCN]\d", line)
 ]
 
 
@@ -38,7 +38,7 @@ def edit(ours, inverted, **arguments):
 def test_every_line_has_an_id_a_reason_and_a_test():
     ids = [row[0] for row in ROWS]
     assert len(ids) == len(set(ids)) > 30
-    for letter in "DWEBN":
+    for letter in "DWEBCN":
         numbers = [int(one[1:]) for one in ids if one[0] == letter]
         assert numbers == list(range(1, len(numbers) + 1)), letter
     tests = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
@@ -51,7 +51,7 @@ def test_every_line_has_an_id_a_reason_and_a_test():
 def test_ids_in_the_code_are_in_the_ledger():
     ids, used = {row[0] for row in ROWS}, set()
     for path in (ROOT / "mindiffedit").rglob("*.py"):
-        used |= set(re.findall(r"#.*?\b([DWEBN]\d{1,2})\b", path.read_text(encoding="utf-8")))
+        used |= set(re.findall(r"#.*?\b([DWEBCN]\d{1,2})\b", path.read_text(encoding="utf-8")))
     assert used and used <= ids
     kept = {one for one in ids if one.startswith("D")} - {
         "D5",

@@ -28,6 +28,7 @@ REALS = {
     options.check_guidance_scale: ([0, 1, 7.5, np.float16(2), 100], [-0.001, -7.5]),
     options.check_ratio: ([1e-6, 3, np.float64(0.5)], [0, -3, 0.0]),
     options.check_eta: ([0, 1, 0.3], [-0.1, 1.1]),
+    options.check_threshold: ([0.5, 1e-6, np.float32(0.25)], [0, 1, -0.5, 1.5]),
 }
 
 

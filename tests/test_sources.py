@@ -296,6 +296,7 @@ GROUND = {
     "devices",
     "generator",
     "latents_file",
+    "masks",
     "models",
     "options",
     "outputs",
@@ -310,6 +311,7 @@ GROUND = {
     "regularisers",
     "schedules",
     "single_file",
+    "tiling",
 }
 # The half of the parity tool that runs the reference; imported by `parity record` alone.
 RECORDING = {"parity/reference.py", "parity/floors.py", "parity/command.py"}

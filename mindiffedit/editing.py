@@ -1,0 +1,482 @@
+"""``edit``: mask, inversion and edit in one call, with the corrections of ``docs/differences.md`` switched on."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+from typing import Any, Callable, Dict, List, Optional, Sequence, Union
+
+import numpy as np
+
+from . import masks, options, pictures, randomness, schedules
+from .outputs import DiffEditInversionPipelineOutput, DiffEditOutput, EditReport
+
+INVERSIONS = ("ddim", "noise")
+
+EDIT_MASK = masks.MaskOptions(smoothing=1.5, threshold=0.75, fill_holes=True, smallest_region=8)
+"""How ``edit`` makes a mask of its map, where nothing else is said.
+
+With a clamp at twice the mean most of the map is cut to one of two values, and the smoothing lets neighbours vote; so
+five maps do what ten do without. Chosen on drawn scenes, see ``docs/quality.md``.
+"""
+
+MOST_FEATHER = 10000  # pixels
+
+PROBED_STEPS = 3
+"""Steps of an inversion that are led back for its error; each costs one prediction."""
+
+LARGE_ERROR = 0.25
+"""Inversion error from which a report warns."""
+
+
+class Editing:
+    """The one call and what it is made of, over the three mirrored ones."""
+
+    def edit(
+        self,
+        image,
+        source_prompt: Optional[Union[str, List[str]]] = None,
+        target_prompt: Optional[Union[str, List[str]]] = None,
+        *,
+        negative_prompt: Optional[Union[str, List[str]]] = None,
+        source_prompt_embeds=None,
+        target_prompt_embeds=None,
+        negative_prompt_embeds=None,
+        num_inference_steps: int = 50,
+        inpaint_strength: float = 0.8,
+        guidance_scale: float = 7.5,
+        num_maps_per_mask: int = 5,
+        mask_encode_strength: float = 0.5,
+        mask_thresholding_ratio: float = 2.0,
+        mask_options: Optional[masks.MaskOptions] = None,
+        mask_image=None,
+        mask_combination: str = "replace",
+        per_image_clamp: bool = True,
+        corrected_guidance: bool = True,
+        outlier_quantile: Optional[float] = 0.99,
+        inversion: str = "ddim",
+        inversion_prompt: Optional[Union[str, List[str]]] = None,
+        inversion_guidance_scale: float = 1.0,
+        inversion_iterations: int = 0,
+        aligned_background: bool = True,
+        image_latents: Optional[DiffEditInversionPipelineOutput] = None,
+        paste_back: bool = True,
+        feather: Optional[int] = None,
+        eta: float = 0.0,
+        generator=None,
+        output_type: str = "pil",
+        measure_reconstruction: bool = False,
+        callback_on_step_end: Optional[Callable] = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        debug_callback: Optional[Callable] = None,
+        cross_attention_kwargs: Optional[Dict[str, Any]] = None,
+        clip_skip: Optional[int] = None,
+    ) -> DiffEditOutput:
+        """Changes what the two prompts disagree about, and nothing else.
+
+        The three calls, one after the other, with their work shared and with what the reference has otherwise than the
+        paper put right. Every correction is an option, here and in the three calls.
+
+        Args:
+            image: picture(s) (PIL, list, array (B, H, W, 3) in [0, 1], tensor (B, 3, H, W)), or latents (B, C, h, w).
+            source_prompt, target_prompt: what is there, what shall be there; str or list of B str; or
+                ``source_prompt_embeds``, ``target_prompt_embeds`` (B, L, D).
+            negative_prompt, negative_prompt_embeds: what the edit moves away from; None: the source prompt.
+            num_inference_steps, inpaint_strength: steps of the schedule, and the share of them that is run, (0, 1].
+            guidance_scale: classifier-free guidance of mask and edit; off at 1 and below.
+            num_maps_per_mask, mask_encode_strength, mask_thresholding_ratio: as for ``generate_mask``.
+            mask_options: how the map becomes a mask; None: ``mindiffedit.editing.EDIT_MASK``.
+            mask_image: own mask(s) of any size, white (1) where the picture may change.
+            mask_combination: what becomes of it and the computed mask: "replace" (nothing is computed), "union",
+                "subtract" (computed without own) or "intersection".
+            per_image_clamp, corrected_guidance, outlier_quantile: as for ``generate_mask``.
+            inversion: "ddim" inverts the picture; "noise" noises it freshly for every step, which needs no model and
+                leaves what is inside the mask to chance.
+            inversion_prompt: caption(s) for the inversion; None: the source prompt.
+            inversion_guidance_scale: 1 inverts without guidance, as the paper does, at half the cost.
+            inversion_iterations: as for ``invert``.
+            aligned_background: take each step's background at the noise level that the step arrives at; otherwise it is
+                one level late, as in the reference.
+            image_latents: what ``invert`` or ``noise_image`` returned for the same picture and steps; ``inversion`` and
+                its options are then not used.
+            paste_back: outside the feathered mask return the picture's own pixels. Not for latents.
+            feather: width of the seam in pixels; None: one latent.
+            eta: DDIM's eta in [0, 1].
+            generator: as for the other calls; a list has one for each of B pictures. A seed begins anew in each call.
+            output_type: "pil", "np" or "latent".
+            measure_reconstruction: denoise the inverted latents with the source prompt, too, and say in the report how
+                near that comes; costs as much as an inversion.
+            callback_on_step_end, callback_on_step_end_tensor_inputs: as for ``invert``; of the edit's steps.
+            debug_callback: ``callback(stage, array, step)`` sees every intermediate, see ``debugging``.
+            cross_attention_kwargs, clip_skip: as for the other calls.
+
+        Returns:
+            DiffEditOutput. Pictures have the size of those that were given.
+
+        Raises:
+            ValueError, TypeError: for input that does not fit, before any model runs.
+            options.NumericalError: for NaN or inf, naming stage and step.
+        """
+        # 1. What can be wrong, before any model runs
+        if negative_prompt is None and negative_prompt_embeds is None:
+            negative_prompt, negative_prompt_embeds = source_prompt, source_prompt_embeds
+        caption = dict(prompt=inversion_prompt, prompt_embeds=None)
+        if inversion_prompt is None:
+            caption = dict(prompt=source_prompt, prompt_embeds=source_prompt_embeds)
+        options.check_guidance_scale(guidance_scale)
+        options.check_guidance_scale(inversion_guidance_scale, "inversion_guidance_scale")
+        batch = self._check_prompts(source_prompt, None, source_prompt_embeds, None, False, "source_")
+        counts = {
+            "target": self._check_prompts(target_prompt, None, target_prompt_embeds, None, False, "target_"),
+            "inversion": self._check_prompts(caption["prompt"], None, caption["prompt_embeds"], None, False),
+        }
+        for name, count in counts.items():
+            if count != batch:
+                raise ValueError(
+                    f"There are {count} {name} prompts for {batch} source prompts; give as many of each."
+                )
+        self._check_prompts(
+            target_prompt, negative_prompt, target_prompt_embeds, negative_prompt_embeds, guidance_scale > 1.0
+        )
+        schedule = dict(num_inference_steps=num_inference_steps, inpaint_strength=inpaint_strength)
+        options.check_steps(num_inference_steps)
+        options.check_strength(inpaint_strength, "inpaint_strength")
+        steps = options.effective_steps(num_inference_steps, inpaint_strength)
+        options.check_eta(eta)
+        options.check_output_type(output_type, ("pil", "np", "latent"))
+        options.check_output_type(inversion, INVERSIONS, "inversion")
+        options.check_count(inversion_iterations, "inversion_iterations", options.MOST_ITERATIONS)
+        options.check_output_type(mask_combination, masks.COMBINATIONS, "mask_combination")
+        for name, flag in (
+            ("aligned_background", aligned_background),
+            ("paste_back", paste_back),
+            ("measure_reconstruction", measure_reconstruction),
+        ):
+            options.check_switch(flag, name)
+        options.check_step_callback(
+            callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs
+        )
+        options.check_viewer(debug_callback)
+        mask_options = EDIT_MASK if mask_options is None else masks.checked_options(mask_options)
+        feather = (
+            self.vae_scale_factor
+            if feather is None
+            else options.check_at_least_zero(feather, "feather", MOST_FEATHER)
+        )
+        _check_inversion(inversion, inversion_iterations, image_latents, measure_reconstruction)
+        randomness.resolve(generator)
+        pixels = self._pixels(image, batch)
+        of_pixels = pixels.shape[1] != self.vae.config.latent_channels
+        factor = self.vae_scale_factor if of_pixels else 1
+        grid = tuple(side // factor for side in pixels.shape[2:])
+        own = self._own_mask(mask_image, mask_combination, mask_options, grid, batch)
+        if image_latents is not None:
+            self._check_inverted(image_latents, (batch, steps, self.vae.config.latent_channels, *grid))
+
+        seen: Dict[str, np.ndarray] = {}
+        seconds: Dict[str, float] = {}
+
+        def view(stage, array, step):
+            seen[stage] = array
+            if debug_callback is not None:
+                debug_callback(stage, array, step)
+
+        with self.debugging(view):
+            # 2. The mask
+            with _timed(seconds, "mask"):
+                mask = own
+                if own is None or mask_combination != "replace":
+                    mask = self.generate_mask(
+                        image=image,
+                        target_prompt=target_prompt,
+                        target_prompt_embeds=target_prompt_embeds,
+                        source_prompt=source_prompt,
+                        source_prompt_embeds=source_prompt_embeds,
+                        num_maps_per_mask=num_maps_per_mask,
+                        mask_encode_strength=mask_encode_strength,
+                        mask_thresholding_ratio=mask_thresholding_ratio,
+                        num_inference_steps=num_inference_steps,
+                        guidance_scale=guidance_scale,
+                        generator=_for_each_map(generator, num_maps_per_mask),
+                        cross_attention_kwargs=cross_attention_kwargs,
+                        per_image_clamp=per_image_clamp,
+                        corrected_guidance=corrected_guidance,
+                        outlier_quantile=outlier_quantile,
+                        mask_options=mask_options,
+                    )
+                if own is not None and mask is not own:
+                    mask = masks.combine(mask, own, mask_combination)
+            # 3. The background of every step
+            inverted = image_latents
+            with _timed(seconds, "inversion"):
+                if inverted is None and inversion == "noise":
+                    inverted = self.noise_image(image, batch_size=batch, generator=generator, **schedule)
+                elif inverted is None:
+                    inverted = self.invert(
+                        **caption,
+                        image=image,
+                        guidance_scale=inversion_guidance_scale,
+                        generator=generator,
+                        cross_attention_kwargs=cross_attention_kwargs,
+                        inversion_iterations=inversion_iterations,
+                        **schedule,
+                    )
+            # 4. The edit
+            latents = dict(
+                image_latents=inverted.latents,
+                clean_latents=inverted.clean_latents if aligned_background else None,
+                output_type="latent",
+                cross_attention_kwargs=cross_attention_kwargs,
+                **schedule,
+            )
+            decoded = flags = None
+            with _timed(seconds, "edit"):
+                edited = self(
+                    prompt=target_prompt,
+                    prompt_embeds=target_prompt_embeds,
+                    negative_prompt=negative_prompt,
+                    negative_prompt_embeds=negative_prompt_embeds,
+                    guidance_scale=guidance_scale,
+                    eta=eta,
+                    generator=generator,
+                    mask_image=mask,
+                    soft_mask=mask_options.soft,
+                    clip_skip=clip_skip,
+                    callback_on_step_end=callback_on_step_end,
+                    callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+                    **latents,
+                ).images
+                if output_type != "latent":
+                    decoded, flags = self.run_safety_checker(self._decoded(seen["edited_latents"]))
+
+        # 5. The pictures, and what can be said about them
+        report = EditReport(mask_coverage=masks.mask_coverage(mask), seconds=seconds)
+        images = edited
+        if decoded is not None:
+            originals = pictures.originals(image, batch) if of_pixels else None
+            images = _finished(decoded, flags, originals, mask, feather, paste_back, report)
+            images = pictures.of_arrays(images) if output_type == "pil" else images
+        if image_latents is None and inversion == "ddim":
+            own_embeds = self._joined_embeds(
+                caption["prompt"], 1, inversion_guidance_scale > 1.0, None, caption["prompt_embeds"], None
+            )
+            with _timed(seconds, "report"):
+                report.inversion_error = self._inversion_error(
+                    inverted, own_embeds, inversion_guidance_scale, cross_attention_kwargs, schedule
+                )
+            if measure_reconstruction:
+                with _timed(seconds, "reconstruction"):
+                    everywhere = np.ones((batch, *grid), np.float32)
+                    rebuilt = self(
+                        **caption, guidance_scale=inversion_guidance_scale, mask_image=everywhere, **latents
+                    ).images
+                    rebuilt = self._decoded(pictures.to_numpy(rebuilt).astype(np.float32))
+                report.reconstruction_psnr = _psnr(rebuilt, pixels) if of_pixels else None
+        report.warnings = _warnings(report, source_prompt, target_prompt, own is not None)
+        return DiffEditOutput(images, mask, seen.get("map"), inverted.latents, edited, report, flags)
+
+    def noise_image(
+        self,
+        image,
+        num_inference_steps: int = 50,
+        inpaint_strength: float = 0.8,
+        generator=None,
+        batch_size: int = 1,
+    ) -> DiffEditInversionPipelineOutput:
+        """The picture noised afresh at every level of the edit: a background without an inversion.
+
+        What it returns goes where ``invert``'s goes, and keeps the outside of the mask as well. Inside, nothing of the
+        picture is kept but its noised start, so that a high strength draws anew what an inversion would turn round.
+
+        Args:
+            image: picture(s) or latents, as for ``invert``.
+            num_inference_steps, inpaint_strength: as given to the edit; the strength says at which noise level the
+                edit begins.
+            generator: int seed or generator(s) of the posterior draw and of all noise.
+            batch_size: number of prompts, B.
+
+        Returns:
+            DiffEditInversionPipelineOutput: ``latents`` (B, T, C, h, w), noisiest first, and ``clean_latents``.
+
+        Raises:
+            ValueError, TypeError: for input that does not fit, before any model runs.
+        """
+        options.check_strength(inpaint_strength, "inpaint_strength")
+        options.check_steps(num_inference_steps)
+        options.effective_steps(num_inference_steps, inpaint_strength)
+        options.check_positive_int("batch_size", batch_size)
+        source = randomness.resolve(generator)
+        scheduler = self._ready_scheduler()
+        timesteps, _ = self._schedule(scheduler, self.get_timesteps, num_inference_steps, inpaint_strength)
+        pixels = self._pixels(image, batch_size)
+        self._check_sources(source, pixels, batch_size, 1)
+        clean = self._image_latents(pixels, batch_size, 1, source)
+        noised = [self._noised(scheduler, clean, self._noise(clean.shape, source), t) for t in timesteps]
+        return DiffEditInversionPipelineOutput(
+            latents=self._tensor(np.stack(noised, axis=1), self.unet.dtype),
+            clean_latents=self._tensor(clean, self.unet.dtype),
+        )
+
+    def _own_mask(self, mask_image, combination, mask_options, grid, batch) -> Optional[np.ndarray]:
+        """The user's mask on the latents' grid, (B, h, w) float32; 0 and 1 unless masks are soft."""
+        if mask_image is None:
+            if combination != "replace":
+                raise ValueError(
+                    f"`mask_combination` is {combination!r}, but there is no `mask_image` to combine with."
+                )
+            return None
+        own = masks.user_mask(mask_image, grid, batch)
+        own = np.broadcast_to(own, (batch, *grid))
+        return own if mask_options.soft else (own >= 0.5).astype(np.float32)
+
+    @staticmethod
+    def _check_inverted(given, shape) -> None:
+        if not isinstance(given, DiffEditInversionPipelineOutput) or given.clean_latents is None:
+            raise TypeError(
+                "`image_latents` has to be what `invert()` or `noise_image()` returned, with its clean latents, but is"
+                f" {type(given).__name__}; pass the whole output, not its latents."
+            )
+        batch, steps, *one = shape
+        options.check_image_latents(given.latents, batch, steps, one)
+        options.check_clean_latents(given.clean_latents, (batch, *one))
+
+    def _inversion_error(self, inverted, embeds, guidance_scale, attention_kwargs, schedule):
+        """Rms error of the steps back over the latents' rms, for each picture; summed over the steps, of which a few run.
+
+        The step back is DDIM's between the two noise levels, with the noise predicted at the noisier one.
+        """
+        scheduler = self._ready_scheduler()
+        if not hasattr(scheduler, "noise_scale"):
+            return None
+        timesteps, _ = self._schedule(scheduler, self.get_timesteps, *schedule.values())
+        latents = np.swapaxes(pictures.to_numpy(inverted.latents).astype(np.float32), 0, 1)
+        clean = pictures.to_numpy(inverted.clean_latents).astype(np.float32)
+        levels = [*latents, clean]
+        is_guided = guidance_scale > 1.0
+        predict = self._stages.predictor(
+            embeds, self._attention_kwargs(attention_kwargs), self.unet_batch_size
+        )
+        chosen = np.unique(np.linspace(0, len(timesteps) - 1, PROBED_STEPS).round().astype(int))
+        errors = []
+        for i in chosen:
+            alphas = [scheduler.noise_scale(t)[0] ** 2 for t in timesteps[i : i + 2]]
+            row = schedules.ddim_row(alphas[0], alphas[1] if len(alphas) > 1 else np.float32(1))
+            plan = schedules.StepPlan("ddim", scheduler.config.prediction_type, None, row[None])
+            here, zeros = levels[i], np.zeros_like(clean)
+            back, _ = self._stages.update(plan, is_guided)(
+                here,
+                zeros,
+                predict(np.concatenate([here, here]) if is_guided else here, timesteps[i]),
+                guidance_scale,
+                row,
+                np.ones((len(here), 1, *here.shape[2:]), np.float32),
+                zeros,
+                zeros,
+            )
+            errors.append(_rms(back - levels[i + 1]) / _rms(levels[i + 1]))
+        return [float(total) for total in np.mean(errors, axis=0) * len(timesteps)]
+
+
+def _check_inversion(inversion, iterations, image_latents, measure_reconstruction) -> None:
+    nothing = inversion == "noise" or image_latents is not None
+    if nothing and (iterations > 0 or measure_reconstruction):
+        raise ValueError(
+            "Nothing is inverted here (inversion='noise', or `image_latents` were given), so `inversion_iterations` and"
+            " `measure_reconstruction` mean nothing; leave them out."
+        )
+    if inversion == "noise" and image_latents is not None:
+        raise ValueError("inversion='noise' and `image_latents` exclude each other; give one of them.")
+
+
+def _for_each_map(generator, copies: int):
+    """A list of generators, one for each picture, as ``generate_mask`` takes it: one for each of the maps."""
+    if not isinstance(generator, (list, tuple)) or len(generator) == 1:
+        return generator
+    return [source for source in randomness.resolve(generator) for _ in range(copies)]
+
+
+def _finished(decoded, flags, originals, mask, feather, paste_back, report) -> np.ndarray:
+    """Pictures (B, H, W, 3) in [0, 1] of what the decoder gave, (B, 3, H, W) in [-1, 1]; fills in the report.
+
+    ``originals`` (B, H, W, 3) or None.
+    """
+    normalised = None if flags is None else [not flag for flag in flags]
+    images = pictures.postprocess_image(decoded, "np", normalised)
+    if originals is None:
+        return images
+    images = pictures.resized_arrays(images, originals.shape[1:3])
+    weights = masks.feathered(mask, originals.shape[1:3], feather)
+    report.change_outside_before_paste_back = _change(images, originals, weights)
+    if paste_back:
+        # What the safety checker blackened stays black.
+        kept = [i for i in range(len(images)) if not flags or not flags[i]]
+        images[kept] = masks.paste_back(originals[kept], images[kept], weights[kept])
+    report.change_outside = _change(images, originals, weights)
+    return images
+
+
+def _change(images, originals, weights) -> List[float]:
+    """Rms difference in levels of 255 where the weights are 0; 0 where they never are."""
+    changes = []
+    for image, original, weight in zip(images, originals, weights):
+        outside = weight == 0
+        changes.append(255 * float(_rms((image - original)[outside][None])[0]) if outside.any() else 0.0)
+    return changes
+
+
+def _rms(arrays: np.ndarray) -> np.ndarray:
+    """Root mean square of each array of a batch, in float64."""
+    return np.sqrt(np.square(arrays, dtype=np.float64).mean(axis=tuple(range(1, arrays.ndim))))
+
+
+def _psnr(decoded: np.ndarray, pixels: np.ndarray) -> List[float]:
+    """dB between pictures (B, 3, H, W) in [-1, 1]."""
+    error = _rms(np.clip(decoded, -1, 1) - np.concatenate([pixels] * (len(decoded) // len(pixels)))) / 2
+    return [float(value) for value in -20 * np.log10(np.maximum(error, 1e-5))]
+
+
+def _warnings(report: EditReport, source_prompt, target_prompt, own_mask: bool) -> List[str]:
+    """What looks wrong, and what to turn."""
+    found = []
+    for i, share in enumerate(report.mask_coverage):
+        which = f"picture {i}: " if len(report.mask_coverage) > 1 else ""
+        if share == 0:
+            remedy = (
+                "draw more of it"
+                if own_mask
+                else "lower `mask_thresholding_ratio` or raise `num_maps_per_mask`"
+            )
+            found.append(f"{which}the mask is empty, so nothing has changed; {remedy}.")
+        elif share > 0.9:
+            remedy = (
+                "draw less of it"
+                if own_mask
+                else "raise `mask_thresholding_ratio`, or say in both prompts what shall stay, in the same words"
+            )
+            found.append(f"{which}the mask covers {share:.0%} of the picture; {remedy}.")
+        if report.inversion_error is not None and report.inversion_error[i] > LARGE_ERROR:
+            found.append(
+                f"{which}the inversion does not lead back to the picture (error {report.inversion_error[i]:.0%}); raise"
+                " `num_inference_steps` or `inversion_iterations`, lower `inpaint_strength`, or say in the source prompt"
+                " what the picture shows."
+            )
+    for source, target in zip(_listed(source_prompt), _listed(target_prompt)):
+        words = [set(re.findall(r"\w+", text.lower())) for text in (source, target)]
+        if all(words) and not words[0] & words[1]:
+            found.append(
+                f"the prompts {source!r} and {target!r} have no word in common, so that the mask may take in everything;"
+                " repeat in the target prompt what shall stay."
+            )
+    return found
+
+
+def _listed(prompt) -> List[str]:
+    return [prompt] if isinstance(prompt, str) else list(prompt or [])
+
+
+@contextlib.contextmanager
+def _timed(seconds: Dict[str, float], stage: str):
+    begun = time.perf_counter()
+    yield
+    seconds[stage] = time.perf_counter() - begun

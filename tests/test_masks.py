@@ -1,0 +1,839 @@
+"""Masks: from maps to masks, masks of users, combinations, feathering, pasting back, and what is drawn of them."""
+
+import dataclasses
+import math
+import warnings
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from mindiffedit import masks, options, pictures
+from mindiffedit.masks import MaskOptions
+
+
+def random_maps(*shape, seed=0):
+    """Maps with a long tail, as real ones have: a few values are many times the mean."""
+    return np.random.default_rng(seed).gamma(0.4, size=shape).astype(np.float32)
+
+
+def drawn(text):
+    """A boolean array of lines of '#' and '.'."""
+    return np.array([[c == "#" for c in line] for line in text.split()])
+
+
+def shaped(text):
+    """A map (1, h, w) that is 0 outside the drawing and, at the ratio that `made` takes, far above the clamp inside."""
+    mask = drawn(text)
+    result = mask.astype(np.float32)[None]
+    np.testing.assert_array_equal(masks.mask_of(result, ratio=0.5), result)
+    return result
+
+
+def lines(mask):
+    return ["".join(".#"[int(v)] for v in row) for row in mask]
+
+
+def picture(height, width, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def message(error, function, *args, **kwargs):
+    """The one-line message of the exact exception type that the call raises."""
+    with pytest.raises(error) as caught:
+        function(*args, **kwargs)
+    assert caught.type is error
+    text = str(caught.value)
+    assert "\n" not in text and text.endswith(".")
+    return text
+
+
+# --- from a map to a mask --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 16), (3, 8, 13), (2, 64, 48)])
+@pytest.mark.parametrize("ratio", [3.0, 0.7, 10])
+def test_defaults_are_the_reference_s_to_the_bit(shape, ratio):
+    torch = pytest.importorskip("torch")
+    maps = random_maps(*shape)
+    maps[0, 1, 2] = maps.mean(dtype=np.float64).astype(np.float32) * np.float32(ratio) * np.float32(0.5)
+    mask = masks.mask_of(maps, ratio)
+    assert mask.dtype == np.int64
+    magnitude = maps.mean(dtype=np.float64).astype(np.float32) * np.float32(ratio)
+    np.testing.assert_array_equal(mask, np.where(np.clip(maps, 0, magnitude) / magnitude <= 0.5, 0, 1))
+    # The reference's own lines, in its own framework, with this clamp (its float32 mean may differ in the last bit).
+    tensor = torch.from_numpy(maps)
+    tensor = tensor.clamp(0, float(magnitude)) / float(magnitude)
+    np.testing.assert_array_equal(mask, torch.where(tensor <= 0.5, 0, 1).numpy())
+    assert 0 < mask.mean() < 1
+
+
+def test_a_value_at_the_threshold_is_outside():
+    maps = np.array([[[0.5, np.nextafter(np.float32(0.5), np.float32(1)), 1.0, 0.0]]], np.float32)
+    assert masks.mask_of(maps, clamp=1.0 * np.ones(())).tolist() == [[[0, 1, 1, 0]]]
+    at = np.array([[[0.3, 0.31, 0.29]]], np.float32)
+    chosen = masks.mask_of(at, clamp=np.ones(1), options=MaskOptions(threshold=0.3))
+    assert chosen.tolist() == [[[0, 1, 0]]]
+
+
+def test_clamps():
+    maps = random_maps(3, 8, 9)
+    whole = masks.clamp_of(maps, 3.0, False)
+    assert whole.dtype == np.float32 and whole.shape == ()
+    assert whole == maps.mean(dtype=np.float64).astype(np.float32) * np.float32(3)
+    own = masks.clamp_of(maps, 3.0, True)
+    assert own.dtype == np.float32 and own.shape == (3, 1, 1)
+    for value, one in zip(own.ravel(), maps):
+        assert value == masks.clamp_of(one[None], 3.0, False)
+
+
+def test_per_image_masks_do_not_depend_on_their_mates():
+    maps = random_maps(2, 16, 16)
+    mates = np.stack([maps[0], 50 * maps[1]])
+    kept = masks.mask_of(mates, per_image=True)
+    np.testing.assert_array_equal(kept[0], masks.mask_of(maps[:1])[0])
+    np.testing.assert_array_equal(kept[1], masks.mask_of(mates[1:])[0])
+    assert (masks.mask_of(mates)[0] != kept[0]).any(), "the reference's masks do"
+
+
+def test_a_given_clamp_takes_the_place_of_the_computed():
+    maps = random_maps(2, 8, 8)
+    for per_image in (False, True):
+        clamp = masks.clamp_of(maps, 2.0, per_image)
+        expected = masks.mask_of(maps, 2.0, per_image=per_image)
+        np.testing.assert_array_equal(masks.mask_of(maps, clamp=clamp), expected)
+    np.testing.assert_array_equal(masks.mask_of(maps, clamp=clamp.ravel()), expected)
+    assert masks.mask_of(maps, clamp=np.float32(1e6)).sum() == 0
+
+
+def test_no_difference_is_an_error():
+    empty = np.zeros((2, 4, 4), np.float32)
+    assert message(options.NumericalError, masks.mask_of, empty) == masks.NO_DIFFERENCE
+    empty[0] = 1
+    masks.mask_of(empty)
+    assert "picture 2 of 2" in message(options.NumericalError, masks.mask_of, empty, per_image=True)
+
+
+@pytest.mark.parametrize(
+    "maps, error, words",
+    [
+        (np.zeros((4, 4), np.float32), ValueError, "(4, 4)"),
+        (np.zeros((0, 4, 4), np.float32), ValueError, "(0, 4, 4)"),
+        (np.ones((1, 4, 4), int), TypeError, "int64"),
+        (np.full((1, 4, 4), -1.0), ValueError, "-1"),
+        (np.full((1, 4, 4), np.nan), options.NumericalError, "NaN"),
+        (np.full((1, 4, 4), np.inf), options.NumericalError, "16 of 16"),
+    ],
+)
+def test_bad_maps_are_refused(maps, error, words):
+    assert words in message(error, masks.mask_of, maps)
+    assert words in message(error, masks.clamp_of, maps)
+
+
+def test_other_bad_arguments_of_mask_of():
+    maps = random_maps(2, 4, 4)
+    assert "dict" in message(TypeError, masks.mask_of, maps, options={"threshold": 0.5})
+    assert "`ratio`" in message(ValueError, masks.mask_of, maps, ratio=0)
+    assert "`ratio`" in message(TypeError, masks.mask_of, maps, ratio=True)
+    assert "`per_image`" in message(TypeError, masks.mask_of, maps, per_image=1)
+    assert "(3,)" in message(ValueError, masks.mask_of, maps, clamp=np.ones(3))
+    for bad in (0.0, -1.0, np.nan):
+        assert "above 0" in message(ValueError, masks.mask_of, maps, clamp=np.array(bad))
+
+
+def test_bfloat16_tensors_and_double_arrays_are_maps_too():
+    torch = pytest.importorskip("torch")
+    maps = random_maps(1, 8, 8)
+    np.testing.assert_array_equal(masks.mask_of(maps.astype(np.float64)), masks.mask_of(maps))
+    rounded = torch.from_numpy(maps).bfloat16()
+    np.testing.assert_array_equal(masks.mask_of(rounded), masks.mask_of(rounded.float().numpy()))
+
+
+# --- options ---------------------------------------------------------------------------------------
+
+
+def test_defaults_and_values_of_the_options():
+    assert dataclasses.asdict(MaskOptions()) == {
+        "threshold": 0.5, "smoothing": 0.0, "erosion": 0, "dilation": 0, "fill_holes": False, "smallest_region": 0,
+        "soft": False,
+    }
+    chosen = MaskOptions(np.float32(0.25), 2, np.int64(1), soft=np.True_)
+    assert (chosen.threshold, chosen.smoothing, chosen.erosion, chosen.soft) == (0.25, 2.0, 1, True)
+    kinds = [type(v) for v in (chosen.threshold, chosen.smoothing, chosen.erosion, chosen.soft)]
+    assert kinds == [float, float, int, bool]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        chosen.threshold = 0.5
+    import mindiffedit
+
+    assert mindiffedit.MaskOptions is MaskOptions
+
+
+BAD_OPTIONS = [
+    ("threshold", ValueError, (0, 1, -0.5, 1.5, math.nan, math.inf, None)),
+    ("threshold", TypeError, (True, "0.5", [0.5])),
+    ("smoothing", ValueError, (-0.1, math.nan, math.inf, 1e9, None)),
+    ("smoothing", TypeError, (False, "1")),
+    ("erosion", ValueError, (-1, 10**9)),
+    ("erosion", TypeError, (1.0, True, None, "1", math.nan)),
+    ("dilation", ValueError, (-1, 10**9)),
+    ("dilation", TypeError, (0.5, False, None)),
+    ("smallest_region", ValueError, (-3,)),
+    ("smallest_region", TypeError, (2.5, True, None)),
+    ("fill_holes", TypeError, (1, 0, None, "yes")),
+    ("soft", TypeError, (1, 0, None, "no")),
+]
+
+
+@pytest.mark.parametrize("name, error, values", BAD_OPTIONS, ids=lambda v: getattr(v, "__name__", None))
+def test_bad_options_are_refused(name, error, values):
+    for value in values:
+        text = message(error, MaskOptions, **{name: value})
+        assert f"`{name}`" in text
+        assert str(value) in text or f"{value:g}" in text
+
+
+# --- each knob by counting -------------------------------------------------------------------------
+
+
+def made(text, **knobs):
+    return lines(masks.mask_of(shaped(text), ratio=0.5, options=MaskOptions(**knobs))[0])
+
+
+SPECK = "....... ....... ....... ...#... ....... ....... ......."
+
+
+@pytest.mark.parametrize("radius", [1, 2, 3])
+def test_dilation_adds_a_disc(radius):
+    grown = made(SPECK, dilation=radius)
+    disc = [
+        "".join("#" if (x - 3) ** 2 + (y - 3) ** 2 <= radius**2 else "." for x in range(7)) for y in range(7)
+    ]
+    assert grown == disc
+    assert sum(line.count("#") for line in grown) == {1: 5, 2: 13, 3: 29}[radius]
+
+
+def test_erosion_takes_the_border_off_but_not_at_the_edge_of_the_grid():
+    assert made("..... .###. .###. .###. .....", erosion=1) == ["....." if y != 2 else "..#.." for y in range(5)]
+    assert made("..... .###. .###. .###. .....", erosion=2) == ["....."] * 5
+    assert made("###.. ###.. ###.. ..... .....", erosion=1) == ["##...", "##...", ".....", ".....", "....."]
+    assert made("### ### ###", erosion=5) == ["###"] * 3
+
+
+def test_erosion_then_dilation_takes_off_what_is_thin():
+    text = "........ .###.... .####### .###.... ........"
+    assert made(text, erosion=1, dilation=1) == ["........", "..##....", ".####...", "..##....", "........"]
+
+
+def test_holes_are_filled_where_they_are_enclosed():
+    ring = "........ .####... .#..#... .#..#.## .####.#. ......##"
+    assert made(ring, fill_holes=True) == [
+        "........", ".####...", ".####...", ".####.##", ".####.#.", "......##",
+    ], "the bay at the right reaches the edge of the grid and stays"
+    # A wall of corners encloses, as regions are connected over corners.
+    assert made("..... ..#.. .#.#. ..#.. .....", fill_holes=True)[2] == ".###."
+    assert made("..... .###. .#..# .###. .....", fill_holes=True)[2] == ".####"
+
+
+def test_small_regions_are_dropped():
+    text = "#...##.. .#..##.. ........ ...#...."
+    assert made(text, smallest_region=0) == made(text, smallest_region=1) == text.split()
+    assert made(text, smallest_region=2) == ["#...##..", ".#..##..", "........", "........"], "corners connect"
+    assert made(text, smallest_region=3) == ["....##..", "....##..", "........", "........"]
+    assert made(text, smallest_region=4) == made(text, smallest_region=3)
+    assert made(text, smallest_region=5) == ["........"] * 4
+
+
+def test_the_order_of_the_knobs():
+    ring = ".......... .####..... .#..#..... .#..#...#. .####....."
+    # Filled first: the outline of 12 counts with its inside of 4, and erosion does not widen the hole.
+    assert made(ring, fill_holes=True, smallest_region=16)[1:] == [".####.....", *[".####....."] * 3]
+    assert made(ring, fill_holes=True, smallest_region=17) == [".........."] * 5
+    assert made(ring, fill_holes=True, erosion=1)[2:4] == ["..##......"] * 2
+    # Regions are counted before erosion would make them small, and specks are gone before dilation makes them large.
+    assert made(ring, fill_holes=True, smallest_region=16, erosion=1)[2:4] == ["..##......"] * 2
+    grown = made(ring, smallest_region=2, dilation=1)
+    assert all(line[7:] == "..." for line in grown) and grown[0] == ".####....."
+
+
+def test_smoothing_drops_specks_and_closes_gaps():
+    maps = np.zeros((1, 24, 24), np.float32)
+    maps[0, 4:14, 4:14] = 1
+    maps[0, 9, 9] = 0  # a gap
+    maps[0, 20, 20] = 1  # a speck
+    plain = masks.mask_of(maps, clamp=np.ones(1))
+    smooth = masks.mask_of(maps, clamp=np.ones(1), options=MaskOptions(smoothing=1))
+    assert plain[0, 9, 9] == 0 and plain[0, 20, 20] == 1
+    assert smooth[0, 9, 9] == 1 and smooth[0, 20, 20] == 0
+    assert abs(int(smooth.sum()) - 100) <= 4, "the border stays where it was, but for the corners"
+
+
+def test_outliers_are_clamped_before_they_are_smoothed():
+    maps = np.zeros((1, 21, 21), np.float32)
+    maps[0, 10, 10] = 1000
+    mask = masks.mask_of(maps, clamp=np.ones(1), options=MaskOptions(smoothing=1))
+    assert mask.sum() == 0, "unclamped, it would cover whatever the Gaussian reaches"
+
+
+def test_smoothing_goes_on_at_the_edges_with_the_values_there():
+    maps = np.zeros((1, 12, 12), np.float32)
+    maps[0, :, :4] = 1
+    smooth = masks.mask_of(maps, clamp=np.ones(1), options=MaskOptions(smoothing=2))
+    np.testing.assert_array_equal(smooth, maps)
+
+
+# --- soft masks ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.2, 0.85])
+@pytest.mark.parametrize("smoothing", [0.0, 1.3])
+def test_soft_masks_agree_with_the_hard_ones(threshold, smoothing):
+    maps = random_maps(2, 32, 40)
+    maps[:, 8:20, 10:30] += 2
+    hard = masks.mask_of(maps, options=MaskOptions(threshold, smoothing))
+    soft = masks.mask_of(maps, options=MaskOptions(threshold, smoothing, soft=True))
+    assert soft.dtype == np.float32 and soft.shape == hard.shape
+    assert soft.min() == 0 and soft.max() <= 1
+    np.testing.assert_array_equal(soft > 0.5, hard == 1)
+    assert ((soft > 0) & (soft < 1)).sum() > 20, "there are values between"
+
+
+def test_soft_values_just_above_the_threshold_are_above_half():
+    above = np.nextafter(np.float32(0.5), np.float32(1))
+    maps = np.full((1, 3, 3), 0.5, np.float32)
+    maps[0, 1, 1] = above
+    soft = masks.mask_of(maps, clamp=np.ones(1), options=MaskOptions(soft=True))
+    assert soft[0, 1, 1] > 0.5 and (np.delete(soft.ravel(), 4) <= 0.5).all()
+
+
+def test_soft_masks_follow_their_formula():
+    """A row that rises over the threshold: 0 far out, the ramp near the border, 1 deep inside."""
+    row = np.array([0.45, 0.2, 0.3, 0.45, 0.55, 0.6, 0.55, 0.9], np.float32)
+    maps = np.repeat(row[None, None], 5, axis=1)
+    soft = masks.mask_of(maps, clamp=np.ones(1), options=MaskOptions(soft=True))[0]
+    # Outside: 0.45 is next to the mask at one place, far from it at the other. Inside: 0.55 is 1 when it is deep.
+    np.testing.assert_allclose(soft[2], [0, 0, 0, 0.4, 0.6, 1, 1, 1], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [{}, {"dilation": 2}, {"erosion": 1}, {"fill_holes": True, "smallest_region": 5}, {"threshold": 0.3}],
+    ids=str,
+)
+def test_a_soft_mask_never_falls_where_the_map_rises(knobs):
+    rng = np.random.default_rng(4)
+    low = random_maps(1, 24, 24, seed=5) * (rng.random((1, 24, 24)) < 0.1).astype(np.float32)
+    clamp = masks.clamp_of(low, 3.0, False)
+    chosen = MaskOptions(soft=True, **knobs)
+    low[0, 8:16, 8:16] = np.linspace(0.2, 1.2, 64, dtype=np.float32).reshape(8, 8) * clamp
+    raised = 0
+    for _ in range(5):
+        high = low + (rng.random(low.shape) < 0.05) * rng.random(low.shape).astype(np.float32)
+        before, after = (masks.mask_of(m, clamp=clamp, options=chosen) for m in (low, high))
+        assert (after >= before).all()
+        raised += (after > before).sum()
+        low = high
+    assert raised > 10
+
+
+def test_the_hard_mask_decides_where_a_soft_one_is():
+    text = "............ .######..... .#....#..... .#....#...#. .#....#..... .#....#..... .######..... ............"
+    maps = shaped(text)
+    knobs = {"fill_holes": True, "smallest_region": 2, "dilation": 1}
+    hard = masks.mask_of(maps, ratio=0.5, options=MaskOptions(**knobs))
+    soft = masks.mask_of(maps, ratio=0.5, options=MaskOptions(soft=True, **knobs))
+    np.testing.assert_array_equal(soft > 0.5, hard == 1)
+    assert soft[0, 4, 4] == 1, "in the filled hole, although the map is 0 there"
+    assert soft[0, 3, 10] == 0, "the speck that was dropped, although the map is large there"
+    assert soft[0, 3, 11] == 0, "further than the reach from the mask"
+
+
+def test_soft_masks_of_nothing_and_of_everything():
+    flat = np.ones((1, 6, 6), np.float32)
+    whole = masks.mask_of(flat, ratio=1.0, options=MaskOptions(soft=True))
+    assert (whole == 1).all()
+    none = masks.mask_of(flat, ratio=3.0, options=MaskOptions(soft=True))
+    assert (none == 0).all(), "a third of the clamp is near the threshold, but there is no mask to be near to"
+
+
+# --- coverage --------------------------------------------------------------------------------------
+
+
+def test_coverage():
+    mask = np.zeros((3, 4, 5), np.int64)
+    mask[1, :2] = 1
+    mask[2] = 1
+    assert masks.mask_coverage(mask) == [0.0, 0.5, 1.0]
+    assert masks.mask_coverage(mask[1]) == [0.5]
+    assert masks.mask_coverage(np.full((1, 2, 2), 0.25)) == [0.25]
+    assert all(type(value) is float for value in masks.mask_coverage(mask))
+    assert "NaN" in message(ValueError, masks.mask_coverage, np.full((2, 2), np.nan))
+
+
+# --- masks of users --------------------------------------------------------------------------------
+
+
+def test_a_line_of_one_pixel_survives():
+    for position in range(0, 512, 37):
+        across = np.zeros((512, 512), np.uint8)
+        across[position] = 255
+        mask = masks.user_mask(PIL.Image.fromarray(across), (64, 64))
+        assert mask.dtype == np.float32 and mask.shape == (1, 64, 64)
+        np.testing.assert_array_equal(mask[0].any(axis=1).nonzero()[0], [position // 8])
+        assert mask.sum() == 64
+        down = masks.user_mask(across.T > 0, (64, 64))
+        np.testing.assert_array_equal(down[0], mask[0].T)
+
+
+def test_every_pixel_belongs_to_one_latent_at_any_size():
+    for height, width, h, w in [(91, 117, 8, 11), (13, 7, 5, 7), (100, 3, 9, 2), (9, 9, 9, 9)]:
+        for y in range(height):
+            mask = np.zeros((height, width))
+            mask[y, width // 2] = 1
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                small = masks.user_mask(mask, (h, w))[0]
+            assert small.sum() == 1
+            assert small[int((y + 0.5) * h / height), int((width // 2 + 0.5) * w / width)] == 1
+
+
+def test_small_masks_are_enlarged_to_the_nearest():
+    mask = np.array([[0, 0.25], [1, 0.5]])
+    expected = np.kron(mask, np.ones((3, 3))).astype(np.float32)
+    np.testing.assert_array_equal(masks.user_mask(mask, (6, 6))[0], expected)
+    np.testing.assert_array_equal(masks.user_mask(np.ones((1, 1)), (3, 5)), np.ones((1, 3, 5)))
+    row = masks.user_mask(np.array([[0, 1, 0.5]] * 2), (4, 7))[0]
+    assert row[0].tolist() == [0, 0, 1, 1, 1, 0.5, 0.5]
+
+
+def test_continuous_values_are_kept():
+    mask = np.zeros((16, 16), np.float32)
+    mask[3, 3], mask[2, 2], mask[12, 9] = 0.3, 0.7, 0.125
+    np.testing.assert_array_equal(
+        masks.user_mask(mask, (2, 2))[0], np.array([[0.7, 0], [0, 0.125]], np.float32)
+    )
+
+
+def test_masks_survive_the_way_to_the_picture_and_back():
+    rng = np.random.default_rng(2)
+    for grid, size in [((8, 11), (91, 117)), ((64, 64), (512, 512)), ((5, 9), (41, 79))]:
+        mask = rng.random((2, *grid)).astype(np.float32)
+        np.testing.assert_array_equal(masks.user_mask(masks.enlarged(mask, size), grid, 2), mask)
+        # So do those that are written at a picture's size as black and white pictures.
+        hard = (mask[:1] > 0.5).astype(np.float32)
+        written = pictures.restore_size(pictures.mask_to_pil(hard)[0], size[::-1])
+        np.testing.assert_array_equal(masks.user_mask(written, grid), hard)
+        np.testing.assert_array_equal(np.asarray(written) / 255, masks.enlarged(hard, size)[0])
+
+
+HALVES = np.zeros((8, 8), np.uint8)
+HALVES[:, 4:] = 255
+
+
+def kinds():
+    """The same mask, right half white, in every kind."""
+    torch = pytest.importorskip("torch")
+    grey = PIL.Image.fromarray(HALVES)
+    clear = PIL.Image.new("RGBA", (8, 8), (255, 255, 255, 0))  # white, but nothing drawn
+    clear.paste((255, 255, 255, 255), (4, 0, 8, 8))
+    palette = grey.convert("P")
+    ones = (HALVES > 0).astype(np.uint8)
+    yield from {
+        "L": grey,
+        "RGB": grey.convert("RGB"),
+        "RGBA": clear,
+        "LA": clear.convert("LA"),
+        "1": grey.convert("1"),
+        "P": palette,
+        "CMYK": grey.convert("CMYK"),
+        "F": PIL.Image.fromarray(ones.astype(np.float32)),
+        "I;16": PIL.Image.fromarray(HALVES.astype(np.uint16) * 257),
+        "I": PIL.Image.fromarray(HALVES.astype(np.int32)),
+        "L of 0 and 1": PIL.Image.fromarray(ones),
+        "list of PIL": [grey],
+        "bool": HALVES > 0,
+        "uint8": HALVES,
+        "uint8 of 0 and 1": ones,
+        "int64": ones.astype(np.int64),
+        "float64": ones.astype(np.float64),
+        "float16": ones.astype(np.float16),
+        "(B, H, W)": HALVES[None],
+        "(B, 1, H, W)": HALVES[None, None],
+        "list of arrays": [HALVES],
+        "list of numbers": ones.tolist(),
+        "list of lists of lists": [ones.tolist()],
+        "torch": torch.from_numpy(ones).float(),
+        "torch bool": torch.from_numpy(ones).bool(),
+        "torch bytes": torch.from_numpy(HALVES)[None],
+        "list of tensors": [torch.from_numpy(ones).bfloat16()],
+    }.items()
+
+
+def test_masks_of_every_kind():
+    expected = np.zeros((1, 4, 4), np.float32)
+    expected[..., 2:] = 1
+    for kind, mask in kinds():
+        result = masks.user_mask(mask, (4, 4))
+        assert result.dtype == np.float32
+        np.testing.assert_array_equal(result, expected, err_msg=kind)
+
+
+def test_mindspore_masks():
+    mindspore = pytest.importorskip("mindspore")
+    tensor = mindspore.Tensor((HALVES > 0).astype(np.float32))
+    assert masks.user_mask(tensor, (2, 2)).tolist() == [[[0, 1], [0, 1]]]
+
+
+def test_batches_of_masks():
+    two = np.stack([HALVES, HALVES.T])
+    result = masks.user_mask(two, (2, 2), 2)
+    assert result.tolist() == [[[0, 1], [0, 1]], [[0, 0], [1, 1]]]
+    as_list = masks.user_mask([PIL.Image.fromarray(HALVES), PIL.Image.fromarray(HALVES.T.copy())], (2, 2), 2)
+    np.testing.assert_array_equal(as_list, result)
+    assert masks.user_mask(HALVES, (2, 2), 5).shape == (1, 2, 2), "one serves all"
+
+
+def test_the_caller_s_mask_is_left_alone():
+    mask = np.eye(4, dtype=np.float32)[None]
+    result = masks.user_mask(mask, (4, 4))
+    result[:] = 7
+    np.testing.assert_array_equal(mask[0], np.eye(4))
+
+
+@pytest.mark.parametrize(
+    "mask, batch, error, words",
+    [
+        ("mask.png", 1, TypeError, "holds str"),
+        (None, 1, TypeError, "NoneType"),
+        ([0, 1], 1, TypeError, "int"),
+        ([], 1, ValueError, "empty list"),
+        ([[0, 1], [1]], 1, ValueError, "different lengths"),
+        ([["a", "b"]], 1, TypeError, "numbers"),
+        (np.zeros((0, 4)), 1, ValueError, "empty"),
+        (np.zeros((0, 4), np.uint8), 1, ValueError, "empty"),
+        (PIL.Image.new("L", (0, 4)), 1, ValueError, "empty"),
+        (np.zeros(4), 1, ValueError, "(4,)"),
+        (np.full((4, 4), np.nan), 1, ValueError, "NaN"),
+        (PIL.Image.fromarray(np.full((4, 4), np.nan, np.float32)), 1, ValueError, "NaN"),
+        (np.full((4, 4), np.inf), 1, ValueError, "[0, 1]"),
+        (np.full((4, 4), -0.1), 1, ValueError, "-0.1"),
+        (np.eye(4) * 255, 1, ValueError, "divide"),
+        (np.eye(4, dtype=int) * 255, 1, ValueError, "divide"),
+        (PIL.Image.fromarray(np.eye(4, dtype=np.float32) * 255), 1, ValueError, "divide"),
+        (np.zeros((4, 4), complex), 1, TypeError, "complex"),
+        (np.zeros((3, 4, 4)), 2, ValueError, "batch size 3"),
+        (np.zeros((8, 8, 3), np.uint8), 1, ValueError, "(h, w)"),
+        (np.zeros((1, 3, 8, 8)), 1, ValueError, "3 channels"),
+        ([np.zeros((4, 4)), np.zeros((5, 5))], 2, ValueError, "(4, 4), (5, 5)"),
+    ],
+)
+def test_masks_that_mean_nothing_are_refused(mask, batch, error, words):
+    text = message(error, masks.user_mask, mask, (4, 4), batch)
+    assert words in text and "`mask`" in text
+    assert "`mine`" in message(error, masks.user_mask, mask, (4, 4), batch, name="mine")
+
+
+@pytest.mark.parametrize("size", [4, (4,), (4, 4, 4), (0, 4), (4, -1), (4.0, 4), (True, 4), None, "44"])
+def test_bad_sizes_are_refused(size):
+    assert "`size`" in message(ValueError, masks.user_mask, np.zeros((4, 4)), size)
+    assert "`size`" in message(ValueError, masks.enlarged, np.zeros((4, 4)), size)
+
+
+def test_a_mask_of_other_proportions_is_stretched_with_a_warning():
+    with pytest.warns(UserWarning, match="8 x 16, which are not the proportions of the 8 x 8 latents"):
+        result = masks.user_mask(np.tri(16, 8), (8, 8))
+    assert result.shape == (1, 8, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        masks.user_mask(np.zeros((390, 520)), (48, 64))
+        masks.user_mask(np.zeros((70, 100)), (8, 12))  # a picture that is cut to whole latents
+        masks.user_mask(np.zeros((1, 1)), (8, 64))
+
+
+# --- combinations ----------------------------------------------------------------------------------
+
+A = np.array([[[0, 0, 1, 1]]], np.int64)
+B = np.array([[[0, 1, 0, 1]]], np.float32)
+
+
+@pytest.mark.parametrize(
+    "how, expected",
+    [("replace", [0, 1, 0, 1]), ("union", [0, 1, 1, 1]), ("subtract", [0, 0, 1, 0]), ("intersection", [0, 0, 0, 1])],
+)
+def test_combinations(how, expected):
+    result = masks.combine(A, B, how)
+    assert result.dtype == np.float32 and result.tolist() == [[expected]]
+    # One of them serves all of the other.
+    np.testing.assert_array_equal(masks.combine(np.repeat(A, 3, 0), B, how), np.repeat(result, 3, 0))
+    np.testing.assert_array_equal(masks.combine(A, np.repeat(B, 3, 0), how), np.repeat(result, 3, 0))
+
+
+def test_combinations_of_continuous_values():
+    a, b = np.array([[0.2, 0.9]], np.float32), np.array([[0.6, 0.75]], np.float32)
+    for how, expected in {
+        "replace": [0.6, 0.75], "union": [0.6, 0.9], "subtract": [0.2, 0.25], "intersection": [0.2, 0.75],
+    }.items():
+        np.testing.assert_array_equal(masks.combine(a, b, how)[0, 0], np.array(expected, np.float32), how)
+
+
+def test_combinations_are_new_arrays():
+    own = B.copy()
+    masks.combine(None, own, "replace")[:] = 5
+    masks.combine(np.repeat(A, 2, 0), own, "replace")[0] = 5
+    np.testing.assert_array_equal(own, B)
+    assert masks.combine(None, own, "replace").tolist() == B.tolist()
+
+
+def test_masks_that_cannot_be_combined():
+    assert "'xor'" in message(ValueError, masks.combine, A, B, "xor")
+    assert "user_mask" in message(ValueError, masks.combine, A, np.zeros((1, 2, 4)), "union")
+    counts = message(ValueError, masks.combine, np.repeat(A, 2, 0), np.repeat(B, 3, 0), "union")
+    assert "3 own masks for 2" in counts
+    assert "`automatic` is None" in message(ValueError, masks.combine, None, B, "subtract")
+    assert "`own`" in message(ValueError, masks.combine, A, B * 2, "union")
+    assert "`automatic`" in message(ValueError, masks.combine, A * 2, B, "union")
+    assert "`own`" in message(TypeError, masks.combine, A, None, "union")
+
+
+# --- feathering and pasting ------------------------------------------------------------------------
+
+
+def test_enlarged():
+    mask = np.array([[[0, 1], [0.5, 0]]])
+    result = masks.enlarged(mask, (4, 6))
+    assert result.dtype == np.float32
+    np.testing.assert_array_equal(result[0], np.kron(mask[0], np.ones((2, 3))))
+    assert masks.enlarged(mask, (5, 7)).shape == (1, 5, 7)
+
+
+@pytest.mark.parametrize("radius", [0, 1, 2.5, 8, 40])
+def test_feathers_end_exactly(radius):
+    mask = np.zeros((2, 8, 8), np.int64)
+    mask[0, 2:4, 3:6] = 1
+    mask[0, 6, 6] = 1
+    mask[1, 7, 0] = 1
+    weights = masks.feathered(mask, (64, 64), radius)
+    assert weights.dtype == np.float32 and weights.shape == (2, 64, 64)
+    inside = masks.enlarged(mask, (64, 64)) > 0
+    for weight, pixels in zip(weights, inside):
+        ys, xs = np.nonzero(pixels)
+        y, x = np.mgrid[:64, :64]
+        squares = ((y[..., None] - ys) ** 2 + (x[..., None] - xs) ** 2).min(axis=-1)
+        assert (weight[pixels] == 1).all()
+        far = (squares >= radius**2) & ~pixels
+        assert (weight[far] == 0).all()
+        between = ~far & ~pixels
+        assert ((weight[between] > 0) & (weight[between] < 1)).all()
+        assert between.any() == (radius > 1)
+        expected = 0.5 + 0.5 * np.cos(np.pi * np.sqrt(squares[between]) / max(radius, 1))
+        np.testing.assert_allclose(weight[between], expected, atol=1e-6)
+
+
+def test_feathers_of_nothing_of_everything_and_of_soft_masks():
+    assert (masks.feathered(np.zeros((1, 4, 4)), (32, 32), 5) == 0).all()
+    assert (masks.feathered(np.ones((1, 4, 4)), (32, 32), 5) == 1).all()
+    soft = np.zeros((1, 4, 4), np.float32)
+    soft[0, 1, 1] = 0.01
+    np.testing.assert_array_equal(
+        masks.feathered(soft, (32, 32), 3), masks.feathered(np.ceil(soft), (32, 32), 3)
+    )
+
+
+@pytest.mark.parametrize("radius, error", [(-1, ValueError), (math.nan, ValueError), (1e9, ValueError),
+                                           (True, TypeError), ("3", TypeError), (None, ValueError)])
+def test_bad_radii_are_refused(radius, error):
+    assert "`radius`" in message(error, masks.feathered, np.ones((1, 4, 4)), (32, 32), radius)
+
+
+def test_pasting_back_is_exact():
+    original, edited = (np.stack([picture(64, 48, 2 * i + k) for i in range(2)]) for k in range(2))
+    mask = np.zeros((2, 8, 6), np.int64)
+    mask[0, 2:5, 1:4], mask[1, 6, 5] = 1, 1
+    weights = masks.feathered(mask, (64, 48), 7)
+    before = original.copy(), edited.copy()
+    result = masks.paste_back(original, edited, weights)
+    assert result.dtype == np.uint8 and result.shape == original.shape
+    np.testing.assert_array_equal(result[weights == 0], original[weights == 0])
+    np.testing.assert_array_equal(result[weights == 1], edited[weights == 1])
+    between = (weights > 0) & (weights < 1)
+    assert between.sum() > 100
+    w = weights[between][:, None].astype(np.float64)
+    exact = w * edited[between] + (1 - w) * original[between]
+    assert np.abs(result[between] - exact).max() <= 0.5 + 1e-4
+    np.testing.assert_array_equal(original, before[0])
+    np.testing.assert_array_equal(edited, before[1])
+    # All pairs of levels, kept and replaced.
+    levels = np.arange(256, dtype=np.uint8)
+    first, second = (np.repeat(m[None, :, :, None], 3, 3) for m in np.meshgrid(levels, levels))
+    for weight, kept in ((0, first), (1, second)):
+        np.testing.assert_array_equal(masks.paste_back(first, second, np.full((1, 256, 256), weight)), kept)
+    half = masks.paste_back(first, second, np.full((1, 256, 256), 0.5))
+    assert half[0, 200, 100].tolist() == [150] * 3
+
+
+def test_one_weight_serves_all_pictures():
+    original, edited = np.zeros((3, 4, 4, 3), np.uint8), np.full((3, 4, 4, 3), 9, np.uint8)
+    weights = np.eye(4)[None]
+    result = masks.paste_back(original, edited, weights)
+    np.testing.assert_array_equal(result, np.broadcast_to(9 * np.eye(4)[None, :, :, None], (3, 4, 4, 3)))
+
+
+def test_what_cannot_be_pasted():
+    good, weights = np.zeros((2, 4, 6, 3), np.uint8), np.zeros((2, 4, 6))
+    paste = masks.paste_back
+    assert "`edited`" in message(TypeError, paste, good, good.astype(np.float32), weights)
+    assert "`original`" in message(TypeError, paste, good / 255, good, weights)
+    assert "(4, 6, 3)" in message(ValueError, paste, good[0], good[0], weights)
+    assert "(2, 4, 5, 3)" in message(ValueError, paste, good, good[:, :, 1:], weights)
+    assert "(2, 4, 6)" in message(ValueError, paste, good, good, np.zeros((2, 6, 4)))
+    assert "feathered" in message(ValueError, paste, good, good, np.zeros((3, 4, 6)))
+    assert "`weights`" in message(ValueError, paste, good, good, weights + 1.5)
+    assert "NaN" in message(ValueError, paste, good, good, weights * np.nan)
+
+
+# --- pictures of masks -----------------------------------------------------------------------------
+
+
+def test_overlays_colour_the_mask_and_nothing_else():
+    pixels = picture(80, 120)
+    mask = np.zeros((1, 10, 15), np.int64)
+    mask[0, 2:6, 3:9] = 1
+    shown = masks.overlay(PIL.Image.fromarray(pixels), mask, colour=(10, 200, 30), opacity=0.25, outline=False)
+    assert shown.mode == "RGB" and shown.size == (120, 80)
+    inside = masks.enlarged(mask, (80, 120))[0] == 1
+    shown = np.asarray(shown)
+    np.testing.assert_array_equal(shown[~inside], pixels[~inside])
+    expected = 0.75 * pixels[inside] + 0.25 * np.array([10, 200, 30])
+    assert np.abs(shown[inside] - expected).max() <= 0.5001
+    # The outline is inside, in the full colour, one pixel wide here.
+    lined = np.asarray(masks.overlay(PIL.Image.fromarray(pixels), mask, colour=(10, 200, 30), opacity=0.25))
+    frame = np.zeros_like(inside)
+    frame[16:48, 24:72] = True
+    frame[17:47, 25:71] = False
+    assert (lined[frame] == (10, 200, 30)).all()
+    np.testing.assert_array_equal(lined[~frame], shown[~frame])
+
+
+def test_overlays_of_any_picture_and_mask():
+    grey = PIL.Image.fromarray(HALVES)
+    shown = np.asarray(masks.overlay(grey, grey, opacity=1, outline=False))
+    assert (shown[:, 4:] == (255, 0, 64)).all() and (shown[:, :4] == 0).all()
+    soft = np.asarray(masks.overlay(PIL.Image.new("L", (2, 1)), np.array([[0.5, 0.0]]), (200, 100, 40), 1.0, False))
+    assert soft.tolist() == [[[100, 50, 20], [0, 0, 0]]]
+    empty = masks.overlay(grey, np.zeros((4, 4)))
+    np.testing.assert_array_equal(np.asarray(empty), np.asarray(grey.convert("RGB")))
+
+
+def test_overlays_that_cannot_be_drawn():
+    grey, mask = PIL.Image.fromarray(HALVES), np.zeros((4, 4))
+    assert "ndarray" in message(TypeError, masks.overlay, HALVES, mask)
+    assert "`opacity`" in message(ValueError, masks.overlay, grey, mask, opacity=2)
+    for colour in ((1, 2), (1, 2, 3, 4), "red", 7, (1.5, 0, 0), (0, 0, 256), (True, 0, 0)):
+        assert "`colour`" in message(ValueError, masks.overlay, grey, mask, colour=colour)
+    assert "`outline`" in message(TypeError, masks.overlay, grey, mask, outline=1)
+    assert "batch size 2" in message(ValueError, masks.overlay, grey, np.zeros((2, 4, 4)))
+
+
+def cells(rows, columns, height=96, width=128):
+    return [[PIL.Image.fromarray(picture(height, width, 10 * i + k)) for k in range(columns)] for i in range(rows)]
+
+
+def found(sheet, cell):
+    """(left, top) of the one place where a cell stands in the sheet, pixel by pixel."""
+    sheet, cell = np.asarray(sheet), np.asarray(cell.convert("RGB"))
+    starts = np.argwhere((sheet == cell[0, 0]).all(axis=-1))
+    height, width = cell.shape[:2]
+    places = [(x, y) for y, x in starts if np.array_equal(sheet[y:y + height, x:x + width], cell)]
+    assert len(places) == 1
+    return places[0]
+
+
+def test_contact_sheets_show_every_cell_and_label():
+    rows = cells(2, 3)
+    sheet = masks.contact_sheet(rows, ["0.3", "0.5"], ["one", "two", "three"], "threshold \\ strength", "A sweep")
+    assert sheet.mode == "RGB"
+    places = [[found(sheet, cell) for cell in row] for row in rows]
+    for row in places:
+        assert len({y for _, y in row}) == 1 and [x for x, _ in row] == sorted(x for x, _ in row)
+        assert [x for x, _ in row] == [x for x, _ in places[0]]
+    left, top = places[0][0]
+    dark = np.asarray(sheet).max(axis=-1) < 128
+    for x, y in (row[0] for row in places):
+        assert dark[y:y + 96, :left].any(), "no label at the left"
+    for x, _ in places[0]:
+        assert dark[:top, x:x + 128].any(), "no label above"
+    assert dark[:top, :left].any(), "no corner"
+    plain = masks.contact_sheet(rows, ["0.3", "0.5"], ["one", "two", "three"])
+    assert plain.height < sheet.height and plain.width <= sheet.width
+
+
+def test_cells_are_brought_to_one_size_and_masks_stay_black_and_white():
+    mask = pictures.mask_to_pil(np.eye(16, 16))[0]
+    sheet = np.asarray(masks.contact_sheet([[mask, mask.resize((40, 40), 0)]], ["a"], ["b", "c"], smallest_side=96))
+    enlarged = np.kron(np.eye(16), np.ones((6, 6)))[..., None] * np.full(3, 255)
+    places = [
+        (left, top)
+        for top in range(sheet.shape[0] - 95)
+        for left in range(sheet.shape[1] - 95)
+        if not sheet[top, left + 6].any() and np.array_equal(sheet[top:top + 96, left:left + 96], enlarged)
+    ]
+    assert len(places) == 1
+    left, top = places[0]
+    second = sheet[top:top + 96, left + 96:]
+    assert {0, 255} == set(np.unique(second)) and (second == 0).sum() > 96 * 96
+
+
+def test_long_labels_are_cut_not_spread():
+    sheet = masks.contact_sheet(cells(1, 1), ["word " * 300], ["longword" * 90], "corner " * 90, "title " * 900)
+    assert sheet.width < 128 * 3 and sheet.height < 96 * 5
+    masks.contact_sheet(cells(1, 1), [""], ["日本"], None, "ü")
+
+
+def test_contact_sheets_that_cannot_be_drawn(monkeypatch):
+    draw = masks.contact_sheet
+    assert "no picture" in message(ValueError, draw, [], [], [])
+    assert "no picture" in message(ValueError, draw, [[]], ["a"], [])
+    assert "2, 1 pictures" in message(ValueError, draw, [*cells(1, 2), *cells(1, 1)], ["a", "b"], ["c", "d"])
+    assert "2 rows" in message(ValueError, draw, cells(2, 1), ["a"], ["b"])
+    assert "1 columns" in message(ValueError, draw, cells(2, 1), ["a", "b"], ["c", "d"])
+    assert "'ab'" in message(ValueError, draw, cells(2, 1), "ab", ["c"])
+    assert "ndarray" in message(TypeError, draw, [[np.zeros((4, 4))]], ["a"], ["b"])
+    assert "0 x 4" in message(ValueError, draw, [[PIL.Image.new("L", (0, 4))]], ["a"], ["b"])
+    monkeypatch.setattr(pictures, "MAX_PIXELS", 5000)
+    assert "smaller" in message(ValueError, draw, cells(2, 1), ["a", "b"], ["c"])
+
+
+# --- sweeps ----------------------------------------------------------------------------------------
+
+
+def test_values_of_a_sweep():
+    assert masks.sweep_values("0.3, 0.5,7e-1", "threshold", options.check_threshold) == [0.3, 0.5, 0.7]
+    steps = masks.sweep_values("10,50", "steps", options.check_steps)
+    assert steps == [10, 50] and all(type(value) is int for value in steps)
+    assert masks.sweep_values("1", "guidance", options.check_guidance_scale) == [1.0]
+    assert len(masks.sweep_values(",".join(map(str, range(1, 13))), "steps", options.check_steps)) == 12
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("", "''"),
+        (" ", "commas"),
+        (None, "None"),
+        ("0.3,,0.5", "an empty place"),
+        ("0.3,", "an empty place"),
+        ("0.3;0.5", "'0.3;0.5'"),
+        ("a,b", "'a'"),
+        ("0.3,1.5", "1.5"),
+        ("0.3,nan", "nan"),
+        ("0.3,inf", "inf"),
+        ("0.5,0.3,0.50", "0.50 twice"),
+        (",".join(str(0.01 * i) for i in range(1, 14)), "13 values"),
+    ],
+)
+def test_bad_sweeps_are_refused(text, words):
+    told = message(ValueError, masks.sweep_values, text, "threshold", options.check_threshold)
+    assert words in told and "`threshold`" in told
+
+
+def test_fractions_of_whole_numbers_are_refused_as_values():
+    assert "whole number" in message(ValueError, masks.sweep_values, "10,2.5", "steps", options.check_steps)
