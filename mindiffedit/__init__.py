@@ -17,6 +17,8 @@ _HOMES = {
     "DPMSolverMultistepInverseScheduler": "schedulers",
     "Generator": "generator",
     "MaskOptions": "masks",
+    "load_component": "models",
+    "portable_kernels": "kernels",
     "load_image": "pictures",
     "make_image_grid": "pictures",
 }

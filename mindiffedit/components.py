@@ -88,7 +88,8 @@ class PipelineComponents:
         self.scheduler, self.inverse_scheduler = scheduler, inverse_scheduler
         self.requires_safety_checker = requires_safety_checker
         self.mode = mode
-        self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self._fitting: tuple = ()
+        self.check_components()
         self.observer: Optional[Observer] = None
         self._viewer: Optional[Viewer] = None
         self.unet_batch_size = 2  # samples in one UNet evaluation: a guided step of one picture
@@ -96,6 +97,18 @@ class PipelineComponents:
         self.compile_cache = compile_caches.open_cache(compile_cache) if mode == "graph" else None
         self._stages_built = None
         self._own_inverse = None
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels of a latent, along one side."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    def check_components(self) -> None:
+        """ValueError where the components cannot work together; asked before every call, since each can be replaced."""
+        parts = (self.unet, self.vae, self.text_encoder, self.tokenizer)
+        if len(self._fitting) != len(parts) or any(a is not b for a, b in zip(parts, self._fitting)):
+            models.check_fit(self.components)
+            self._fitting = parts
 
     @staticmethod
     def _outdated_options_mended(scheduler) -> None:
@@ -162,25 +175,12 @@ class PipelineComponents:
             ValueError: for a folder that is missing, incomplete or corrupt, or weights that do not fit
                 (``CheckpointError``, ``WeightsError``).
         """
-        if mode not in cls.MODES:
-            raise ValueError(f"`mode` has to be one of {cls.MODES}, but is {mode!r}.")
         if use_safetensors is False:
             raise ValueError(
                 "`use_safetensors=False` asks for pickled weights, which can run code when they are read; only"
                 " safetensors files are loaded. Leave the argument out and use a folder that holds them."
             )
-        accepted = set(inspect.signature(cls.__init__).parameters) - {"self", "mode", "compile_cache"}
-        overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in accepted}
-        if kwargs:
-            logger.warning(
-                "Ignored arguments of from_pretrained that mean nothing here: %s.", ", ".join(sorted(kwargs))
-            )
-        dtype = mindspore_dtype
-        if mindspore_dtype is not None:
-            dtype, reason = devices.supported_dtype(mindspore_dtype)
-            if reason:
-                say_once(reason)
-        requires_safety_checker = overrides.pop("requires_safety_checker", None)
+        overrides, own, dtype = cls._loading("from_pretrained", mode, mindspore_dtype, kwargs)
         folder = models.resolve_folder(
             pretrained_model_name_or_path,
             cache_dir=cache_dir,
@@ -195,9 +195,84 @@ class PipelineComponents:
         parts = models.load_components(
             folder, overrides=overrides, dtype=dtype, variant=variant, use_safetensors=True
         )
-        if requires_safety_checker is not None:
-            parts["requires_safety_checker"] = requires_safety_checker
-        return cls(**parts, mode=mode, compile_cache=compile_cache)
+        return cls(**{**parts, **own}, mode=mode, compile_cache=compile_cache)
+
+    @classmethod
+    def from_single_file(
+        cls,
+        pretrained_model_link_or_path,
+        *,
+        config=None,
+        mode: str = "graph",
+        compile_cache=None,
+        mindspore_dtype=None,
+        cache_dir=None,
+        force_download: bool = False,
+        local_files_only: Optional[bool] = None,
+        token=None,
+        revision: Optional[str] = None,
+        proxies=None,
+        **kwargs,
+    ) -> "PipelineComponents":
+        """Loads a checkpoint that is one `.safetensors` file in the original layout of Stable Diffusion 1.x or 2.x.
+
+        Args:
+            pretrained_model_link_or_path: the file, or its address on the hub,
+                ``https://huggingface.co/<owner>/<name>/blob/main/<file>.safetensors``.
+            config: where the configs of the models, the tokenizer and the scheduler come from: a folder in diffusers'
+                layout, or a hub id; weights there are not read. None: the usual one of the file's kind, from the hub.
+                It decides what the UNet predicts: the file of a 2.x model does not say whether that is v or epsilon.
+            mode, compile_cache, mindspore_dtype, cache_dir, force_download, local_files_only, token, proxies: as for
+                ``from_pretrained``.
+            revision: of the file on the hub.
+            kwargs: components by name that are taken as given, and ``requires_safety_checker``. There is no safety
+                checker unless one is given.
+
+        Raises:
+            ValueError: a file that is missing, pickled, corrupt or of another kind, no configuration for it, or weights
+                that do not fit it.
+        """
+        for name in ("original_config", "original_config_file"):
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"`{name}` is not read; give `config`, a folder or hub id in diffusers' layout, instead."
+                )
+        overrides, own, dtype = cls._loading("from_single_file", mode, mindspore_dtype, kwargs)
+        from . import single_file
+
+        parts = single_file.load_components(
+            pretrained_model_link_or_path,
+            config=config,
+            overrides=overrides,
+            dtype=dtype,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+            token=token,
+            revision=revision,
+            proxies=proxies,
+        )
+        return cls(**{**parts, **own}, mode=mode, compile_cache=compile_cache)
+
+    @classmethod
+    def _loading(cls, method: str, mode: str, mindspore_dtype, kwargs: Dict[str, Any]) -> tuple:
+        """The checks that loading begins with: components given, other arguments given, and the dtype to load in."""
+        if mode not in cls.MODES:
+            raise ValueError(f"`mode` has to be one of {cls.MODES}, but is {mode!r}.")
+        accepted = set(inspect.signature(cls.__init__).parameters) - {"self", "mode", "compile_cache"}
+        overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in accepted}
+        if kwargs:
+            logger.warning(
+                "Ignored arguments of %s that mean nothing here: %s.", method, ", ".join(sorted(kwargs))
+            )
+        dtype = mindspore_dtype
+        if mindspore_dtype is not None:
+            dtype, reason = devices.supported_dtype(mindspore_dtype)
+            if reason:
+                say_once(reason)
+        requires_safety_checker = overrides.pop("requires_safety_checker", None)
+        own = {} if requires_safety_checker is None else {"requires_safety_checker": requires_safety_checker}
+        return overrides, own, dtype
 
     def save_pretrained(self, save_directory, variant: Optional[str] = None) -> None:
         """Writes a folder that this class and diffusers load; safetensors, written whole or not at all.
@@ -311,6 +386,28 @@ class PipelineComponents:
             self.unet.disable_xformers_memory_efficient_attention()
             if self._stages_built is not None:
                 self._stages_built.forget()
+
+    def enable_freeu(self, s1: float, s2: float, b1: float, b2: float) -> None:
+        """FreeU (arXiv 2309.11497): other weights for what the UNet's decoder joins. For all three calls.
+
+        For SD 1.x the paper's authors give s1=0.9, s2=0.2, b1=1.5, b2=1.6; for SD 2.1 s1=0.9, s2=0.2, b1=1.4, b2=1.6.
+
+        Args:
+            s1, s2: factors of the skip connections' low frequencies in the first and the second up block, above 0.
+            b1, b2: factors of half of the features there, above 0.
+
+        Raises:
+            TypeError, ValueError: a factor that is no finite number above 0.
+        """
+        from . import freeu
+
+        freeu.enable(self.unet, s1, s2, b1, b2)
+
+    def disable_freeu(self) -> None:
+        """Switches FreeU off; results are again the same bits as before it was switched on."""
+        from . import freeu
+
+        freeu.disable(self.unet)
 
     def set_progress_bar_config(self, **kwargs) -> None:
         """Options of all progress bars.

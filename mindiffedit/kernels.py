@@ -126,6 +126,10 @@ def _mm() -> Any:
     return mint.mm(_floats(2, 2), _floats(2, 2))
 
 
+def _stack() -> Any:
+    return mint.stack([_floats(2), _floats(2)])
+
+
 def _round() -> Any:
     return mint.round(_floats(2), decimals=3)
 
@@ -192,6 +196,7 @@ KERNELS: tuple[Kernel, ...] = (
     Kernel("mint.arange", portable.arange, _arange, "Arange is unregistered"),
     Kernel("mint.zeros_like", portable.zeros_like, _zeros_like, "ZerosLikeExt is unregistered"),
     Kernel("mint.mm", portable.mm, _mm, "Mm is unregistered"),
+    Kernel("mint.stack", portable.stack, _stack, "StackExt is unregistered"),
     Kernel("mint.round", portable.round, _round, "Round takes decimals=0 only"),
     Kernel(
         "mint.split", portable.split, _split, "SplitWithSize is unsupported in graph mode (MindSpore 2.7)"

@@ -37,7 +37,9 @@ import numpy as np
 __all__ = [
     "CheckpointError",
     "WeightsError",
+    "check_fit",
     "check_folder",
+    "load_component",
     "load_components",
     "resolve_folder",
     "save_components",
@@ -104,25 +106,27 @@ _OTHER_FAMILIES = {
     "low_res_scheduler": "an upscaler",
 }
 
-# Small files, fetched first: they tell whether the rest is worth gigabytes.
-_SMALL_FILES = (
-    INDEX_FILE,
-    *(f"{name}/config.json" for name in _MODELS),
-    "scheduler/scheduler_config.json",
-    "inverse_scheduler/scheduler_config.json",
-    "feature_extractor/preprocessor_config.json",
-    *(
-        f"tokenizer/{file}"
-        for file in (
-            "vocab.json",
-            "merges.txt",
-            "tokenizer.json",
-            "tokenizer_config.json",
-            "special_tokens_map.json",
-            "added_tokens.json",
-        )
-    ),
+_TOKENIZER_FILES = (
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
 )
+
+
+def _small_files(name: str) -> tuple[str, ...]:
+    """What component `name` has beside weights."""
+    if name in _MODELS:
+        return ("config.json",)
+    if name == "tokenizer":
+        return _TOKENIZER_FILES
+    return ("preprocessor_config.json",) if name == "feature_extractor" else ("scheduler_config.json",)
+
+
+# Small files, fetched first: they tell whether the rest is worth gigabytes.
+_SMALL_FILES = (INDEX_FILE, *(f"{name}/{file}" for name in _COMPONENTS for file in _small_files(name)))
 
 
 def _single_name(stem: str, variant: str | None) -> str:
@@ -136,14 +140,15 @@ def _index_names(stem: str, variant: str | None) -> tuple[str, ...]:
     return (f"{stem}.safetensors.index.{variant}.json", f"{stem}.safetensors.{variant}.index.json")
 
 
-def _weight_patterns(name: str, variant: str | None) -> list[str]:
-    """Glob patterns of the weight files of component `name`, shards included."""
+def _weight_patterns(name: str, variant: str | None, inside: str | None = None) -> list[str]:
+    """Glob patterns of the weight files of component `name`, shards included; `inside` its folder, or the root ('')."""
     stem = _MODELS[name].stem
     dotted = stem if variant is None else f"{stem}.{variant}"
     patterns = [_single_name(stem, variant), *_index_names(stem, variant), f"{dotted}-*-of-*.safetensors"]
     if variant is not None:
         patterns.append(f"{stem}-*-of-*.{variant}.safetensors")
-    return [f"{name}/{pattern}" for pattern in patterns]
+    inside = name if inside is None else inside
+    return [f"{inside}/{pattern}" if inside else pattern for pattern in patterns]
 
 
 # --- from a name to a folder -----------------------------------------------------------------------
@@ -180,33 +185,12 @@ def resolve_folder(
     CheckpointError
         Neither a folder here nor to be had from the hub, or a repository of another kind of model.
     """
-    if not isinstance(name_or_path, (str, os.PathLike)):
-        raise TypeError(f"model: expected a folder or a hub id, got {name_or_path!r}")
+    folder = _folder_here(name_or_path)
+    if folder is not None:
+        return folder
     name = os.fspath(name_or_path)
-    if not name.strip():
-        raise CheckpointError("model: expected a folder or a hub id, got an empty name")
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise CheckpointError(
-            f"{name} is a file, expected a checkpoint folder with a {INDEX_FILE}. Convert a single-file "
-            f"checkpoint first, e.g. with from_single_file and save_pretrained of diffusers' "
-            f"StableDiffusionPipeline."
-        )
-    _require_hub_id(name, is_path=not isinstance(name_or_path, str))
-
-    hub = _Hub(
-        name,
-        dict(
-            cache_dir=cache_dir,
-            force_download=bool(force_download),
-            local_files_only=bool(local_files_only),
-            token=token,
-            revision=revision,
-            **({} if proxies is None else {"proxies": dict(proxies)}),
-        ),
-    )
+    options = dict(cache_dir=cache_dir, force_download=force_download, local_files_only=local_files_only)
+    hub = _Hub(name, options | dict(token=token, revision=revision, proxies=proxies))
     folder = hub.fetch(_SMALL_FILES)
     if not (folder / INDEX_FILE).is_file():
         raise CheckpointError(
@@ -225,17 +209,27 @@ def resolve_folder(
                 part for part in missing if _find_weights(folder / part, _MODELS[part].stem, kind) is None
             ]
     if missing:
-        kinds = "" if variant is None else f", neither variant {variant!r} nor plain"
-        if hub.offline:
-            where, do = "in the local cache", "Go online once to download them."
-        else:
-            where = "in what the hub gave"
-            do = (
-                "Pickle weights are not read: look on the model's page for another revision, or for a "
-                "variant such as variant='fp16'. If the network was down, try again."
-            )
-        raise CheckpointError(f"{name}: no safetensors weights for {', '.join(missing)} {where}{kinds}. {do}")
+        raise hub.without_weights(missing, variant)
     return folder
+
+
+def _folder_here(name_or_path: str | os.PathLike) -> Path | None:
+    """The folder of this name on this machine; None where the name can be a hub id."""
+    if not isinstance(name_or_path, (str, os.PathLike)):
+        raise TypeError(f"model: expected a folder or a hub id, got {name_or_path!r}")
+    name = os.fspath(name_or_path)
+    if not name.strip():
+        raise CheckpointError("model: expected a folder or a hub id, got an empty name")
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(
+            f"{name} is a file, expected a checkpoint folder with a {INDEX_FILE}. A checkpoint that is one "
+            f".safetensors file is loaded with StableDiffusionDiffEditPipeline.from_single_file."
+        )
+    _require_hub_id(name, is_path=not isinstance(name_or_path, str))
+    return None
 
 
 def _require_hub_id(name: str, *, is_path: bool) -> None:
@@ -255,14 +249,34 @@ def _require_hub_id(name: str, *, is_path: bool) -> None:
 
 
 class _Hub:
-    """One hub repository; every failure becomes one sentence."""
+    """One hub repository; every failure becomes one sentence. The options are those of `resolve_folder`."""
 
-    def __init__(self, name: str, options: dict[str, Any]) -> None:
+    def __init__(self, name: str, options: Mapping[str, Any]) -> None:
         from huggingface_hub import constants
 
         self.name = name
-        self.options = options
-        self.offline = options["local_files_only"] or constants.HF_HUB_OFFLINE
+        self.options: dict[str, Any] = {"cache_dir": None, "token": None, "revision": None, **options}
+        for flag in ("force_download", "local_files_only"):
+            self.options[flag] = bool(options.get(flag))
+        proxies = self.options.pop("proxies", None)
+        if proxies is not None:
+            self.options["proxies"] = dict(proxies)
+        self.offline = self.options["local_files_only"] or constants.HF_HUB_OFFLINE
+
+    def without_weights(self, missing: list[str], variant: str | None) -> CheckpointError:
+        """The error for components whose weights were not to be had."""
+        kinds = "" if variant is None else f", neither variant {variant!r} nor plain"
+        if self.offline:
+            where, do = "in the local cache", "Go online once to download them."
+        else:
+            where = "in what the hub gave"
+            do = (
+                "Pickle weights are not read: look on the model's page for another revision, or for a "
+                "variant such as variant='fp16'. If the network was down, try again."
+            )
+        return CheckpointError(
+            f"{self.name}: no safetensors weights for {', '.join(missing)} {where}{kinds}. {do}"
+        )
 
     def pin(self, folder: Path) -> None:
         """Take all further files from the commit `folder` is a snapshot of, even if the branch moves on."""
@@ -531,6 +545,7 @@ def load_components(
     dtype: Any = None,
     variant: str | None = None,
     use_safetensors: bool | None = True,
+    weights: Any = None,
 ) -> dict[str, Any]:
     """Read a Stable Diffusion 1.x or 2.x checkpoint folder.
 
@@ -542,6 +557,8 @@ def load_components(
         file's, exactly where `dtype` can hold them.
     variant : 'fp16' reads `….fp16.safetensors` where a component has it, the plain file elsewhere.
     use_safetensors : True or None. Pickle weights are never read.
+    weights : where the models' weights are instead of in the folder: an object with the attribute `file` (Path, for
+        messages) and the method `tensors(component, config)`, which returns {parameter's name: where it is stored}.
 
     Returns
     -------
@@ -569,20 +586,131 @@ def load_components(
             "code. Leave it out, and give a checkpoint with safetensors files."
         )
 
-    found = _survey(folder, given, variant)
+    found = _survey(folder, given, variant, weights)
     classes = found.classes
     components: dict[str, Any] = {name: None for name in _COMPONENTS} | given
     if classes.get("tokenizer") is not None:
         components["tokenizer"] = _load_tokenizer(folder / "tokenizer", classes["tokenizer"])
     if classes.get("feature_extractor") is not None:
         components["feature_extractor"] = _load_feature_extractor(folder / "feature_extractor")
-    _check_together(folder, found.configs(), components.get("tokenizer"))
+    configs = {name: config for name, part in given.items() if (config := _config_of(part)) is not None}
+    _check_together(folder, found.configs() | configs, components.get("tokenizer"))
 
     for name, config in found.schedulers.items():
         components[name] = _make_scheduler(folder / name, classes[name], config)
     components |= _load_models(found.sources, dtype)
     components.setdefault("requires_safety_checker", bool(found.index.get("requires_safety_checker", True)))
     return components
+
+
+def load_component(
+    pretrained_model_name_or_path: str | os.PathLike,
+    name: str,
+    *,
+    mindspore_dtype: Any = None,
+    variant: str | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    force_download: bool = False,
+    local_files_only: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    proxies: Mapping[str, str] | None = None,
+) -> Any:
+    """One component of a checkpoint alone, to take the place of another's, read as strictly as a whole checkpoint.
+
+    Parameters
+    ----------
+    pretrained_model_name_or_path : a checkpoint folder, a folder that holds this component alone (its config.json
+        and weights), or the hub id of either.
+    name : 'vae', 'unet', 'text_encoder', 'tokenizer', 'scheduler', 'inverse_scheduler', 'safety_checker' or
+        'feature_extractor'.
+    mindspore_dtype : dtype of a model; None is float32. What the device has not becomes float32 with a warning.
+    variant, cache_dir, force_download, local_files_only, token, revision, proxies : as for `resolve_folder`.
+
+    Returns
+    -------
+    The component: `from_pretrained(..., vae=load_component(folder, "vae"))`, or `pipeline.vae = ...`.
+
+    Raises
+    ------
+    CheckpointError (a ValueError)
+        Nothing of that name and kind is there, or it is incomplete or corrupt.
+    WeightsError (a CheckpointError)
+        Weights are missing, extra, misshapen or not finite: all of them are listed.
+    ValueError
+        `name` is no component.
+    """
+    if name not in _COMPONENTS:
+        raise ValueError(f"name: expected one of {', '.join(_COMPONENTS)}, got {name!r}")
+    folder = _folder_here(pretrained_model_name_or_path)
+    hub = None
+    if folder is None:
+        options = dict(cache_dir=cache_dir, force_download=force_download, local_files_only=local_files_only)
+        options |= dict(token=token, revision=revision, proxies=proxies)
+        hub = _Hub(os.fspath(pretrained_model_name_or_path), options)
+        small = _small_files(name)
+        folder = hub.fetch([INDEX_FILE, *(f"{name}/{file}" for file in small), *small])
+        hub.pin(folder)
+    part, class_name = _place_of(folder, name)
+    if hub is not None and name in _MODELS:
+        inside = "" if part == folder else name
+        for kind in dict.fromkeys((variant, None)):
+            hub.fetch(_weight_patterns(name, kind, inside))
+            if _find_weights(part, _MODELS[name].stem, kind) is not None:
+                break
+        else:
+            raise hub.without_weights([name], variant)
+
+    if name == "tokenizer":
+        return _load_tokenizer(part, class_name)
+    if name == "feature_extractor":
+        return _load_feature_extractor(part)
+    if name not in _MODELS:
+        return _make_scheduler(part, class_name, _read_json(part / "scheduler_config.json"))
+    source, is_variant = _Source.in_folder(part, name, variant)
+    if not is_variant:
+        raise _no_variant(part, variant)
+    dtype = mindspore_dtype
+    if dtype is not None:
+        from mindiffedit import devices
+
+        dtype, reason = devices.supported_dtype(dtype)
+        if reason:
+            logger.warning(reason)
+    return _load_models({name: source}, dtype)[name]
+
+
+def _place_of(folder: Path, name: str) -> tuple[Path, str]:
+    """Where component `name` lies in a folder, which may be its own, and its class."""
+    if (folder / INDEX_FILE).is_file():
+        class_name = _class_of(_read_index(folder), folder, name)
+        if class_name is None:
+            raise CheckpointError(f"{folder} has no {name}: its {INDEX_FILE} lists none.")
+        return folder / name, class_name
+    part = folder / name if (folder / name).is_dir() else folder
+    marks = [file for file in _small_files(name) if (part / file).is_file()]
+    if not marks:
+        found = sorted(entry.name for entry in part.iterdir())
+        raise CheckpointError(
+            f"{part} holds no {name}; it holds {_some(found)}. Expected a checkpoint folder with a {INDEX_FILE}, or "
+            f"the {name}'s own folder with its {_small_files(name)[0]}."
+        )
+    if name == "tokenizer":
+        has_config = (part / "tokenizer_config.json").is_file()
+        config = _read_json(part / "tokenizer_config.json") if has_config else {}
+        stated = config.get("tokenizer_class", _TOKENIZERS[0])
+    elif name == "feature_extractor":
+        config = _read_json(part / marks[0])
+        stated = config.get(
+            "image_processor_type", config.get("feature_extractor_type", _FEATURE_EXTRACTORS[0])
+        )
+    else:
+        config = _read_json(part / marks[0])
+        stated = config.get("_class_name") or next(iter(config.get("architectures") or ()), None)
+        if stated is None:
+            raise CheckpointError(f"{part / marks[0]} does not say which class it configures.")
+    class_name = _class_of({name: [None, stated]}, part, name, where=part / marks[0])
+    return part, class_name
 
 
 def check_folder(folder: str | os.PathLike, skip: Iterable[str] = ()) -> dict[str, dict[str, Any]]:
@@ -634,11 +762,12 @@ class _Survey:
         return {name: source.config for name, source in self.sources.items()}
 
 
-def _survey(folder: Path, skip: Container[str], variant: str | None) -> _Survey:
+def _survey(folder: Path, skip: Container[str], variant: str | None, weights: Any = None) -> _Survey:
     """Look at all components but those in `skip`."""
     index = _read_index(folder)
     classes = {name: _class_of(index, folder, name) for name in _COMPONENTS if name not in skip}
-    sources = _find_sources(folder, [name for name in _MODELS if classes.get(name) is not None], variant)
+    names = [name for name in _MODELS if classes.get(name) is not None]
+    sources = _find_sources(folder, names, variant, weights)
     schedulers = {
         name: _read_json(folder / name / "scheduler_config.json")
         for name in ("scheduler", "inverse_scheduler")
@@ -647,8 +776,8 @@ def _survey(folder: Path, skip: Container[str], variant: str | None) -> _Survey:
     return _Survey(index, classes, sources, schedulers)
 
 
-def _class_of(index: Mapping[str, Any], folder: Path, name: str) -> str | None:
-    """Class of component `name`; None for an optional one that the folder has not."""
+def _class_of(index: Mapping[str, Any], folder: Path, name: str, where: Path | None = None) -> str | None:
+    """Class of component `name`; None for an optional one that the folder has not. `where` is the file that says so."""
     found = _entry(index, folder, name)
     if found is None:
         if name in _REQUIRED:
@@ -670,7 +799,7 @@ def _class_of(index: Mapping[str, Any], folder: Path, name: str) -> str | None:
         return found
     if found not in known:
         raise CheckpointError(
-            f"{folder / INDEX_FILE}: {name} is a {found}, expected {' or '.join(known)}. "
+            f"{where or folder / INDEX_FILE}: {name} is a {found}, expected {' or '.join(known)}. "
             f"DiffEdit runs on Stable Diffusion 1.x and 2.x checkpoints."
         )
     return found
@@ -684,36 +813,90 @@ def scheduler_class(folder: str | os.PathLike) -> str | None:
 
 @dataclass(frozen=True)
 class _Source:
-    """Where a model comes from: its config, its weight file (or index of shards) and what that holds."""
+    """Where a model comes from: its config, its weight file (or index of shards) and what that holds.
+
+    tensors : by the parameters' names, which are diffusers' or transformers'.
+    """
 
     name: str
     config: dict[str, Any]
+    config_file: Path
     file: Path
-    tensors: dict[str, _Stored]
+    tensors: Mapping[str, _Stored]
 
-
-def _find_sources(folder: Path, names: list[str], variant: str | None) -> dict[str, _Source]:
-    sources = {}
-    with_variant = 0
-    for name in names:
+    @classmethod
+    def in_folder(cls, part: Path, name: str, variant: str | None) -> tuple[_Source, bool]:
+        """The source in a component's own folder, and whether its weights are of the variant asked for."""
         stem = _MODELS[name].stem
-        config = _read_json(folder / name / "config.json")
-        file = _find_weights(folder / name, stem, variant)
-        with_variant += file is not None
+        config = _read_json(part / "config.json")
+        file = _find_weights(part, stem, variant)
+        is_variant = file is not None
         if file is None and variant is not None:
-            file = _find_weights(folder / name, stem, None)
+            file = _find_weights(part, stem, None)
         if file is None:
-            raise _no_weights(folder / name, stem, variant)
-        sources[name] = _Source(name, config, file, _read_headers(file))
-    if names and not with_variant:
-        raise CheckpointError(
-            f"{folder} has no weights of variant {variant!r}. Leave variant out to read the plain files."
+            raise _no_weights(part, stem, variant)
+        return cls(name, config, part / "config.json", file, _read_headers(file)), is_variant
+
+
+def _find_sources(
+    folder: Path, names: list[str], variant: str | None, weights: Any = None
+) -> dict[str, _Source]:
+    if weights is not None:
+        sources = {}
+        for name in names:
+            file = folder / name / "config.json"
+            config = _read_json(file)
+            sources[name] = _Source(name, config, file, weights.file, weights.tensors(name, config))
+        return sources
+    found = {name: _Source.in_folder(folder / name, name, variant) for name in names}
+    if found and not any(is_variant for _, is_variant in found.values()):
+        raise _no_variant(folder, variant)
+    return {name: source for name, (source, _) in found.items()}
+
+
+def check_fit(components: Mapping[str, Any]) -> None:
+    """ValueError, in one sentence, where unet, vae, text_encoder and tokenizer cannot work together.
+
+    By their configs alone, so in no time; a component without a config is not judged.
+    """
+    configs = {
+        name: config
+        for name in ("unet", "vae", "text_encoder")
+        if (config := _config_of(components.get(name))) is not None
+    }
+    problems = _misfits(configs, components.get("tokenizer"))
+    if problems:
+        raise ValueError(
+            f"These components cannot work together: {'; '.join(problems)}. Take components from checkpoints of one"
+            f" family, or train one to fit the other."
         )
-    return sources
+
+
+def _config_of(component: Any) -> dict[str, Any] | None:
+    """The config of a model as its config.json has it; None where it has none."""
+    config = getattr(component, "config", None)
+    if hasattr(config, "to_dict"):
+        return config.to_dict()
+    return dict(config) if isinstance(config, Mapping) else None
+
+
+def _no_variant(folder: Path, variant: str | None) -> CheckpointError:
+    return CheckpointError(
+        f"{folder} has no weights of variant {variant!r}. Leave variant out to read the plain files."
+    )
 
 
 def _check_together(folder: Path, configs: Mapping[str, Mapping[str, Any]], tokenizer: Any) -> None:
     """What must agree between components, and what a UNet must not ask for. By configs alone."""
+    problems = _misfits(configs, tokenizer)
+    if problems:
+        raise CheckpointError(
+            f"{folder} cannot be used for DiffEdit: {'; '.join(problems)}. "
+            f"Expected a Stable Diffusion 1.x or 2.x text-to-image checkpoint."
+        )
+
+
+def _misfits(configs: Mapping[str, Mapping[str, Any]], tokenizer: Any) -> list[str]:
     unet, vae, text = (configs.get(name) for name in ("unet", "vae", "text_encoder"))
     text = None if text is None else _text_part(text)
     problems = []
@@ -736,7 +919,7 @@ def _check_together(folder: Path, configs: Mapping[str, Mapping[str, Any]], toke
         if text is not None and unet.get("encoder_hid_dim_type") is None:
             width = text.get("hidden_size", 512)
             takes = unet.get("cross_attention_dim", 1280)
-            if any(w != width for w in (takes if isinstance(takes, list) else [takes])):
+            if any(w != width for w in (takes if isinstance(takes, (list, tuple)) else [takes])):
                 problems.append(f"the text encoder is {width} wide, the UNet takes {takes}")
     if text is not None and hasattr(tokenizer, "get_vocab"):
         largest = max(tokenizer.get_vocab().values(), default=-1)
@@ -744,11 +927,7 @@ def _check_together(folder: Path, configs: Mapping[str, Mapping[str, Any]], toke
         if largest >= size:
             # Past the end of its table an embedding gives zeros on some devices, and no error.
             problems.append(f"the tokenizer has ids up to {largest}, the text encoder knows {size}")
-    if problems:
-        raise CheckpointError(
-            f"{folder} cannot be used for DiffEdit: {'; '.join(problems)}. "
-            f"Expected a Stable Diffusion 1.x or 2.x text-to-image checkpoint."
-        )
+    return problems
 
 
 def _check_tokenizer_files(folder: Path, class_name: str) -> None:
@@ -845,7 +1024,9 @@ def _load_models(sources: Mapping[str, _Source], dtype: Any) -> dict[str, Any]:
         plans[name], found = _match(source, models[name])
         misfits += found
     if misfits:
-        raise WeightsError("Weights do not fit their models:\n" + "\n".join(misfits) + "\n" + _hint(misfits))
+        one_file = any(source.file.parent != source.config_file.parent for source in sources.values())
+        hint = _hint(misfits, one_file)
+        raise WeightsError("Weights do not fit their models:\n" + "\n".join(misfits) + "\n" + hint)
     for name, source in sources.items():
         _fill(source, plans[name], dtype)
         models[name].set_train(False)
@@ -862,7 +1043,7 @@ def _build(source: _Source) -> Any:
             return _construct(source.name, source.config)
     except Exception as error:  # whatever a wrong config makes a model's constructor raise
         raise CheckpointError(
-            f"{source.file.parent / 'config.json'}: no {_MODELS[source.name].class_names[0]} can be built "
+            f"{source.config_file}: no {_MODELS[source.name].class_names[0]} can be built "
             f"from it: {type(error).__name__}: {_first_line(error)}."
         ) from error
 
@@ -1015,10 +1196,12 @@ def _current_name(name: str, parameters: Mapping[str, Any]) -> str | None:
     return next((candidate for candidate in candidates if candidate in parameters), None)
 
 
-def _hint(misfits: list[str]) -> str:
+def _hint(misfits: list[str], one_file: bool) -> str:
     extra = [line for line in misfits if line.startswith("  extra")]
     if any("lora" in line.lower() for line in extra):
         return "Some are LoRA weights: fuse them into the model before saving it (fuse_lora in diffusers)."
+    if one_file:
+        return "The file belongs to another configuration: give config=, a folder or hub id whose models are these."
     if extra and any(line.startswith("  missing") for line in misfits):
         return "The file holds another model, or an original checkpoint not converted to diffusers' names."
     return "The config.json beside the file belongs to another model, or the file is damaged."

@@ -171,6 +171,11 @@ def mm(input, mat2):
     return ops.matmul(input, mat2)
 
 
+def stack(tensors, dim=0):
+    """Stands in for `mint.stack` while StackExt is registered for Ascend only."""
+    return ops.stack(tensors, dim)
+
+
 def normalize(input, p=2.0, dim=1, eps=1e-12):
     """Stands in for `mint.nn.functional.normalize` while LinalgVectorNorm is registered for Ascend only."""
     if p == 2.0:

@@ -228,6 +228,7 @@ class Preparation(PipelineComponents):
 
         Embeddings have to be as wide as the UNet takes them, and no longer than a negative made of text can be.
         """
+        self.check_components()
         batch = options.check_prompt_inputs(
             prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, prefix, guided=is_guided
         )

@@ -18,7 +18,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import ops
 
-from . import devices, native, reuse, tiling
+from . import devices, freeu, native, reuse, tiling
 from .kernels import portable_kernels
 from .schedules import StepPlan
 
@@ -130,7 +130,9 @@ class Stages:
 
     def predictor(self, prompt_embeds: np.ndarray, attention_kwargs: dict, rows: int) -> "Predictor":
         """The UNet for samples with these embeddings (N, L, D), ``rows`` of them in each evaluation."""
-        stage = self._stage(("unet", _key(attention_kwargs)), lambda: _predictor(self.unet, attention_kwargs))
+        # FreeU changes the UNet from inside, where its graph would not notice.
+        choices = ("unet", _key(attention_kwargs), freeu.factors_of(self.unet))
+        stage = self._stage(choices, lambda: _predictor(self.unet, attention_kwargs))
         return Predictor(self, stage, prompt_embeds, rows)
 
     def update(self, plan: StepPlan, is_guided: bool) -> Callable:

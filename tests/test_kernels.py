@@ -154,6 +154,10 @@ def _mm(a, b):
     return mint.mm(a, b.t())
 
 
+def _stack(a, b):
+    return mint.stack([a, b], dim=1)
+
+
 def _round_3(x):
     return mint.round(x, decimals=3)
 
@@ -224,6 +228,7 @@ FUNCTIONS = [
     (_arange_of_one, lambda x: x * torch.arange(6), [noise(2, 6)], 0.0),
     (_zeros_like, lambda x: x + 0.0, [noise(2, 6)], 0.0),
     (_mm, lambda a, b: torch.mm(a, b.t()), [noise(3, 8), noise(5, 8, seed=1)], 1e-6),  # 2.3e-7
+    (_stack, lambda a, b: torch.stack([a, b], 1), [noise(3, 8), noise(3, 8, seed=1)], 0.0),
     (_round_3, lambda x: torch.round(x, decimals=3), [noise(3, 8)], 1e-6),  # 0
     (_round_0, torch.round, [np.array([-1.5, -0.5, 0.5, 1.5, 2.5, 0.3], np.float32)], 0.0),
     (_split_sizes, _torch_split([4, 7]), [noise(3, 11)], 0.0),
@@ -957,11 +962,12 @@ def test_safety_checker_equals_diffusers(mode, tmp_path):
         "DPMSolverMultistepInverseScheduler",
         "PNDMScheduler",
         "EulerDiscreteScheduler",
+        "UniPCMultistepScheduler",
         pytest.param("LMSDiscreteScheduler", marks=pytest.mark.slow),
     ],
 )
 def test_schedulers_run(name):
-    """They need no replacement; their tables differ from diffusers' in the last bits."""
+    """Nearly all need no replacement (UniPC stacks); their tables differ from diffusers' in the last bits."""
     import diffusers
     import mindone.diffusers
 

