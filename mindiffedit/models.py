@@ -713,7 +713,9 @@ def _place_of(folder: Path, name: str) -> tuple[Path, str]:
     return part, class_name
 
 
-def check_folder(folder: str | os.PathLike, skip: Iterable[str] = ()) -> dict[str, dict[str, Any]]:
+def check_folder(
+    folder: str | os.PathLike, skip: Iterable[str] = (), variant: str | None = None
+) -> dict[str, dict[str, Any]]:
     """Find out in milliseconds whether `load_components` can read a folder, as far as names and headers tell.
 
     Every JSON file is read and of the weight files the headers; no framework is imported. What is left to
@@ -723,6 +725,7 @@ def check_folder(folder: str | os.PathLike, skip: Iterable[str] = ()) -> dict[st
     ----------
     folder : as `resolve_folder` returns it.
     skip : components that are neither read nor checked, such as 'safety_checker'.
+    variant : as for `load_components`.
 
     Returns
     -------
@@ -734,7 +737,7 @@ def check_folder(folder: str | os.PathLike, skip: Iterable[str] = ()) -> dict[st
         The folder is incomplete, corrupt, or another kind of model.
     """
     folder = Path(folder)
-    found = _survey(folder, set(skip), None)
+    found = _survey(folder, set(skip), variant)
     if found.classes.get("tokenizer") is not None:
         _check_tokenizer_files(folder / "tokenizer", found.classes["tokenizer"])
     if found.classes.get("feature_extractor") is not None:

@@ -295,6 +295,7 @@ GROUND = {
     "cli",
     "devices",
     "generator",
+    "jobs",
     "latents_file",
     "masks",
     "models",
@@ -309,8 +310,11 @@ GROUND = {
     "pictures",
     "randomness",
     "regularisers",
+    "runs",
     "schedules",
     "single_file",
+    "strips",
+    "sweeps",
     "tiling",
 }
 # The half of the parity tool that runs the reference; imported by `parity record` alone.

@@ -16,13 +16,14 @@ import time
 from argparse import Namespace
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Dict, List, Optional
 
 import numpy as np
 import PIL.Image
 
-from .. import __version__, cli, demo, devices, models, options, pictures
+from .. import __version__, demo, devices, jobs, models, options, pictures
 from ..arguments import CASE_DEFAULTS, CASE_OPTIONS, DEFAULTS, SCHEDULERS
+from ..cli import FAILED, OK
 from ..generator import check_seed
 from . import golden, metrics, report, tolerances
 from .case import Case
@@ -55,7 +56,7 @@ def record(args: Namespace):
     images = _fitted(args, settings, configs)
     case = _case(settings, images, folder)
     started = time.perf_counter()
-    with cli.hushed():
+    with jobs.hushed():
         try:
             import torch
 
@@ -120,50 +121,25 @@ def _settings(args: Namespace) -> Dict[str, Any]:
 
 
 def _check_numbers(settings: Dict[str, Any]) -> None:
-    cli.check_numbers(settings)
+    jobs.check_numbers(settings)
     options.effective_steps(settings["steps"], settings["strength"], "--strength")
     options.effective_steps(settings["steps"], settings["mask_strength"], "--mask-strength")
     options.check_positive_int("--images-per-prompt", settings["images_per_prompt"])
-    with _as_options():
-        options.check_eta(settings["eta"])
-        options.check_regularisation(
-            settings["lambda_auto_corr"],
-            settings["lambda_kl"],
-            settings["reg_steps"],
-            settings["auto_corr_rolls"],
-        )
+    # What is said of parameters of the calls, `cli` says of the options that they are given by.
+    options.check_eta(settings["eta"])
+    options.check_regularisation(
+        settings["lambda_auto_corr"],
+        settings["lambda_kl"],
+        settings["reg_steps"],
+        settings["auto_corr_rolls"],
+    )
     if settings["solver_order"] not in (None, 1, 2):
         raise ValueError(f"--solver-order has to be 1 or 2, but is {settings['solver_order']}.")
 
 
-# Names that errors of `options` have for options of the command line.
-_PARAMETERS = {
-    "eta": "--eta",
-    "clip_skip": "--clip-skip",
-    "lambda_auto_corr": "--lambda-auto-corr",
-    "lambda_kl": "--lambda-kl",
-    "num_reg_steps": "--reg-steps",
-    "num_auto_corr_rolls": "--auto-corr-rolls",
-}
-
-
-@contextlib.contextmanager
-def _as_options() -> Iterator[None]:
-    """An error about a parameter of the calls as one about the option that it was given by."""
-    try:
-        yield
-    except ValueError as error:
-        text = str(error)
-        for parameter, option in _PARAMETERS.items():
-            text = text.replace(f"`{parameter}`", option)
-        raise ValueError(text) from error
-
-
 def _check_with_model(settings: Dict[str, Any], configs, folder: Path) -> None:
     """What a model's configuration says about the options, and what fails in the reference after minutes."""
-    with _as_options():
-        layers = configs["text_encoder"].get("num_hidden_layers", 12)
-        options.check_clip_skip(settings["clip_skip"], layers)
+    options.check_clip_skip(settings["clip_skip"], configs["text_encoder"].get("num_hidden_layers", 12))
     if settings["reg_steps"] == 0:
         return
     rolls = settings["auto_corr_rolls"] if settings["lambda_auto_corr"] > 0 else 0
@@ -247,7 +223,7 @@ def _fitted(args: Namespace, settings: Dict[str, Any], configs) -> List[PIL.Imag
     fitted = []
     for path in settings["image"]:
         picture = pictures.load_image(path)
-        picture, notice = pictures.fit_picture(picture, *cli.working_limits(configs, settings["size"]))
+        picture, notice = pictures.fit_picture(picture, *jobs.working_limits(configs, settings["size"]))
         if notice is not None:
             _say(args, f"{path}: {notice}")
         fitted.append(picture)
@@ -363,7 +339,7 @@ def check(args: Namespace):
         _check_pictures(args, settings, models.check_folder(folder, ("safety_checker",)), recording)
 
     started = time.perf_counter()
-    with cli.hushed():
+    with jobs.hushed():
         try:
             device = devices.require_device(args.device)
         except RuntimeError as error:
@@ -424,7 +400,7 @@ def check(args: Namespace):
         "stages": report.as_plain(comparisons),
     }
     line = f"{report.table_text(comparisons)}\n{report.verdict(comparisons)}"
-    return line, result, cli.OK if ok else cli.FAILED
+    return line, result, OK if ok else FAILED
 
 
 def _check_output_folder(folder: Path) -> None:

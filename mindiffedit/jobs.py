@@ -1,0 +1,616 @@
+"""One command's input: checked, read, fitted to the model, and at last the loaded pipeline.
+
+Everything that can be wrong is found before a model runs, the cheapest first: numbers, options that contradict one
+another, texts, output paths, the latents file, the picture and the mask, the files of models, the device. MindSpore is
+imported for the last of these, so most errors answer at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib
+import math
+import os
+import sys
+import time
+import warnings
+from argparse import Namespace
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+
+import numpy as np
+import PIL.Image
+
+from . import demo, devices, editing, masks, models, options, pictures
+from .arguments import CORRECTED_DEFAULTS, CORRECTIONS, DEFAULTS, MASK_FIELDS, SCHEDULERS, option
+from .generator import check_seed
+from .latents_file import read_latents
+from .outputs import DiffEditInversionPipelineOutput
+
+# Pictures of more than this many times the pixels that the model was made for are scaled down: far above its
+# own size a model repeats objects, and memory grows with the square of the pixels.
+AREA_FACTOR = 1.5
+
+__all__ = [
+    "AREA_FACTOR",
+    "Job",
+    "begin",
+    "check_numbers",
+    "check_outputs",
+    "find_model",
+    "fingerprint",
+    "hushed",
+    "load",
+    "model_name",
+    "read_pictures",
+    "working_limits",
+]
+
+
+@dataclass
+class Job:
+    """One command's checked input, and what is learnt on the way."""
+
+    args: Namespace
+    settings: Dict[str, Any]
+    mask_options: masks.MaskOptions = editing.EDIT_MASK
+    source: Optional[str] = None
+    target: Optional[str] = None
+    caption: Optional[str] = None  # text of the inversion where it is not the source
+    prompts: Optional[Dict[str, List[str]]] = None  # of --prompt-model, for "source" and "target"
+    embeds: Dict[str, Any] = field(default_factory=dict)  # of these prompts, (1, L, D)
+    loras: List[Tuple[str, float]] = field(default_factory=list)  # files and weights
+    latents: Optional[np.ndarray] = None
+    clean_latents: Optional[np.ndarray] = None  # None in an old file, too
+    made: Optional[Dict[str, Any]] = None  # metadata of `latents`
+    mask: Optional[PIL.Image.Image] = None
+    grid_mask: Optional[np.ndarray] = None  # `mask` on the latents' grid, (1, h, w) in [0, 1]
+    picture: Optional[PIL.Image.Image] = None
+    folder: Optional[Path] = None  # the model's, once it is here
+    single_file: Optional[Path] = None  # the model's, where it is one
+    configs: Dict[str, Mapping[str, Any]] = field(default_factory=dict)  # of its components with weights
+    factor: int = 0  # pixels per latent
+    fitted: Optional[PIL.Image.Image] = None  # the picture at the size the model works at
+    device: str = ""
+    scheduler: str = ""
+    seconds: Dict[str, float] = field(default_factory=dict)
+
+    def note(self, text: str) -> None:
+        """A sentence on stderr, unless --quiet."""
+        if not self.args.quiet:
+            print(f"note: {text}", file=sys.stderr)
+
+    @contextlib.contextmanager
+    def timed(self, stage: str):
+        """Adds the time of a block to `seconds`."""
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = round(self.seconds.get(stage, 0) + time.perf_counter() - start, 3)
+
+    @property
+    def computes_mask(self) -> bool:
+        """Whether a mask is computed: where none was given, or one to combine with it."""
+        return self.args.command != "invert" and (
+            not given(self.args, "mask") or self.settings["mask_combine"] != "replace"
+        )
+
+    @property
+    def inverted(self) -> Optional[DiffEditInversionPipelineOutput]:
+        """--latents as `edit()` takes them; None without."""
+        if self.latents is None:
+            return None
+        return DiffEditInversionPipelineOutput(latents=self.latents, clean_latents=self.clean_latents)
+
+
+def given(args: Namespace, name: str) -> bool:
+    """Whether an option was given; switches count when they are on."""
+    value = getattr(args, name, None)
+    return value is not None and value is not False
+
+
+# --- checks that need no model ---------------------------------------------------------------------
+
+
+def begin(args: Namespace, extensions: Optional[Dict[str, Sequence[str]]] = None, **outputs) -> Job:
+    """Check numbers, texts and paths to write, read the latents file, and settle the defaults.
+
+    `outputs` are options and their paths, `extensions` what some of these have to end in (others: any picture's).
+    """
+    check_numbers(vars(args))
+    check_seed(args.seed, "--seed")
+    job = Job(args, {}, _mask_options(args))
+    job.loras = [_weighted(text) for text in getattr(args, "lora", None) or ()]
+    _check_contradictions(args)
+    _take_texts(job)
+    if args.output is None and not given(args, "sweep"):
+        raise ValueError("--output is missing: give -o FILE, or --sweep FILE for a sheet to choose from.")
+    check_outputs(args, outputs, extensions)
+    if given(args, "latents"):
+        _take_latents(job)
+    if job.source is None and not given(args, "caption_model"):
+        raise ValueError("--source is missing: say what the picture shows.")
+    _settle(job)
+    steps, strength = job.settings["steps"], job.settings["strength"]
+    if args.command != "mask":
+        options.effective_steps(steps, strength, "--strength")
+    if job.computes_mask:
+        options.effective_steps(steps, job.settings["mask_strength"], "--mask-strength")
+        if job.source == job.target:
+            raise ValueError("--source and --target are the same text: there is nothing to change.")
+    return job
+
+
+def check_numbers(values: Dict[str, Any]) -> None:
+    """Check the numbers among `values`, by option name; None was not given."""
+    checks = {
+        "steps": options.check_steps,
+        "strength": options.check_strength,
+        "guidance": options.check_guidance_scale,
+        "invert_guidance": options.check_guidance_scale,
+        "mask_strength": options.check_strength,
+        "mask_threshold": options.check_ratio,
+        "maps": lambda value, name: options.check_positive_int(name, value),
+        "size": lambda value, name: options.check_positive_int(name, value),
+        "iterations": lambda value, name: options.check_count(value, name, options.MOST_ITERATIONS),
+        "feather": lambda value, name: options.check_at_least_zero(value, name, editing.MOST_FEATHER),
+        "outliers": lambda value, name: options.check_quantile(None if value == "none" else value, name),
+    }
+    for name, check in checks.items():
+        value = values.get(name)
+        if value is not None:
+            check(value, option(name))
+
+
+def _mask_options(args: Namespace) -> masks.MaskOptions:
+    """`edit()`'s, with what was given."""
+    shaped = editing.EDIT_MASK
+    for name, part in MASK_FIELDS.items():
+        value = getattr(args, name, None)
+        if value is not None:
+            try:
+                shaped = dataclasses.replace(shaped, **{part: value})
+            except ValueError as error:
+                raise ValueError(str(error).replace(f"`{part}`", option(name))) from None
+    return shaped
+
+
+def _weighted(text: str) -> Tuple[str, float]:
+    """File and weight of FILE or FILE=WEIGHT; a file whose name has a "=" is a file."""
+    path, equals, weight = text.rpartition("=")
+    if not equals or os.path.exists(text) or text.endswith(".safetensors"):
+        return text, 1.0
+    try:
+        number = float(weight)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"--lora {text}: the weight has to be a finite number, but is {weight!r}.")
+    return path, number
+
+
+def _check_contradictions(args: Namespace) -> None:
+    """Options that make one another mean nothing, or that miss one another."""
+    shaping = [name for name in MASK_FIELDS if name != "soft_mask"]
+    combines = getattr(args, "mask_combine", None) not in (None, "replace")
+    replaces = given(args, "mask") and not combines
+    inverts = args.command != "mask" and getattr(args, "inversion", None) != "noise"
+    caption_serves = not given(args, "source") or (
+        inverts and args.command != "invert" and not args.reference
+    )
+    # Where the condition holds, none of the options may be given.
+    rules = [
+        (args.reference, CORRECTIONS,
+         "--reference runs the reference's own calls, which do not know {}; leave one of the two out."),
+        (not inverts, ("latents", "iterations", "invert_guidance", "caption"),
+         "--inversion noise inverts nothing, so {} means nothing with it; leave one of the two out."),
+        (given(args, "latents") and not args.reference,
+         ("inversion", "iterations", "invert_guidance", "caption", "caption_model", "sweep_strengths"),
+         "--latents is a finished inversion, so {} means nothing with it; leave one of the two out."),
+        (not given(args, "mask"), ("mask_combine",),
+         "{} says what becomes of --mask, which is missing; give --mask FILE."),
+        (args.command == "mask" and replaces, ("mask",),
+         "{} is combined with the computed mask; give --mask-combine union, subtract or intersection."),
+        (replaces, (*shaping, "outliers"),
+         "{} shapes the computed mask, and with --mask none is computed; leave it out, or give --mask-combine union, "
+         "subtract or intersection."),
+        (given(args, "no_paste_back"), ("feather",),
+         "{} is the seam of what --no-paste-back switches off; leave one of the two out."),
+        (given(args, "caption"), ("caption_model",), "--caption is there already, so {} has nothing to do; leave one out."),
+        (not caption_serves, ("caption_model",),
+         "{} describes the picture, but --source does already and nothing else needs it; leave one of the two out."),
+        (not given(args, "source"), ("prompt_model",),
+         "{} writes prompts about the concepts --source and --target; give --source, too."),
+        (args.scheduler == "dpm", ("iterations",), "{} refines DDIM's inversion, not that of --scheduler dpm."),
+        (not given(args, "sweep"), ("sweep_strengths", "sweep_guidances", "sweep_thresholds"),
+         "{} is for a sheet; give its file by --sweep."),
+        (given(args, "sweep") and args.output is None, ("grid", "overlay", "strip", "map"),
+         "{} shows the one result that --output names; give -o, too."),
+        (not args.model.lower().endswith(".safetensors"), ("config",),
+         "{} goes with a --model that is a .safetensors file; leave it out."),
+    ]  # fmt: skip
+    for holds, names, sentence in rules:
+        for name in names:
+            if holds and given(args, name):
+                raise ValueError(sentence.format(option(name)))
+    for name, what in (("revision", "models on the hub"), ("variant", "folders and models on the hub")):
+        here = (
+            args.model == "demo"
+            or Path(args.model).is_file()
+            or (name == "revision" and Path(args.model).is_dir())
+        )
+        if given(args, name) and here:
+            raise ValueError(f"{option(name)} is for {what}, but --model is {args.model}; leave it out.")
+
+
+def _take_texts(job: Job) -> None:
+    args = job.args
+    if args.command != "invert":
+        job.target = _text(args.target, "--target")
+    if args.source is not None:
+        # The empty text is a reference prompt, too; not to invert along, nor a concept.
+        may_be_empty = args.command != "invert" and not given(args, "prompt_model")
+        job.source = (_encodable if may_be_empty else _text)(args.source, "--source")
+    for name in ("negative", "caption"):
+        if getattr(args, name, None) is not None:
+            _encodable(getattr(args, name), option(name))
+    job.caption = getattr(args, "caption", None)
+
+
+def _text(value: str, name: str) -> str:
+    if not value.strip():
+        raise ValueError(f"{name} is empty; give a short description of the picture.")
+    return _encodable(value, name)
+
+
+def _encodable(value: str, name: str) -> str:
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} is not valid UTF-8 text; check the terminal's encoding.") from None
+    return value
+
+
+def check_outputs(args: Namespace, outputs: Dict[str, Any], extensions=None) -> None:
+    """Paths that will be written: each can be, no two are one file, none is an input."""
+    inputs = {"the picture": [args.picture], "--model": [args.model]}
+    for name in ("mask", "latents", "lora", "embedding"):
+        paths = getattr(args, name, None)
+        inputs[option(name)] = paths if isinstance(paths, list) else [paths]
+    seen: Dict[str, str] = {}
+    for name, path in outputs.items():
+        if path is None:
+            continue
+        pictures.check_output_path(path, (extensions or {}).get(name))
+        real = os.path.realpath(path)
+        if real in seen:
+            raise ValueError(f"--{name} and --{seen[real]} are the same file {path}; give two names.")
+        seen[real] = name
+        for other, paths in inputs.items():
+            for known in paths:
+                if known is not None and os.path.realpath(known) == real:
+                    raise ValueError(f"--{name} would overwrite {other} {known}; give another name.")
+
+
+def _take_latents(job: Job) -> None:
+    """Read --latents and compare what it was made with to what the edit is asked for."""
+    args = job.args
+    path = args.latents
+    job.latents, job.clean_latents, job.made = read_latents(path)
+    if job.made["scheduler"] not in SCHEDULERS:
+        raise ValueError(
+            f"{path} is damaged (the scheduler {job.made['scheduler']!r} is unknown); invert anew."
+        )
+    if job.clean_latents is None and not args.reference:
+        raise ValueError(
+            f"{path} was written by an older version, without the clean latents that the edit ends with; invert anew, "
+            f"or give --reference."
+        )
+    for name in ("steps", "strength", "scheduler"):
+        asked = getattr(args, name)
+        if asked is not None and asked != job.made[name]:
+            raise ValueError(
+                f"{path} was made with --{name} {job.made[name]}, but --{name} is {asked}; leave it out or "
+                f"invert anew."
+            )
+    if args.size is not None:
+        raise ValueError(f"--size cannot be given with --latents: {path} says the size; leave it out.")
+    if job.made["model"] != model_name(args.model):
+        where = f"{path} was made with the model {job.made['model']}, not with {model_name(args.model)}"
+        if os.path.isdir(args.model) and os.path.isabs(job.made["model"]):
+            job.note(f"{where}; this is right only if the folder was moved.")
+        else:
+            raise ValueError(f"{where}; give that --model or invert anew.")
+    if job.source is None:
+        job.source = job.made["prompt"]
+
+
+def model_name(model: str) -> str:
+    """'demo', the absolute path of a folder or file, or a hub id."""
+    return os.path.abspath(model) if model != "demo" and os.path.exists(model) else model
+
+
+def _settle(job: Job) -> None:
+    """Settings: what was given, what the latents were made with, the demo model's, the defaults."""
+    args = job.args
+    defaults = dict(DEFAULTS) if args.reference else {**DEFAULTS, **CORRECTED_DEFAULTS}
+    suited = dict(demo.SETTINGS) if args.model == "demo" else {}
+    if args.command == "invert" and not args.reference:
+        # Latents for `edit`, so what that inverts with.
+        for source in (defaults, suited):
+            if "invert_guidance" in source:
+                source["guidance"] = source["invert_guidance"]
+    for name, default in {**CORRECTED_DEFAULTS, **defaults}.items():
+        value = getattr(args, name, None)
+        if value is None and job.made is not None and name in ("steps", "strength"):
+            value = job.made[name]
+        job.settings[name] = suited.get(name, default) if value is None else value
+    if job.settings["invert_guidance"] is None:
+        job.settings["invert_guidance"] = job.settings["guidance"]
+    if job.settings["outliers"] == "none":
+        job.settings["outliers"] = None
+
+
+def read_pictures(job: Job) -> None:
+    """The picture and --mask, and what can be said about them without the model."""
+    args = job.args
+    job.picture = pictures.load_image(args.picture)
+    if job.made is not None and job.made["picture_sha256"] != fingerprint(job.picture):
+        raise ValueError(
+            f"{args.latents} was made from another picture (of {job.made['picture_size']} pixels) than "
+            f"{args.picture}; invert this one."
+        )
+    if given(args, "mask"):
+        # No conversion to RGB on the way: transparency and the luminance of wide greyscale are kept.
+        job.mask = pictures.load_image(args.mask, convert_method=lambda mask: mask)
+        if args.reference:
+            pictures.preprocess_mask(job.mask)
+        else:
+            _user_mask(job, (1, 1))
+
+
+def fingerprint(picture: PIL.Image.Image) -> str:
+    """Of the pixels, not of the file: the same picture in another file is the same picture."""
+    return hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).hexdigest()
+
+
+# --- the model -------------------------------------------------------------------------------------
+
+
+def find_model(job: Job) -> None:
+    """Judge the files of models on this machine; a hub id is only looked at."""
+    args = job.args
+    for name, paths in (
+        ("--lora", [path for path, _ in job.loras]),
+        ("--embedding", getattr(args, "embedding", None)),
+    ):
+        for path in paths or ():
+            _check_weights_file(path, name)
+    for name in ("config", "prompt_model", "caption_model"):
+        if given(args, name):
+            _check_name(getattr(args, name), option(name))
+    model = args.model
+    if model == "demo":
+        job.folder = demo.checkpoint_folder()
+    elif model.lower().endswith(".safetensors") and not os.path.isdir(model):
+        _check_weights_file(model, "--model")
+        job.single_file = Path(model)
+        return
+    elif _check_name(model, "--model"):
+        job.folder = Path(model)
+    else:
+        return
+    _check_folder(job)
+
+
+def _check_weights_file(path: str, name: str) -> None:
+    if not path.lower().endswith(".safetensors"):
+        raise ValueError(
+            f"{name} {path}: only .safetensors files are read, since others can run code; convert it."
+        )
+    if not os.path.isfile(path):
+        raise ValueError(f"{name} {path}: there is no such file.")
+
+
+def _check_name(model: str, name: str) -> bool:
+    """Whether the model is a folder on this machine, or else may be a hub id."""
+    if os.path.isdir(model):
+        return True
+    if os.path.exists(model):
+        also = " or a .safetensors file" if name == "--model" else ""
+        raise ValueError(f"{name} {model} is a file; give a folder in its library's layout{also}.")
+    parts = model.split("/")
+    if len(parts) != 2 or not all(parts) or model.startswith((".", "~")):
+        raise ValueError(f"{name} {model}: there is no such folder, and a hub id is organisation/name.")
+    return False
+
+
+def _check_folder(job: Job) -> None:
+    """Find an unusable folder before MindSpore is imported, and fit the pictures to what it says."""
+    job.configs = models.check_folder(job.folder, _skipped(job.args), getattr(job.args, "variant", None))
+    _fit(job)
+
+
+def _skipped(args: Namespace) -> Tuple[str, ...]:
+    """Components of the model that are not wanted."""
+    return ("safety_checker",) if args.no_safety_checker else ()
+
+
+def _fit(job: Job) -> None:
+    """Bring the picture to a size the model can work at, and judge --mask and --latents by it."""
+    job.factor, most_pixels = working_limits(job.configs, job.settings["size"])
+    if job.made is not None:
+        working = job.made["working_size"]
+        if any(side % job.factor for side in working):
+            raise ValueError(
+                f"{job.args.latents} was made at {working[0]} x {working[1]}, which is not a multiple of "
+                f"{job.factor}, the pixels per latent of this model; invert anew."
+            )
+        job.fitted = pictures.restore_size(job.picture, working)
+    else:
+        job.fitted, notice = pictures.fit_picture(job.picture, job.factor, most_pixels)
+        if notice is not None:
+            job.note(notice)
+    grid = tuple(side // job.factor for side in job.fitted.size)
+    if job.mask is not None:
+        job.grid_mask = _on_grid(job, grid)
+    if job.latents is not None:
+        channels = job.configs["vae"].get("latent_channels", 4)
+        steps = options.effective_steps(job.settings["steps"], job.settings["strength"], "--strength")
+        options.check_image_latents(job.latents, 1, steps, (channels, grid[1], grid[0]), "--latents")
+
+
+def _on_grid(job: Job, grid: Tuple[int, int]) -> np.ndarray:
+    """--mask as it goes to the edit: (1, h, w), of 0 and 1 unless masks are soft."""
+    if job.args.reference:
+        return pictures.fit_mask(job.mask, job.picture.size, grid, job.factor)[:, 0]
+    # Its shape is judged by the picture's, which the grid may cut by some pixels.
+    width, height = job.picture.size
+    if abs(job.mask.width * height / job.mask.height - width) > 1 + 0.05 * width:
+        job.note(
+            f"--mask is {job.mask.width} x {job.mask.height}, not of the shape of the picture, {width} x {height}; it is "
+            f"stretched."
+        )
+    own = _user_mask(job, (grid[1], grid[0]))
+    return own if job.mask_options.soft else (own >= 0.5).astype(np.float32)
+
+
+def _user_mask(job: Job, size: Tuple[int, int]) -> np.ndarray:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of its shape, which is judged by the picture's
+        return masks.user_mask(job.mask, size, name="--mask")
+
+
+def working_limits(configs: Mapping[str, Mapping[str, Any]], size: Optional[int]) -> Tuple[int, int]:
+    """Pixels per latent of a model, and the most pixels that it works at; `size` is --size."""
+    levels = configs["vae"].get("block_out_channels")
+    factor = 2 ** (len(levels) - 1) if isinstance(levels, (list, tuple)) and levels else 8
+    if size is not None:
+        return factor, size**2
+    native = configs["unet"].get("sample_size") or 64
+    height, width = native if isinstance(native, (list, tuple)) else (native, native)
+    return factor, int(AREA_FACTOR * height * width * factor**2)
+
+
+@contextlib.contextmanager
+def hushed():
+    """Hold back what libraries print and deprecate while they are imported; it says nothing to our user."""
+    if "mindspore" not in sys.modules:
+        os.environ.setdefault("GLOG_v", "3")  # errors only: its warnings are for MindSpore's developers
+    # transformers advises to install torch; only its tokenizer and configs are used here. When mindone is
+    # imported it puts its own switch in place of that of transformers, and the advice comes once more.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("DIFFUSERS_NO_ADVISORY_WARNINGS", "1")
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        yield
+
+
+def load(job: Job):
+    """The pipeline, on the device asked for. From here on MindSpore is imported."""
+    with job.timed("load"), hushed():
+        try:
+            job.device = devices.require_device(job.args.device)
+        except RuntimeError as error:
+            raise ValueError(" ".join(str(error).split())) from error
+    # These models first, so that they are gone when the large one comes.
+    _write_caption(job)
+    _write_prompts(job)
+    with job.timed("load"), hushed():
+        pipe = _load_pipeline(job)
+        _choose_scheduler(job, pipe)
+        _load_adapters(job, pipe)
+    if job.single_file is not None:
+        job.configs = {name: pipe.components[name].config for name in ("vae", "unet")}
+        _fit(job)
+    if job.prompts is not None:
+        with job.timed("prompts"):
+            average = importlib.import_module("mindiffedit.prompts").average_embeddings
+            job.embeds = {which: average(pipe, texts) for which, texts in job.prompts.items()}
+    return pipe
+
+
+def _load_pipeline(job: Job):
+    args = job.args
+    variant = {} if getattr(args, "variant", None) is None else {"variant": args.variant}
+    how = dict(
+        mode=args.mode,
+        compile_cache=False if args.no_cache else None,
+        mindspore_dtype=args.dtype,
+    )
+    if args.no_safety_checker:
+        how.update(safety_checker=None, requires_safety_checker=False)
+    pipeline = importlib.import_module("mindiffedit.pipeline").StableDiffusionDiffEditPipeline
+    if job.single_file is not None:
+        return pipeline.from_single_file(
+            str(job.single_file), config=args.config, local_files_only=True if args.offline else None, **how
+        )
+    if job.folder is None:
+        job.folder = models.resolve_folder(
+            args.model, revision=args.revision, local_files_only=args.offline, skip=_skipped(args), **variant
+        )
+        _check_folder(job)
+    return pipeline.from_pretrained(str(job.folder), local_files_only=True, **how, **variant)
+
+
+def _choose_scheduler(job: Job, pipe) -> None:
+    """The solver asked for, or the model's own where it has an inverse, or DDIM; with its inverse."""
+    own = type(pipe.scheduler).__name__
+    known = [name for name, (forward, _) in SCHEDULERS.items() if forward == own]
+    wanted = job.args.scheduler or (job.made["scheduler"] if job.made is not None else None)
+    job.scheduler = wanted or (known[0] if known else "ddim")
+    schedulers = importlib.import_module("mindiffedit.schedulers")
+    forward, inverse = (getattr(schedulers, name) for name in SCHEDULERS[job.scheduler])
+    config = pipe.scheduler.config
+    pipe.scheduler, pipe.inverse_scheduler = forward.from_config(config), inverse.from_config(config)
+
+
+def _load_adapters(job: Job, pipe) -> None:
+    for path in getattr(job.args, "embedding", None) or ():
+        pipe.load_textual_inversion(path)
+    names = [f"lora_{i}" for i in range(len(job.loras))]
+    for name, (path, _) in zip(names, job.loras):
+        pipe.load_lora_weights(path, adapter_name=name)
+    if names:
+        pipe.set_adapters(names, [weight for _, weight in job.loras])
+
+
+def _writers(job: Job) -> Tuple[Any, Dict[str, Any]]:
+    """The module of the models that write, and how they are loaded."""
+    args = job.args
+    return importlib.import_module("mindiffedit.prompts"), dict(
+        mode=args.mode,
+        compile_cache=False if args.no_cache else None,
+        local_files_only=True if args.offline else None,
+    )
+
+
+def _write_caption(job: Job) -> None:
+    """--caption-model: what the picture shows, for the inversion, and as the source where that is missing."""
+    if not given(job.args, "caption_model"):
+        return
+    with job.timed("caption"), hushed():
+        module, how = _writers(job)
+        captioner = module.Captioner.from_pretrained(job.args.caption_model, **how)
+        job.caption = captioner.caption(job.picture)
+    job.note(f"the picture's caption: {job.caption}")
+    if job.source is None:
+        job.source = job.caption
+
+
+def _write_prompts(job: Job) -> None:
+    """--prompt-model: prompts about the source and about the target."""
+    if not given(job.args, "prompt_model"):
+        return
+    with job.timed("prompts"), hushed():
+        module, how = _writers(job)
+        writer = module.PromptGenerator.from_pretrained(job.args.prompt_model, **how)
+        concepts = {"source": job.source, "target": job.target}
+        job.prompts = {
+            which: writer.prompts_for(concept, generator=job.args.seed) for which, concept in concepts.items()
+        }
+    for which, texts in job.prompts.items():
+        job.note(f"{len(texts)} prompts about the {which} {concepts[which]!r}, such as {texts[0]!r}.")
