@@ -20,6 +20,9 @@ _HOMES = {
     "load_component": "models",
     "portable_kernels": "kernels",
     "AnimatedStrip": "strips",
+    "PromptGenerator": "prompts",
+    "Captioner": "prompts",
+    "average_embeddings": "prompts",
     "load_image": "pictures",
     "make_image_grid": "pictures",
 }

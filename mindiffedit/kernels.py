@@ -94,6 +94,11 @@ def _silu() -> None:
     _require_accuracy(mint.nn.functional.silu, values, values / (1 + np.exp(-values)))
 
 
+def _tanh() -> None:
+    values = np.arange(-255, 256, 2) / 32
+    _require_accuracy(mint.tanh, values, np.tanh(values))
+
+
 def _conv2d() -> Any:
     return mint.nn.functional.conv2d(_floats(1, 1, 2, 2), _floats(1, 1, 1, 1))
 
@@ -174,6 +179,7 @@ def _chunk_method(tensor):
 KERNELS: tuple[Kernel, ...] = (
     Kernel("mint.nn.functional.gelu", portable.gelu, _gelu, "GeluExt is unregistered"),
     Kernel("mint.nn.functional.silu", portable.silu, _silu, "Sigmoid is inaccurate in float32"),
+    Kernel("mint.tanh", portable.tanh, _tanh, "Tanh is inaccurate in float32"),
     Kernel("mint.nn.functional.conv2d", portable.conv2d, _conv2d, "Conv2DExt is unregistered"),
     Kernel("mint.nn.Conv2d", portable.Conv2d.construct, _conv2d, "Conv2DExt is unregistered"),
     Kernel(

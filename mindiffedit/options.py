@@ -46,6 +46,9 @@ __all__ = [
     "check_switch",
     "check_threshold",
     "check_viewer",
+    "check_temperature",
+    "check_text",
+    "check_top_k",
     "effective_steps",
 ]
 
@@ -287,6 +290,38 @@ def check_regularisation(
             raise ValueError(f"`{name}` has to be at least 0, but is {value}; 0 switches it off.")
         counts.append(count)
     return weights[0], weights[1], counts[0], counts[1]
+
+
+# --- text that models write ------------------------------------------------------------------------
+
+
+def check_temperature(value) -> float:
+    """A finite number above 0, by which logits are divided before a token is drawn."""
+    temperature = _real(value, "temperature", "a number above 0")
+    if temperature <= 0:
+        raise ValueError(
+            f"`temperature` has to be above 0, but is {value}; `do_sample=False` takes the likeliest token."
+        )
+    return temperature
+
+
+def check_top_k(value) -> Optional[int]:
+    """How many of the likeliest tokens are drawn from: at least 1, or None for all of them (as 0, in transformers)."""
+    if value is None:
+        return None
+    count = _int(value, "top_k", "None or a whole number of at least 0")
+    if count < 0:
+        raise ValueError(f"`top_k` has to be at least 0, but is {count}; None or 0 draws from all tokens.")
+    return count or None
+
+
+def check_text(value, name: str = "text") -> str:
+    """A string with more than white space in it."""
+    if not isinstance(value, str):
+        raise TypeError(f"`{name}` has to be a string, but is {value!r} of type {type(value).__name__}.")
+    if not value.strip():
+        raise ValueError(f"`{name}` is empty; give a text with words in it.")
+    return value
 
 
 # --- prompts ---------------------------------------------------------------------------------------

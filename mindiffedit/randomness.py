@@ -105,3 +105,8 @@ class Draws:
 def randint(high: int, source: Union[NoiseSource, List[NoiseSource]]) -> int:
     """A whole number from 0 to ``high - 1``; from the first source where a list is given."""
     return int((source[0] if isinstance(source, list) else source).integers(high))
+
+
+def uniform(count: int, source: NoiseSource) -> np.ndarray:
+    """``count`` numbers of [0, 1), float64, one draw of 53 bits for each."""
+    return np.array([int(source.integers(2**53)) for _ in range(count)], np.float64) / 2.0**53

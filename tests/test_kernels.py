@@ -86,6 +86,10 @@ def _silu(x):
     return F.silu(x)
 
 
+def _tanh(x):
+    return mint.tanh(x)
+
+
 def _gelu(x):
     return F.gelu(x)
 
@@ -196,6 +200,7 @@ TINY = noise(3, 5, 8, seed=3, scale=1e-3)  # variance about eps: a wrong eps sho
 FUNCTIONS = [
     # function, torch's, arguments, tolerance; measured
     (_silu, T.silu, [noise(2, 7, 12, scale=2.0)], 1e-6),  # 2.4e-7, torch's own
+    (_tanh, torch.tanh, [noise(2, 7, 12, scale=2.0)], 1e-6),
     (_gelu, T.gelu, [noise(2, 7, 12, scale=2.0)], 1e-6),  # 4.0e-7
     (_gelu_tanh, lambda x: T.gelu(x, approximate="tanh"), [noise(2, 7, 12, scale=2.0)], 1e-6),  # 9.0e-8
     (
@@ -307,6 +312,32 @@ def test_silu_is_accurate(mode, operators):
     assert got.dtype == mindspore.float32
     assert np.sqrt(np.mean(difference**2)) < 5e-8  # plain 2.6e-8, native 4.1e-8
     assert abs(difference.mean()) < 5e-9  # without a bias
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_tanh_is_accurate(mode):
+    got = run(_tanh, ACTIVATED, mode=mode)
+    exact = np.tanh(ACTIVATED.astype(np.float64))
+    assert got.dtype == mindspore.float32
+    assert np.sqrt(np.mean((_float64(got) / exact - 1) ** 2)) < 5e-8
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_tanh_in_other_dtypes(dtype):
+    x = mindspore.Tensor(ACTIVATED, getattr(mindspore, dtype))
+    with portable_kernels():
+        got = mint.tanh(x)
+    assert got.dtype == x.dtype
+    limit = {"float16": 3e-4, "bfloat16": 2.5e-3, "float64": 1e-12}[dtype]
+    exact = np.tanh(x.astype(mindspore.float64).asnumpy())
+    assert rms_error(got.astype(mindspore.float64), exact) < limit
+
+
+@on_cpu
+def test_the_original_tanh_fails_the_bound():
+    got = _float64(mint.tanh(mindspore.Tensor(ACTIVATED)))
+    assert np.sqrt(np.mean((got / np.tanh(ACTIVATED.astype(np.float64)) - 1) ** 2)) > 100 * 4e-8
+    assert "mint.tanh" in kernels.missing_kernels()
 
 
 @on_cpu

@@ -100,3 +100,13 @@ def test_values_that_mean_nothing_are_refused(given):
 def test_a_list_of_the_wrong_length_is_refused():
     with pytest.raises(ValueError, match="length 2"):
         randomness.randn((3, 4), randomness.resolve([1, 2]))
+
+
+@pytest.mark.parametrize("source", [0, np.random.default_rng(0)])
+def test_uniform_numbers(source):
+    numbers = randomness.uniform(4000, randomness.resolve(source))
+    assert numbers.dtype == np.float64 and numbers.min() >= 0 and numbers.max() < 1
+    assert len(set(numbers)) == 4000
+    assert np.abs(np.histogram(numbers, 4, (0, 1))[0] / 4000 - 0.25).max() < 0.03
+    again = randomness.uniform(10, randomness.resolve(0))
+    assert np.array_equal(again, randomness.uniform(10, randomness.resolve(0)))

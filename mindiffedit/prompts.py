@@ -1,0 +1,362 @@
+"""Prompts that models write: by Flan-T5 from a concept, averaged into one embedding; by BLIP from a picture.
+
+An edit from one concept to another is steadier when many sentences speak for each concept than when one does:
+``PromptGenerator`` writes them and ``average_embeddings`` makes them one embedding, which ``generate_mask``, ``invert``
+and the pipeline take in place of a prompt. ``Captioner`` describes a picture, for ``invert``.
+
+MindSpore and mindone are imported when the first model is loaded: what is wrong with arguments and folders is found
+before that.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, List, Optional, Sequence, Union
+
+import numpy as np
+import PIL.Image
+
+from . import compile_cache as compile_caches
+from . import devices, models, options, pictures, randomness
+from .components import say_once
+
+__all__ = ["Captioner", "PromptGenerator", "average_embeddings"]
+
+MODES = ("graph", "pynative")
+
+
+class _Writer:
+    """What both have: a model of mindone and a decoder over it, made when it is first used.
+
+    Args:
+        model: of the class ``CLASS``.
+        mode: "graph" (each token is one call of a compiled graph) or "pynative".
+        compile_cache: where compiled graphs are kept for the next process, as in the pipeline's ``from_pretrained``.
+    """
+
+    KIND: str
+    CLASS: str
+
+    def __init__(self, model, mode: str, compile_cache):
+        if mode not in MODES:
+            raise ValueError(f"`mode` has to be one of {MODES}, but is {mode!r}.")
+        found = [base.__name__ for base in type(model).__mro__]
+        if self.CLASS not in found or not hasattr(model, "construct"):
+            raise TypeError(
+                f"`model` has to be mindone's {self.CLASS}, but is {type(model).__module__}.{type(model).__qualname__};"
+                f" {type(self).__name__}.from_pretrained loads one."
+            )
+        model.set_train(False)
+        self.model, self.mode = model, mode
+        self.compile_cache = compile_caches.open_cache(compile_cache) if mode == "graph" else None
+        self._made = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_id,
+        *,
+        mindspore_dtype=None,
+        mode: str = "graph",
+        compile_cache=None,
+        revision: Optional[str] = None,
+        local_files_only: Optional[bool] = None,
+        cache_dir=None,
+        token=None,
+    ):
+        """Loads the model and what prepares its input from a folder in transformers' layout, or from the hub.
+
+        Args:
+            path_or_id: a folder, or a model id on the hub.
+            mindspore_dtype: dtype of the model; default float32. What the device does not have is loaded in float32
+                with one warning.
+            mode: "graph" or "pynative".
+            compile_cache: as in the pipeline's ``from_pretrained``.
+            revision, local_files_only, cache_dir, token: as in huggingface_hub.
+
+        Raises:
+            ValueError: a folder that is missing, incomplete, corrupt or of another kind of model; pickle weights;
+                weights that do not fit.
+        """
+        if mode not in MODES:
+            raise ValueError(f"`mode` has to be one of {MODES}, but is {mode!r}.")
+        folder = models.resolve_language_folder(
+            cls.KIND,
+            path_or_id,
+            revision=revision,
+            local_files_only=local_files_only,
+            cache_dir=cache_dir,
+            token=token,
+        )
+        source = models.find_language_model(cls.KIND, folder)
+        preparation = cls._preparation(folder, source.config)
+        dtype = mindspore_dtype
+        if mindspore_dtype is not None:
+            dtype, reason = devices.supported_dtype(mindspore_dtype)
+            if reason:
+                say_once(reason)
+        model = models.load_language_model(source, dtype=dtype)
+        return cls(model, preparation, mode=mode, compile_cache=compile_cache)
+
+    @classmethod
+    def _preparation(cls, folder: Path, config: dict):
+        """The tokenizer or processor of a folder."""
+        raise NotImplementedError
+
+    @property
+    def _decoder(self):
+        if self._made is None:
+            from . import decoding
+
+            self._made = getattr(decoding, self.DECODER)(self.model, self.mode, self.compile_cache)
+        return self._made
+
+
+def _tokenizer(folder: Path, class_name: str, size: int):
+    """A tokenizer of transformers, with no id that the model's table of ``size`` embeddings has not."""
+    import transformers
+
+    try:
+        tokenizer = getattr(transformers, class_name).from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # whatever a broken vocabulary makes transformers raise
+        reason = (
+            str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+        )
+        raise models.CheckpointError(f"{folder}: the tokenizer cannot be read: {reason}.") from error
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= size:
+        # Past the end of its table an embedding gives zeros on some devices, and no error.
+        raise models.CheckpointError(
+            f"{folder}: the tokenizer has ids up to {largest}, the model knows {size}."
+        )
+    return tokenizer
+
+
+class PromptGenerator(_Writer):
+    """Writes prompts with Flan-T5 or another T5 that follows instructions.
+
+    Args:
+        model: mindone's ``T5ForConditionalGeneration``.
+        tokenizer: its tokenizer, of transformers.
+        mode, compile_cache: see ``from_pretrained``.
+    """
+
+    KIND, CLASS, DECODER = "prompt model", "T5ForConditionalGeneration", "T5Decoder"
+
+    def __init__(self, model, tokenizer, *, mode: str = "graph", compile_cache=None):
+        super().__init__(model, mode, compile_cache)
+        self.tokenizer = tokenizer
+
+    @classmethod
+    def _preparation(cls, folder: Path, config: dict):
+        return _tokenizer(folder, "T5TokenizerFast", config.get("vocab_size", 32128))
+
+    def generate(
+        self,
+        text: str,
+        *,
+        num_prompts: int = 16,
+        temperature: float = 0.8,
+        top_k: Optional[int] = 10,
+        do_sample: bool = True,
+        max_new_tokens: int = 128,
+        generator=None,
+    ) -> List[str]:
+        """What the model answers to ``text``, ``num_prompts`` times.
+
+        The answers are drawn side by side, with one random number for each of them and each token.
+
+        Args:
+            text: the instruction.
+            num_prompts: number of answers. Without sampling all would be the same: there is one then.
+            temperature: above 0; below 1 makes likely words likelier.
+            top_k: draw from so many of the likeliest tokens; None or 0 for all.
+            do_sample: False takes the likeliest token each time (greedy decoding).
+            max_new_tokens: where an answer is cut off, in tokens.
+            generator: an int seed, a ``mindiffedit.Generator``, a ``numpy.random.Generator`` or None (fresh entropy).
+                The same seed gives the same prompts on every device, as far as rounding leaves the same token drawn;
+                not those that PyTorch draws.
+
+        Returns:
+            The answers, special tokens removed.
+
+        Raises:
+            ValueError, TypeError: for arguments that do not fit, before the model runs.
+            options.NumericalError: for NaN or inf in the model's scores.
+        """
+        options.check_text(text)
+        options.check_positive_int("num_prompts", num_prompts)
+        temperature = options.check_temperature(temperature)
+        top_k = options.check_top_k(top_k)
+        options.check_positive_int("max_new_tokens", max_new_tokens)
+        if not isinstance(do_sample, (bool, np.bool_)):
+            raise TypeError(f"`do_sample` has to be True or False, but is {do_sample!r}.")
+        source = randomness.resolve(generator)
+        if isinstance(source, list):
+            raise TypeError(
+                "`generator` is a list; give one seed or generator, from which all prompts are drawn."
+            )
+        ids = np.asarray(self.tokenizer(text).input_ids, np.int32)
+        if len(ids) > self.tokenizer.model_max_length:
+            raise ValueError(
+                f"`text` has {len(ids)} tokens, but the model reads {self.tokenizer.model_max_length}; shorten it."
+            )
+
+        from . import decoding
+
+        decoder = self._decoder
+        written = decoding.write(
+            decoder,
+            decoder.encode(ids),
+            [decoder.start],
+            max_new_tokens,
+            decoding.Sampler(temperature, top_k, source) if do_sample else decoding.likeliest,
+            num_prompts if do_sample else 1,
+        )
+        return self.tokenizer.batch_decode(written, skip_special_tokens=True)
+
+    def prompts_for(self, concept: str, **options_) -> List[str]:
+        """Prompts for pictures with a concept in them, such as "bowl".
+
+        Args:
+            concept: a thing, in a word or a few, without an article.
+            options_: as for ``generate``.
+        """
+        concept = options.check_text(concept, "concept").strip()
+        article = "an" if concept[0].lower() in "aeiou" else "a"
+        return self.generate(
+            f"Write a caption for an image that contains {article} {concept}. "
+            "The caption has to be in English and at most 150 characters long.",
+            **options_,
+        )
+
+
+def average_embeddings(pipeline, prompts: Union[str, Sequence[str]]):
+    """The mean of the embeddings of several prompts, to be given in place of one prompt.
+
+    Each prompt goes through the pipeline's tokenizer and text encoder, padded or cut to its length, one at a time.
+
+    Args:
+        pipeline: a ``StableDiffusionDiffEditPipeline``.
+        prompts: N texts, such as ``PromptGenerator`` writes; one text is a list of one.
+
+    Returns:
+        Tensor (1, L, D) in the text encoder's dtype, for ``source_prompt_embeds``, ``prompt_embeds`` and the like.
+
+    Raises:
+        ValueError, TypeError: no pipeline, no prompts, or one that is no string.
+    """
+    if not callable(getattr(pipeline, "encode_prompt", None)):
+        raise TypeError(
+            f"`pipeline` has to be a StableDiffusionDiffEditPipeline, but is {type(pipeline).__module__}."
+            f"{type(pipeline).__qualname__}."
+        )
+    if isinstance(prompts, str):
+        prompts = [prompts]
+    if not isinstance(prompts, (list, tuple)):
+        raise TypeError(f"`prompts` has to be a list of texts, but is of type {type(prompts).__name__}.")
+    if len(prompts) == 0:
+        raise ValueError("`prompts` is an empty list; give at least one text.")
+    for i, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            raise TypeError(f"`prompts[{i}]` has to be a string, but is {prompt!r}.")
+    embeddings, _ = pipeline.encode_prompt(list(prompts), None, 1, False)
+    mean = pictures.to_numpy(embeddings).mean(axis=0, keepdims=True, dtype=np.float64).astype(np.float32)
+
+    import mindspore
+
+    tensor = mindspore.Tensor(mean)
+    return tensor if tensor.dtype == embeddings.dtype else tensor.astype(embeddings.dtype)
+
+
+class Captioner(_Writer):
+    """Describes pictures with BLIP.
+
+    Args:
+        model: mindone's ``BlipForConditionalGeneration``.
+        processor: its ``BlipProcessor``, of transformers.
+        mode, compile_cache: see ``from_pretrained``.
+    """
+
+    KIND, CLASS, DECODER = "caption model", "BlipForConditionalGeneration", "BlipDecoder"
+
+    def __init__(self, model, processor, *, mode: str = "graph", compile_cache=None):
+        super().__init__(model, mode, compile_cache)
+        self.processor = processor
+
+    @classmethod
+    def _preparation(cls, folder: Path, config: dict):
+        from transformers import BlipImageProcessor, BlipProcessor
+
+        settings = folder / "preprocessor_config.json"
+        try:
+            # Not the fast one, which is torchvision's.
+            image_processor = BlipImageProcessor.from_json_file(str(settings))
+        except Exception as error:  # whatever a broken config makes transformers raise
+            raise models.CheckpointError(
+                f"{settings}: no image processor can be made of it: {error}."
+            ) from error
+        size = (config.get("text_config") or {}).get("vocab_size", 30524)
+        return BlipProcessor(image_processor, _tokenizer(folder, "BertTokenizerFast", size))
+
+    def caption(
+        self,
+        image: Union[PIL.Image.Image, Sequence[PIL.Image.Image]],
+        *,
+        text: Optional[str] = None,
+        max_new_tokens: int = 50,
+    ) -> Union[str, List[str]]:
+        """What is on a picture, in a sentence; by greedy decoding, so the same each time.
+
+        Args:
+            image: a PIL picture of any mode and size, or a list of them, which are described one after the other.
+            text: how the caption begins, such as "a photograph of"; None leaves that to the model.
+            max_new_tokens: where a caption is cut off, in tokens after ``text``.
+
+        Returns:
+            The caption, ``text`` included; a list of them for a list.
+
+        Raises:
+            ValueError, TypeError: for arguments that do not fit, before the model runs.
+            options.NumericalError: for NaN or inf in the model's scores.
+        """
+        several = isinstance(image, (list, tuple))
+        images = list(image) if several else [image]
+        if not images:
+            raise ValueError("`image` is an empty list; give at least one picture.")
+        for i, picture in enumerate(images):
+            name = f"image[{i}]" if several else "image"
+            if not isinstance(picture, PIL.Image.Image):
+                raise TypeError(
+                    f"`{name}` has to be a PIL picture, but is of type {type(picture).__name__};"
+                    " mindiffedit.load_image reads files and URLs."
+                )
+            if 0 in picture.size:
+                raise ValueError(f"`{name}` has no pixels: its size is {picture.size}.")
+        options.check_positive_int("max_new_tokens", max_new_tokens)
+        words: List[int] = []
+        if text is not None:
+            options.check_text(text)
+            words = self.processor.tokenizer(text, add_special_tokens=False).input_ids
+        most = self.model.config.text_config.max_position_embeddings
+        if len(words) + max_new_tokens > most:
+            raise ValueError(
+                f"`text` of {len(words)} tokens and {max_new_tokens} new ones are more than the {most} that the model"
+                " can hold; give fewer `max_new_tokens`."
+            )
+
+        from . import decoding
+
+        captions, decoder = [], self._decoder
+        for picture in images:
+            pixels = self._pixels(picture)
+            written = decoding.write(
+                decoder, decoder.encode(pixels), [decoder.start, *words], max_new_tokens
+            )[0]
+            captions.append(self.processor.tokenizer.decode([*words, *written], skip_special_tokens=True))
+        return captions if several else captions[0]
+
+    def _pixels(self, picture: PIL.Image.Image) -> np.ndarray:
+        """(3, height, width) float32, of the size and scale that the model was trained with."""
+        values: Any = self.processor.image_processor(pictures.to_rgb(picture), return_tensors="np")
+        return np.asarray(values["pixel_values"][0], np.float32)

@@ -1,0 +1,845 @@
+"""Prompts and captions against transformers: logits, tokens, embeddings, on tiny random models of the same classes."""
+
+import ast
+import json
+import re
+import shutil
+from pathlib import Path
+
+import language_checkpoints
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+import mindiffedit
+from mindiffedit import (
+    Captioner,
+    PromptGenerator,
+    StableDiffusionDiffEditPipeline,
+    average_embeddings,
+    decoding,
+    devices,
+    models,
+    options,
+    prompts,
+    randomness,
+)
+
+# max|difference| / rms of the logits. These models multiply every rounding: transformers' own float32 logits are 1.5e-5
+# from its float64 ones, ours 2.1e-5; of captions, 1e-5 and 1e-5.
+CLOSE = 1e-4
+TEXTS = [
+    "a red apple on a table",
+    "dog",
+    "write a caption for an image that contains a bowl of fruits with green pears and blue apples on the wooden"
+    " table in the house by the tree, at most 150 characters long.",
+    "grass and sky",
+]
+MOST = 40
+
+
+@pytest.fixture(scope="module")
+def t5_folder(tmp_path_factory):
+    return language_checkpoints.make_t5(tmp_path_factory.mktemp("t5") / "flan")
+
+
+@pytest.fixture(scope="module")
+def blip_folder(tmp_path_factory):
+    return language_checkpoints.make_blip(tmp_path_factory.mktemp("blip") / "captions")
+
+
+@pytest.fixture(scope="module")
+def writer(t5_folder):
+    return PromptGenerator.from_pretrained(t5_folder)
+
+
+@pytest.fixture(scope="module")
+def eager_writer(t5_folder):
+    return PromptGenerator.from_pretrained(t5_folder, mode="pynative")
+
+
+@pytest.fixture(scope="module")
+def captioner(blip_folder):
+    return Captioner.from_pretrained(blip_folder)
+
+
+@pytest.fixture(scope="module")
+def eager_captioner(blip_folder):
+    return Captioner.from_pretrained(blip_folder, mode="pynative")
+
+
+def their_t5(folder):
+    from transformers import T5ForConditionalGeneration, T5TokenizerFast
+
+    return T5ForConditionalGeneration.from_pretrained(folder).eval(), T5TokenizerFast.from_pretrained(folder)
+
+
+def their_blip(folder):
+    from transformers import BlipForConditionalGeneration, BlipProcessor
+
+    return BlipForConditionalGeneration.from_pretrained(folder).eval(), BlipProcessor.from_pretrained(folder)
+
+
+def their_texts(model, tokenizer, text):
+    """Tokens without the first, and the text, under greedy decoding."""
+    with torch.no_grad():
+        output = model.generate(
+            tokenizer(text, return_tensors="pt").input_ids, max_new_tokens=MOST, do_sample=False
+        )
+    return output[0, 1:].tolist(), tokenizer.batch_decode(output, skip_special_tokens=True)
+
+
+def our_logits(decoder, source, tokens):
+    """Logits (tokens, vocabulary) of one text that is given, and so not chosen."""
+    pages = decoding._Pages(decoder, source, 1, len(tokens))
+    return np.concatenate([pages.advance(np.array([token])) for token in tokens])
+
+
+def error(got, expected):
+    expected = np.asarray(expected, np.float64)
+    assert got.shape == expected.shape
+    return np.abs(got - expected).max() / np.sqrt(np.mean(expected**2))
+
+
+def pictures(count=3):
+    """Pictures of several sizes and modes, none of them even."""
+    rng = np.random.default_rng(4)
+    sizes, modes = [(32, 32), (48, 30), (21, 64)], ["RGB", "L", "RGBA"]
+    found = []
+    for i in range(count):
+        small = PIL.Image.fromarray(rng.integers(0, 256, (4, 5, 3), np.uint8), "RGB")
+        found.append(small.resize(sizes[i % 3], PIL.Image.BICUBIC).convert(modes[i % 3]))
+    return found
+
+
+# --- T5 against transformers --------------------------------------------------------------------------------------
+
+
+def t5_logits(folder, decoder, count, text=TEXTS[2]):
+    """Ours and theirs for a long text to read and `count` tokens to write."""
+    reference, tokenizer = their_t5(folder)
+    ids = tokenizer(text).input_ids
+    tokens = [0, *np.random.default_rng(0).integers(3, 60, count - 1).tolist()]
+    with torch.no_grad():
+        expected = reference(input_ids=torch.tensor([ids]), decoder_input_ids=torch.tensor([tokens])).logits[
+            0
+        ]
+    return our_logits(decoder, decoder.encode(np.array(ids)), tokens), expected.numpy()
+
+
+def test_logits_are_transformers(writer, t5_folder):
+    """For a text beyond the largest distance that has a bucket of its own."""
+    got, expected = t5_logits(t5_folder, writer._decoder, 64)
+    assert error(got, expected) < CLOSE
+
+
+def test_logits_without_compilation_are_transformers(eager_writer, t5_folder):
+    got, expected = t5_logits(t5_folder, eager_writer._decoder, 4)
+    assert error(got, expected) < CLOSE
+
+
+def test_logits_of_the_first_t5(tmp_path):
+    """With relu, and one table for both embeddings and logits, which are scaled."""
+    folder = language_checkpoints.make_t5(tmp_path / "t5", flan=False)
+    decoder = PromptGenerator.from_pretrained(folder, mode="pynative")._decoder
+    got, expected = t5_logits(folder, decoder, 4)
+    assert error(got, expected) < CLOSE
+
+
+DEFECTS = {
+    "no bias": lambda patch, own: patch.setattr(decoding.T5Decoder, "bias", decoding.Decoder.bias),
+    "a bias turned round": lambda patch, own: patch.setattr(
+        decoding.T5Decoder, "bias", lambda self, length: own(self, length).swapaxes(1, 2)
+    ),
+    "a bias one slot late": lambda patch, own: patch.setattr(
+        decoding.T5Decoder, "bias", lambda self, length: np.roll(own(self, length), 1, 2)
+    ),
+    "no mask": lambda patch, own: patch.setattr(decoding, "HIDDEN", np.float32(0)),
+}
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_a_planted_defect_is_seen(writer, t5_folder, monkeypatch, defect):
+    DEFECTS[defect](monkeypatch, decoding.T5Decoder.bias)
+    got, expected = t5_logits(t5_folder, writer._decoder, 64)
+    assert error(got, expected) > 100 * CLOSE
+
+
+@pytest.mark.parametrize("scale", ["attention", "logits"])
+def test_a_wrong_scale_is_seen(eager_writer, t5_folder, monkeypatch, scale):
+    decoder = eager_writer._decoder
+    if scale == "logits":
+        monkeypatch.setattr(eager_writer.model.config, "tie_word_embeddings", True)
+        decoder = decoding.T5Decoder(eager_writer.model, "pynative")
+    else:
+        attend = decoding._attend
+        monkeypatch.setattr(decoding, "_attend", lambda *arguments: attend(*arguments[:-1], 6**-0.5))
+    got, expected = t5_logits(t5_folder, decoder, 3)
+    assert error(got, expected) > 100 * CLOSE
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+@pytest.mark.parametrize("buckets, most", [(32, 128), (16, 100), (64, 256), (32, 20)])
+def test_distances_fall_into_transformers_buckets(bidirectional, buckets, most):
+    import mindspore
+    from transformers.models.t5.modeling_t5 import T5Attention
+
+    distances = np.arange(-3000, 3001).reshape(-1, 17)
+    expected = T5Attention._relative_position_bucket(
+        torch.from_numpy(distances), bidirectional, buckets, most
+    )
+    got = decoding.position_bucket(mindspore.Tensor(distances), bidirectional, buckets, most)
+    assert np.array_equal(got.asnumpy(), expected.numpy())
+
+
+def test_the_encoder_has_these_buckets(writer, t5_folder):
+    """A text of more than 16 tokens, from where on mindone's are others on a CPU."""
+    reference, tokenizer = their_t5(t5_folder)
+    ids = tokenizer(TEXTS[2]).input_ids
+    assert len(ids) > 33
+    with torch.no_grad():
+        expected = reference.encoder(torch.tensor([ids]))[0][0].numpy()
+    assert error(writer._decoder.encode(np.array(ids)), expected) < CLOSE
+
+
+def test_greedy_texts_are_transformers_token_by_token(writer, t5_folder):
+    reference, tokenizer = their_t5(t5_folder)
+    decoder = writer._decoder
+    lengths, texts = set(), set()
+    for i, text in enumerate(TEXTS):
+        with devices.CompileCounter() as compiled:
+            got = decoding.write(decoder, decoder.encode(np.array(tokenizer(text).input_ids)), [0], MOST)
+        assert compiled.count <= (i in (0, 2))  # once, and once for a longer text to read
+        tokens, written = their_texts(reference, tokenizer, text)
+        assert got == [tokens]
+        if i == 1:
+            assert writer.generate(text, do_sample=False, max_new_tokens=MOST) == written
+        lengths.add(len(tokens))
+        texts.add(written[0])
+        assert len(set(tokens)) > 3, "the model repeats itself: nothing is shown"
+    assert len(texts) == len(TEXTS)
+    assert min(lengths) < MOST == max(lengths), "some end early, some are cut off"
+
+
+def test_the_next_process_reads_the_graph(t5_folder, tmp_path):
+    """Two writers with a folder for graphs: the second one finds what the first one has compiled."""
+    found = []
+    for _ in range(2):
+        made = PromptGenerator.from_pretrained(t5_folder, compile_cache=tmp_path)
+        text = made.generate("dog", do_sample=False, max_new_tokens=5)
+        found.append((text, made.compile_cache.stored, made.compile_cache.found, made.compile_cache.uncached))
+    assert found[0][0] == found[1][0]
+    assert found[0][1:] == (1, 0, 0) and found[1][1:] == (0, 1, 0)
+
+
+def test_without_a_folder_for_graphs_it_compiles(t5_folder, writer):
+    made = PromptGenerator.from_pretrained(t5_folder, compile_cache=False)
+    assert made.compile_cache is None
+    arguments = dict(do_sample=False, max_new_tokens=5)
+    assert made.generate("dog", **arguments) == writer.generate("dog", **arguments)
+
+
+# --- sampling -----------------------------------------------------------------------------------------------------
+
+
+def test_the_same_seed_gives_the_same_prompts(writer):
+    def prompts_of(generator):
+        return writer.generate(TEXTS[0], num_prompts=6, max_new_tokens=12, generator=generator)
+
+    first = prompts_of(7)
+    assert len(first) == 6 and len(set(first)) > 3
+    assert prompts_of(7) == first
+    assert prompts_of(8) != first
+    assert prompts_of(mindiffedit.Generator().manual_seed(7)) == first
+    numpy = np.random.default_rng(7)
+    drawn = prompts_of(numpy)
+    assert prompts_of(numpy) != drawn, "its position has moved on"
+    assert prompts_of(np.random.default_rng(7)) == drawn
+    assert prompts_of(None) != prompts_of(None)
+
+
+def test_texts_side_by_side_do_not_touch_each_other(writer):
+    """Each row's logits are those it has alone, whatever the others hold and whether they have ended."""
+    decoder = writer._decoder
+    source = decoder.encode(np.array(writer.tokenizer(TEXTS[0]).input_ids))
+    tokens = np.random.default_rng(1).integers(0, 60, (6, 9))
+    pages = decoding._Pages(decoder, source, 6, 9)
+    together = np.stack([pages.advance(tokens[:, i]) for i in range(9)], axis=1)
+    for row in (0, 5):
+        assert error(together[row], our_logits(decoder, source, tokens[row])) < CLOSE
+
+
+def test_one_of_one_is_greedy(writer):
+    greedy = writer.generate(TEXTS[0], do_sample=False, max_new_tokens=12)
+    assert len(greedy) == 1
+    assert writer.generate(TEXTS[0], num_prompts=6, top_k=1, max_new_tokens=12, generator=0) == greedy * 6
+
+
+@pytest.mark.parametrize("temperature, top_k", [(0.8, 10), (1.0, None), (2.5, 3), (0.3, 500), (1.0, 1)])
+def test_probabilities_are_transformers(temperature, top_k):
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper
+
+    logits = np.random.default_rng(0).normal(0, 3, (5, 200)).astype(np.float32)
+    logits[1, 7] = logits[1, 8] = logits[1].max() + 1  # equals
+    scores = TemperatureLogitsWarper(temperature)(None, torch.from_numpy(logits).double())
+    if top_k is not None:
+        scores = TopKLogitsWarper(top_k)(None, scores)
+    expected = torch.softmax(scores, -1).numpy()
+    got = decoding.Sampler(temperature, top_k, None).probabilities(logits)
+    assert np.allclose(got, expected, rtol=1e-12, atol=0)
+    if top_k is not None and top_k < 200:
+        assert ((got > 0).sum(-1) == [top_k, max(top_k, 2), top_k, top_k, top_k]).all()
+
+
+def test_tokens_are_drawn_with_their_probabilities():
+    logits = np.log(np.array([0.5, 1e-9, 0.3, 0.0, 0.2], np.float32) + np.float32(1e-30))
+    sampler = decoding.Sampler(1.0, 3, randomness.resolve(0))
+    drawn = sampler(np.tile(logits, (20000, 1)))
+    counts = np.bincount(drawn, minlength=5) / 20000
+    assert counts[1] == counts[3] == 0
+    assert np.abs(counts - [0.5, 0, 0.3, 0, 0.2]).max() < 0.012  # 3.5 standard deviations
+
+
+class Ends:
+    """A noise source at the ends of its range."""
+
+    def __init__(self, end):
+        self.end = end
+
+    def integers(self, high):
+        return self.end * (high - 1)
+
+    def standard_normal(self, size, dtype):
+        raise AssertionError
+
+
+@pytest.mark.parametrize("end, expected", [(0, 1), (1, 3)])
+def test_the_ends_of_the_range_draw_tokens_that_can_be(end, expected):
+    logits = np.array([[-np.inf, 0.0, 1.0, 0.5, -np.inf]], np.float32)
+    assert decoding.Sampler(1.0, None, Ends(end))(logits) == [expected]
+
+
+def test_the_instruction_asks_for_the_concept(writer, monkeypatch):
+    asked = []
+    monkeypatch.setattr(writer, "generate", lambda text, **options: asked.append((text, options)) or ["x"])
+    assert writer.prompts_for(" bowl ", num_prompts=3) == ["x"]
+    writer.prompts_for("apple")
+    assert asked[0][1] == {"num_prompts": 3} and asked[1][1] == {}
+    assert "a bowl." in asked[0][0] and "an apple." in asked[1][0]
+    assert "English" in asked[0][0] and "150" in asked[0][0]
+
+
+# --- embeddings ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pipeline(sd1_folder):
+    pipe = StableDiffusionDiffEditPipeline.from_pretrained(sd1_folder, safety_checker=None)
+    pipe.scheduler = mindiffedit.DDIMScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_the_average_is_the_guides(pipeline, sd1_folder):
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(sd1_folder / "tokenizer")
+    encoder = CLIPTextModel.from_pretrained(sd1_folder / "text_encoder").eval()
+    texts = [TEXTS[0], "", "a dog", " ".join(["a red apple"] * 40)]
+    with torch.no_grad():
+        rows = [
+            encoder(
+                tokenizer(
+                    text, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
+                ).input_ids
+            )[0]
+            for text in texts
+        ]
+    expected = torch.concatenate(rows).mean(dim=0).unsqueeze(0).numpy()
+    got = average_embeddings(pipeline, texts)
+    assert got.shape == (1, 77, 32) and got.dtype == pipeline.text_encoder.dtype
+    assert error(got.asnumpy(), expected) < CLOSE
+    assert error(average_embeddings(pipeline, texts[:3]).asnumpy(), expected) > 1e-2
+    alone = average_embeddings(pipeline, "a dog").asnumpy()
+    assert error(alone, rows[2].numpy()) < CLOSE
+
+
+@pytest.mark.parametrize(
+    "given, kind, words",
+    [
+        ([], ValueError, "empty list"),
+        (["a", 3], TypeError, r"prompts\[1\].*3"),
+        (5, TypeError, "list of texts.*int"),
+        (None, TypeError, "list of texts"),
+    ],
+)
+def test_bad_prompts_to_the_average_are_refused(pipeline, given, kind, words):
+    with pytest.raises(kind, match=words):
+        average_embeddings(pipeline, given)
+
+
+def test_the_average_needs_a_pipeline():
+    with pytest.raises(TypeError, match="StableDiffusionDiffEditPipeline.*str"):
+        average_embeddings("pipeline", ["a dog"])
+
+
+# --- BLIP against transformers ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("maker, count", [("captioner", 40), ("eager_captioner", 4)])
+def test_logits_of_captions_are_transformers(blip_folder, request, maker, count):
+    reference, processor = their_blip(blip_folder)
+    picture = pictures()[1].convert("RGB")
+    tokens = [reference.decoder_input_ids, *np.random.default_rng(0).integers(5, 60, count - 1).tolist()]
+    with torch.no_grad():
+        expected = reference(
+            pixel_values=processor.image_processor(picture, return_tensors="pt").pixel_values,
+            input_ids=torch.tensor([tokens]),
+        ).logits[0]
+    captioner = request.getfixturevalue(maker)
+    decoder = captioner._decoder
+    got = our_logits(decoder, decoder.encode(captioner._pixels(picture)), tokens)
+    assert error(got, expected.numpy()) < CLOSE
+
+
+@pytest.mark.parametrize("text", [None, "a photograph of"])
+def test_captions_are_transformers(captioner, blip_folder, text):
+    reference, processor = their_blip(blip_folder)
+    captions = []
+    for picture in pictures():
+        inputs = processor(picture.convert("RGB"), text, return_tensors="pt")
+        with torch.no_grad():
+            output = reference.generate(**inputs, max_new_tokens=20, do_sample=False)
+        captions.append(processor.decode(output[0], skip_special_tokens=True))
+    assert captioner.caption(pictures()[0], text=text, max_new_tokens=20) == captions[0]
+    assert len(set(captions)) == len(captions), "the model sees no difference: nothing is shown"
+    assert text is None or all(caption.startswith(text) for caption in captions)
+    with devices.CompileCounter() as compiled:
+        assert captioner.caption(pictures(), text=text, max_new_tokens=20) == captions
+    assert compiled.count == 0
+
+
+def test_a_caption_ends_where_transformers_ends_it(captioner, blip_folder, monkeypatch):
+    reference, processor = their_blip(blip_folder)
+    assert captioner._decoder.ends == (reference.config.text_config.sep_token_id,)
+    picture = pictures()[2].convert("RGB")
+    inputs = processor(picture, "red", return_tensors="pt")
+
+    def theirs():
+        with torch.no_grad():
+            return reference.generate(**inputs, max_new_tokens=20, do_sample=False)[0].tolist()
+
+    whole = theirs()
+    end = next(token for i, token in enumerate(whole) if i > 4 and token not in whole[:i])
+    reference.config.text_config.sep_token_id = end
+    monkeypatch.setattr(captioner._decoder, "ends", (end,))
+    cut = theirs()
+    assert 5 < len(cut) < len(whole) and cut[-1] == end
+    decoder = captioner._decoder
+    written = decoding.write(decoder, decoder.encode(captioner._pixels(picture)), cut[:2], 20)
+    assert written == [cut[2:]]
+
+
+@pytest.mark.parametrize("defect", ["a scale", "positions one late", "no picture"])
+def test_a_planted_defect_in_captions_is_seen(eager_captioner, monkeypatch, defect):
+    tokens, pixels = [60, 7, 9], eager_captioner._pixels(pictures()[0])
+    decoder = eager_captioner._decoder
+    source = decoder.encode(pixels)
+    right = our_logits(decoder, source, tokens)
+    if defect == "a scale":
+        attend = decoding._attend
+        monkeypatch.setattr(decoding, "_attend", lambda *arguments: attend(*arguments[:-1], 1.0))
+    elif defect == "positions one late":
+        step = decoder.step
+        monkeypatch.setattr(
+            decoder, "step", lambda tokens, position, *rest: step(tokens, position + 1, *rest)
+        )
+    else:
+        source = source * 0
+    assert error(our_logits(decoder, source, tokens), right) > 100 * CLOSE
+
+
+# --- loading ------------------------------------------------------------------------------------------------------
+
+
+def values_of(folder):
+    from safetensors.numpy import load_file
+
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        found |= load_file(file)
+    return found
+
+
+def rewritten(folder, target, change):
+    """A copy whose weights are changed by `change(dict)`."""
+    from safetensors.numpy import save_file
+
+    shutil.copytree(folder, target)
+    values = values_of(target)
+    change(values)
+    save_file(values, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+@pytest.mark.parametrize("kind", ["prompt model", "caption model"])
+def test_every_parameter_has_the_files_value(kind, t5_folder, blip_folder):
+    folder = t5_folder if kind == "prompt model" else blip_folder
+    model = models.load_language_model(models.find_language_model(kind, folder))
+    stored, names = values_of(folder), models._shared_names(model)
+    canonical = {names[name]: value for name, value in stored.items()}
+    parameters = dict(model.parameters_and_names())
+    assert parameters.keys() == canonical.keys()
+    for name, parameter in parameters.items():
+        assert np.array_equal(parameter.asnumpy(), canonical[name]), name
+    assert not model.training
+
+
+def test_shards_are_read(tmp_path, t5_folder, writer):
+    folder = language_checkpoints.make_t5(tmp_path / "t5", max_shard_size="20KB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 2
+    one = models.load_language_model(models.find_language_model("prompt model", folder))
+    for name, parameter in one.parameters_and_names():
+        assert np.array_equal(parameter.asnumpy(), dict(writer.model.parameters_and_names())[name].asnumpy())
+
+
+def test_a_shared_weight_may_have_any_of_its_names(tmp_path, t5_folder):
+    def only_the_encoders(values):
+        values["encoder.embed_tokens.weight"] = values.pop("shared.weight")
+        values["decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"] = np.ones(
+            (32, 4), "f4"
+        )
+
+    def all_three(values):
+        values["encoder.embed_tokens.weight"] = values["decoder.embed_tokens.weight"] = values[
+            "shared.weight"
+        ]
+
+    expected = values_of(t5_folder)["shared.weight"]
+    for name, change in (("one", only_the_encoders), ("all", all_three)):
+        folder = rewritten(t5_folder, tmp_path / name, change)
+        model = models.load_language_model(models.find_language_model("prompt model", folder))
+        assert np.array_equal(model.shared.weight.asnumpy(), expected)
+        assert np.array_equal(model.decoder.embed_tokens.weight.asnumpy(), expected)
+
+
+def test_names_of_one_weight_that_differ_are_refused(tmp_path, t5_folder):
+    def torn(values):
+        values["encoder.embed_tokens.weight"] = values["shared.weight"] + 1
+
+    folder = rewritten(t5_folder, tmp_path / "torn", torn)
+    with pytest.raises(
+        models.WeightsError, match=r"encoder\.embed_tokens\.weight differs from shared\.weight"
+    ):
+        PromptGenerator.from_pretrained(folder)
+
+
+def test_misfits_are_listed(tmp_path, t5_folder, blip_folder):
+    def change(values):
+        values["extra.weight"] = np.ones(3, "f4")
+        del values["lm_head.weight"]
+        values["decoder.final_layer_norm.weight"] = np.ones(7, "f4")
+
+    folder = rewritten(t5_folder, tmp_path / "t5", change)
+    with pytest.raises(models.WeightsError) as caught:
+        PromptGenerator.from_pretrained(folder)
+    for words in (
+        "extra: extra.weight",
+        "missing: lm_head.weight",
+        "misshapen: decoder.final_layer_norm.weight",
+    ):
+        assert words in str(caught.value)
+
+    def poison(values):
+        values["vision_model.post_layernorm.bias"] = np.full(24, np.nan, "f4")
+
+    folder = rewritten(blip_folder, tmp_path / "blip", poison)
+    with pytest.raises(models.WeightsError, match="vision_model.post_layernorm.bias: 24 of 24"):
+        Captioner.from_pretrained(folder)
+
+
+def test_in_float16_the_layers_that_need_it_stay_wide(t5_folder):
+    import mindspore
+
+    model = models.load_language_model(models.find_language_model("prompt model", t5_folder), dtype="float16")
+    kinds = {name: parameter.dtype for name, parameter in model.parameters_and_names()}
+    wide = {name for name, dtype in kinds.items() if dtype == mindspore.float32}
+    assert wide == {name for name in kinds if name.endswith("DenseReluDense.wo.weight")} and len(wide) == 5
+    assert set(kinds.values()) == {mindspore.float32, mindspore.float16}
+
+
+def test_a_tokenizer_of_sentencepiece_alone_is_enough(tmp_path, t5_folder):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    folder = tmp_path / "t5"
+    shutil.copytree(t5_folder, folder)
+    for name in ("tokenizer.json", "special_tokens_map.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS * 20),
+        model_prefix=str(folder / "spiece"),
+        vocab_size=50,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    (folder / "tokenizer_config.json").write_text(json.dumps({"extra_ids": 0}), encoding="utf-8")
+    tokenizer = prompts.PromptGenerator._preparation(folder, {"vocab_size": 200})
+    ids = tokenizer("a red apple").input_ids
+    assert ids[-1] == 1 and tokenizer.decode(ids, skip_special_tokens=True) == "a red apple"
+
+
+def broken(folder, target, change):
+    shutil.copytree(folder, target)
+    change(target)
+    return target
+
+
+def _config(folder, **changes):
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+FOLDERS = {
+    "another architecture": (
+        lambda f: _config(f, model_type="bert", architectures=["BertModel"]),
+        "BertModel, expected a T5ForConditionalGeneration",
+    ),
+    "another head": (lambda f: _config(f, architectures=["T5EncoderModel"]), "T5EncoderModel, expected"),
+    "no config": (lambda f: (f / "config.json").unlink(), "no config.json and holds"),
+    "a diffusers folder": (
+        lambda f: (f / "config.json").unlink() or (f / "model_index.json").write_text("{}"),
+        "is a Stable Diffusion checkpoint. Expected a T5ForConditionalGeneration",
+    ),
+    "no json": (lambda f: (f / "config.json").write_text("{"), "cannot be read as JSON"),
+    "a pickle": (
+        lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
+        r"only pickle weights \(pytorch_model.bin\).*Convert them with transformers",
+    ),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "has no weights"),
+    "cut off": (
+        lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-100]),
+        "truncated",
+    ),
+    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer: expected tokenizer.json or"),
+    "a broken tokenizer": (
+        lambda f: (f / "tokenizer.json").write_text("{}"),
+        "the tokenizer cannot be read",
+    ),
+    "a tokenizer too large": (
+        lambda f: _config(f, vocab_size=40),
+        "tokenizer has ids up to .* the model knows 40",
+    ),
+    "an impossible config": (
+        lambda f: _config(f, num_heads="four"),
+        "no T5ForConditionalGeneration can be built",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FOLDERS)
+def test_folders_that_cannot_be_read_are_refused(case, t5_folder, tmp_path):
+    change, words = FOLDERS[case]
+    folder = broken(t5_folder, tmp_path / "t5", change)
+    with pytest.raises(models.CheckpointError, match=words) as caught:
+        PromptGenerator.from_pretrained(folder)
+    assert "Traceback" not in str(caught.value)
+
+
+def test_each_loads_its_own_kind(t5_folder, blip_folder, tmp_path):
+    with pytest.raises(models.CheckpointError, match="T5For.*expected a BlipForConditionalGeneration"):
+        Captioner.from_pretrained(t5_folder)
+    with pytest.raises(models.CheckpointError, match="BlipFor.*expected a T5ForConditionalGeneration"):
+        PromptGenerator.from_pretrained(str(blip_folder))
+    folder = broken(blip_folder, tmp_path / "blip", lambda f: (f / "preprocessor_config.json").unlink())
+    with pytest.raises(models.CheckpointError, match="preprocessor_config.json is missing"):
+        Captioner.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "name, kind, words",
+    [
+        ("./nowhere", models.CheckpointError, "no such folder"),
+        ("", models.CheckpointError, "empty name"),
+        (7, TypeError, "folder or a hub id, got 7"),
+        (None, TypeError, "folder or a hub id"),
+    ],
+)
+def test_names_of_nothing_are_refused(name, kind, words):
+    for cls in (PromptGenerator, Captioner):
+        with pytest.raises(kind, match=words):
+            cls.from_pretrained(name)
+
+
+def test_a_file_is_not_a_folder(t5_folder):
+    with pytest.raises(models.CheckpointError, match="is a file, expected a folder"):
+        PromptGenerator.from_pretrained(t5_folder / "model.safetensors")
+
+
+def test_a_hub_id_is_fetched_without_pickles(t5_folder, monkeypatch):
+    """What is asked of the hub, with a folder in the place of its cache."""
+    import huggingface_hub
+
+    asked = []
+
+    def snapshot(name, allow_patterns, **options_):
+        asked.append((name, list(allow_patterns), options_))
+        return str(t5_folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    folder = models.resolve_language_folder("prompt model", "google/flan-t5-large", revision="r", token="t")
+    assert folder == t5_folder
+    assert [name for name, _, _ in asked] == ["google/flan-t5-large"] * 2
+    assert all(options_["revision"] == "r" and options_["token"] == "t" for _, _, options_ in asked)
+    patterns = [pattern for _, several, _ in asked for pattern in several]
+    assert "config.json" in patterns and "model.safetensors" in patterns and "spiece.model" in patterns
+    assert not any(pattern.endswith((".bin", ".h5", ".msgpack")) or pattern == "*" for pattern in patterns)
+
+
+def test_a_hub_without_safetensors_is_refused_with_a_way_out(t5_folder, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    folder = broken(t5_folder, tmp_path / "t5", lambda f: (f / "model.safetensors").unlink())
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(folder))
+    with pytest.raises(models.CheckpointError, match="no safetensors weights.*revision"):
+        models.resolve_language_folder("prompt model", "google/flan-t5-large")
+
+
+def test_what_the_device_lacks_is_loaded_in_float32(t5_folder):
+    import mindspore
+
+    made = PromptGenerator.from_pretrained(t5_folder, mindspore_dtype=mindspore.float16)
+    expected, _ = devices.supported_dtype("float16")
+    assert made.model.shared.weight.dtype == expected
+
+
+# --- bad input ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments, kind, words",
+    [
+        (dict(text=""), ValueError, "`text` is empty"),
+        (dict(text="  \n"), ValueError, "`text` is empty"),
+        (dict(text=["a"]), TypeError, "`text` has to be a string"),
+        (dict(text="a " * 100), ValueError, "`text` has 102 tokens, but the model reads 64"),
+        (dict(num_prompts=0), ValueError, "num_prompts"),
+        (dict(num_prompts=True), ValueError, "num_prompts"),
+        (dict(num_prompts=2.0), ValueError, "num_prompts"),
+        (dict(temperature=0), ValueError, "`temperature` has to be above 0.*do_sample=False"),
+        (dict(temperature=-1.0), ValueError, "temperature"),
+        (dict(temperature=float("nan")), ValueError, "temperature"),
+        (dict(temperature="hot"), TypeError, "temperature"),
+        (dict(temperature=True), TypeError, "temperature"),
+        (dict(top_k=-1), ValueError, "top_k"),
+        (dict(top_k=1.5), TypeError, "top_k"),
+        (dict(max_new_tokens=0), ValueError, "max_new_tokens"),
+        (dict(do_sample="no"), TypeError, "do_sample"),
+        (dict(generator="seed"), TypeError, "generator"),
+        (dict(generator=[1, 2]), TypeError, "`generator` is a list"),
+    ],
+)
+def test_bad_input_to_the_writer_is_refused_before_the_model_runs(
+    writer, monkeypatch, arguments, kind, words
+):
+    monkeypatch.setattr(decoding, "write", None)
+    with pytest.raises(kind, match=words):
+        writer.generate(**{"text": "a dog", **arguments})
+
+
+@pytest.mark.parametrize("concept, kind", [("", ValueError), (None, TypeError), (["bowl"], TypeError)])
+def test_a_concept_is_a_word(writer, concept, kind):
+    with pytest.raises(kind, match="`concept`"):
+        writer.prompts_for(concept)
+
+
+@pytest.mark.parametrize(
+    "arguments, kind, words",
+    [
+        (dict(image=np.zeros((4, 4, 3))), TypeError, "`image` has to be a PIL picture.*ndarray.*load_image"),
+        (dict(image="picture.png"), TypeError, "PIL picture"),
+        (dict(image=None), TypeError, "PIL picture"),
+        (dict(image=[]), ValueError, "empty list"),
+        (dict(image=[PIL.Image.new("RGB", (4, 4)), 3]), TypeError, r"image\[1\]"),
+        (dict(image=PIL.Image.new("RGB", (0, 4))), ValueError, "no pixels"),
+        (dict(text=""), ValueError, "`text` is empty"),
+        (dict(text=3), TypeError, "`text`"),
+        (dict(max_new_tokens=0), ValueError, "max_new_tokens"),
+        (dict(max_new_tokens=64, text="red"), ValueError, "more than the 64"),
+    ],
+)
+def test_bad_input_to_the_captioner_is_refused_before_the_model_runs(
+    captioner, monkeypatch, arguments, kind, words
+):
+    monkeypatch.setattr(decoding, "write", None)
+    with pytest.raises(kind, match=words):
+        captioner.caption(**{"image": pictures(1)[0], **arguments})
+
+
+def test_the_longest_caption_fits(captioner):
+    assert captioner.caption(pictures(1)[0], text="red", max_new_tokens=63).startswith("red")
+
+
+def test_models_of_another_class_are_refused(t5_folder, writer, captioner):
+    with pytest.raises(TypeError, match="T5ForConditionalGeneration.*BlipForConditionalGeneration"):
+        PromptGenerator(captioner.model, writer.tokenizer)
+    with pytest.raises(TypeError, match="mindone's T5ForConditionalGeneration.*transformers"):
+        PromptGenerator(their_t5(t5_folder)[0], writer.tokenizer)
+    with pytest.raises(ValueError, match="`mode`"):
+        PromptGenerator(writer.model, writer.tokenizer, mode="fast")
+    with pytest.raises(ValueError, match="`mode`"):
+        Captioner.from_pretrained("anything", mode="fast")
+
+
+def test_nan_is_reported(eager_writer, monkeypatch):
+    decoder = eager_writer._decoder
+    step = decoder.step
+
+    def damaged(*arguments):
+        logits, *memory = step(*arguments)
+        return (logits * float("nan"), *memory)
+
+    monkeypatch.setattr(decoder, "step", damaged)
+    with pytest.raises(options.NumericalError, match="prompt model") as caught:
+        eager_writer.generate("a dog", num_prompts=2, max_new_tokens=3)
+    assert (caught.value.stage, caught.value.step) == ("prompt model", 0)
+
+
+# --- the page -----------------------------------------------------------------------------------------------------
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "prompts.md"
+BLOCKS = re.findall(r"^```py\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def test_the_page_runs(t5_folder, blip_folder, pipeline, capsys, monkeypatch):
+    """Its blocks in order, with tiny models in place of those that it names, which never know when to stop."""
+    write = decoding.write
+    monkeypatch.setattr(
+        decoding,
+        "write",
+        lambda decoder, source, prefix, most, *rest: write(decoder, source, prefix, min(most, 12), *rest),
+    )
+    changes = {
+        '"google/flan-t5-large"': repr(str(t5_folder)),
+        '"Salesforce/blip-image-captioning-base"': repr(str(blip_folder)),
+    }
+    code = "".join(BLOCKS)
+    assert all(code.count(name) == 1 for name in changes)
+    picture = pictures(1)[0].resize((64, 64))
+    names = {"pipeline": pipeline, "raw_image": picture}
+    for block in BLOCKS:
+        for old, new in changes.items():
+            block = block.replace(old, new)
+        exec(compile(block, "docs/prompts.md", "exec"), names)
+    assert len(names["source_prompts"]) == 16 + 4
+    assert names["source_embeds"].shape == names["target_embeds"].shape == (1, 77, 32)
+    assert set(np.unique(names["mask_image"])) <= {0, 1}
+    assert names["output_image"].size == (64, 64)
+    assert names["caption"].startswith("a photograph of")
+    assert names["inv_latents"].shape[:2] == (1, 40)
+    assert names["caption"] in capsys.readouterr().out
+    # Nothing on the page is code that is not run.
+    assert all(ast.parse(block).body for block in BLOCKS) and PAGE.read_text().count("```") == 2 * len(BLOCKS)
