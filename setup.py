@@ -165,7 +165,8 @@ setup(
         "benchmark": ["matplotlib>=3.5"],  # for `scripts/benchmark.py --scaling`, which draws
         "docs": DOCS,
         "parity": REFERENCE,  # for `mindiffedit parity record`; checking needs none of it
-        "test": [*REFERENCE, *DOCS, "pytest>=7"],
+        # peft: diffusers runs LoRA with it; the release of diffusers 0.35.2's time.
+        "test": [*REFERENCE, *DOCS, "peft==0.17.1", "pytest>=7"],
         "train": REFERENCE,
     },
     entry_points={"console_scripts": ["mindiffedit=mindiffedit.__main__:program"]},

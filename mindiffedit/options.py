@@ -41,6 +41,7 @@ __all__ = [
     "check_ratio",
     "check_regularisation",
     "check_step_callback",
+    "check_scale",
     "check_steps",
     "check_strength",
     "check_switch",
@@ -178,6 +179,11 @@ def check_switch(value, name: str) -> bool:
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"`{name}` has to be True or False, but is {value!r} of type {type(value).__name__}.")
     return bool(value)
+
+
+def check_scale(value, name: str = "scale") -> float:
+    """A LoRA's strength: any finite number."""
+    return _real(value, name, "a finite number")
 
 
 def check_eta(value) -> float:

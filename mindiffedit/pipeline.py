@@ -128,7 +128,8 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
                 of these for each of B * num_maps_per_mask samples, which makes a sample independent of its
                 batch-mates. All noise is drawn on the host: a seed gives the same on every device.
             output_type: "np" or "pil".
-            cross_attention_kwargs: dict of plain values (numbers, str, bool, None) handed to the UNet's attention.
+            cross_attention_kwargs: {"scale": s} weighs LoRAs, of the UNet only; other plain values (numbers, str, bool,
+                None) are handed to the UNet's attention.
             per_image_clamp: clamp each map at a multiple of its own mean, not of the batch's (C4).
             corrected_guidance: guide away from the negatives, not towards them (C1).
             outlier_quantile: before the mean over maps, bring each map's values beyond this quantile of them, in
@@ -250,7 +251,7 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
         """The averaged noise difference before the threshold, (B, h, w) float32, at least 0."""
         is_guided = guidance_scale > 1.0
 
-        # 3. Encode input prompts
+        # 3. Encode input prompts. D10: `scale` does not reach the text encoder's LoRAs here, nor in `invert`.
         def encode(texts, prefix):
             prompt, negative, embeds, negative_embeds = texts
             return self._encode_prompt_arrays(
@@ -483,11 +484,26 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
         return DiffEditInversionPipelineOutput(latents=result, images=images, clean_latents=clean)
 
     def _joined_embeds(
-        self, prompt, copies, is_guided, negative_prompt, prompt_embeds, negative_prompt_embeds, skip=None
+        self,
+        prompt,
+        copies,
+        is_guided,
+        negative_prompt,
+        prompt_embeds,
+        negative_prompt_embeds,
+        skip=None,
+        lora_scale=1.0,
     ):
         """Embeddings as the step takes them: negatives first with guidance."""
         positive, negative = self._encode_prompt_arrays(
-            prompt, copies, is_guided, negative_prompt, prompt_embeds, negative_prompt_embeds, skip
+            prompt,
+            copies,
+            is_guided,
+            negative_prompt,
+            prompt_embeds,
+            negative_prompt_embeds,
+            skip,
+            lora_scale=lora_scale,
         )
         return np.concatenate([negative, positive]) if is_guided else positive
 
@@ -769,7 +785,8 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
             return_dict: False returns the tuple (images, nsfw_content_detected).
             callback: called as ``callback(step, timestep, latents)``.
             callback_steps: every how many steps, at least 1.
-            cross_attention_kwargs: as for ``generate_mask``.
+            cross_attention_kwargs: {"scale": s} weighs LoRAs, of UNet and text encoder; others as for
+                ``generate_mask``.
             clip_skip: leave out this many of the text encoder's last layers; for the prompt only, as in the
                 reference.
             clean_latents: (B, C, h, w), ``invert``'s of that name: each step's background is then taken at the noise
@@ -849,6 +866,7 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
             prompt_embeds,
             negative_prompt_embeds,
             clip_skip,
+            attention_kwargs.get("scale", 1.0),
         )
 
         # 8. Denoising loop. D3: without clean latents the background of step i is image_latents[i], one noise level late,

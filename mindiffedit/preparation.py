@@ -9,7 +9,8 @@ from typing import Any, Dict, List, Optional
 import numpy as np
 
 from . import devices, options, pictures, randomness
-from .components import PipelineComponents, say_once
+from .adapters import Adapters
+from .components import say_once
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +22,7 @@ def as_its_own(scheduler, timestep):
     return ms.Tensor(timestep.item(), scheduler.timesteps.dtype)
 
 
-class Preparation(PipelineComponents):
+class Preparation(Adapters):
     """Everything that the three calls share before their loops."""
 
     def _ready_scheduler(self):
@@ -70,12 +71,16 @@ class Preparation(PipelineComponents):
         return timesteps, steps
 
     def _attention_kwargs(self, given) -> Dict[str, Any]:
-        """Checked ``cross_attention_kwargs`` that the attention processors know; others are ignored with a warning."""
+        """Checked ``cross_attention_kwargs``: the LoRAs' ``scale``, and what the attention processors know.
+
+        Others are ignored with a warning.
+        """
         given = options.check_attention_kwargs(given)
-        # The weight of LoRA layers, of which there are none here.
-        given.pop("scale", None)
+        scale = {}
+        if "scale" in given:
+            scale["scale"] = options.check_scale(given.pop("scale"), "cross_attention_kwargs['scale']")
         if not given:
-            return {}
+            return scale
         known = set()
         for processor in self.unet.attn_processors.values():
             method = getattr(processor, "construct", None) or processor.__call__
@@ -95,7 +100,7 @@ class Preparation(PipelineComponents):
                 "cross_attention_kwargs %r is not known to the attention processors and is ignored.", name
             )
             del given[name]
-        return given
+        return {**given, **scale}
 
     def _tokens(self, texts: List[str], length: int):
         return self.tokenizer(
@@ -112,18 +117,25 @@ class Preparation(PipelineComponents):
             )
 
     def _embed(
-        self, texts: List[str], stage: str, length: Optional[int] = None, skip: Optional[int] = None
+        self,
+        texts: List[str],
+        stage: str,
+        length: Optional[int] = None,
+        skip: Optional[int] = None,
+        lora_scale: float = 1.0,
     ) -> np.ndarray:
         """Prompt embeddings (B, L, D) float32 of texts, padded or cut to the tokenizer's length.
 
         ``stage`` is the name that the token ids are observed under.
         """
+        texts = self.maybe_convert_prompt(texts, self.tokenizer)
         inputs = self._tokens(texts, length or self.tokenizer.model_max_length)
         if length is None:
             self._warn_of_truncation(texts, inputs.input_ids)
         uses_mask = getattr(self.text_encoder.config, "use_attention_mask", False)
         token_ids = self._crosses(stage, inputs.input_ids)
-        return self._stages.encode_text(token_ids, inputs.attention_mask if uses_mask else None, skip)
+        mask = inputs.attention_mask if uses_mask else None
+        return self._stages.encode_text(token_ids, mask, skip, lora_scale)
 
     def encode_prompt(
         self,
@@ -149,7 +161,7 @@ class Preparation(PipelineComponents):
             negative_prompt: str or list of B str; None is the empty text.
             prompt_embeds: embeddings (B, L, D) instead of ``prompt``.
             negative_prompt_embeds: embeddings (B, L, D) instead of ``negative_prompt``.
-            lora_scale: accepted, not used (no LoRA layers are loaded here).
+            lora_scale: factor on the strengths of the text encoder's LoRAs; None is 1.
             clip_skip: take the hidden state this many layers before the last; of the prompt only, as in the
                 reference.
 
@@ -164,6 +176,8 @@ class Preparation(PipelineComponents):
         options.check_positive_int("num_images_per_prompt", num_images_per_prompt)
         if clip_skip is not None:
             options.check_clip_skip(clip_skip, self.text_encoder.config.num_hidden_layers)
+        if lora_scale is not None:
+            options.check_scale(lora_scale, "lora_scale")
         positive, negative = self._encode_prompt_arrays(
             prompt,
             num_images_per_prompt,
@@ -172,6 +186,7 @@ class Preparation(PipelineComponents):
             prompt_embeds,
             negative_prompt_embeds,
             clip_skip,
+            lora_scale=1.0 if lora_scale is None else lora_scale,
         )
         dtype = self.text_encoder.dtype if self.text_encoder is not None else self.unet.dtype
         return self._tensor(positive, dtype), None if negative is None else self._tensor(negative, dtype)
@@ -186,6 +201,7 @@ class Preparation(PipelineComponents):
         negative_prompt_embeds=None,
         clip_skip=None,
         prefix="",
+        lora_scale=1.0,
     ):
         """``encode_prompt`` on the host: float32 arrays."""
         batch = self._check_prompts(
@@ -193,7 +209,7 @@ class Preparation(PipelineComponents):
         )
         if prompt_embeds is None:
             texts = [prompt] if isinstance(prompt, str) else prompt
-            positive = self._embed(texts, f"{prefix}token_ids", skip=clip_skip)
+            positive = self._embed(texts, f"{prefix}token_ids", skip=clip_skip, lora_scale=lora_scale)
         else:
             positive = pictures.to_numpy(prompt_embeds).astype(np.float32)
         options.check_finite(positive, f"{prefix}prompt embeddings")
@@ -204,7 +220,9 @@ class Preparation(PipelineComponents):
                 if negative_prompt is None:
                     negative_prompt = ""
                 texts = [negative_prompt] * batch if isinstance(negative_prompt, str) else negative_prompt
-                negative = self._embed(texts, f"{prefix}negative_token_ids", length=positive.shape[1])
+                negative = self._embed(
+                    texts, f"{prefix}negative_token_ids", length=positive.shape[1], lora_scale=lora_scale
+                )
             if negative.shape != positive.shape:
                 raise ValueError(
                     f"The negative prompt's embeddings have the shape {negative.shape}, the prompt's {positive.shape};"

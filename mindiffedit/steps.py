@@ -18,7 +18,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import ops
 
-from . import devices, freeu, native, reuse, tiling
+from . import devices, freeu, lora, native, reuse, textual_inversion, tiling
 from .kernels import portable_kernels
 from .schedules import StepPlan
 
@@ -42,6 +42,7 @@ class Stages:
         self.calls: Counter[str] = collections.Counter()
         self._built: Dict[tuple, Callable] = {}
         self._texts, self._moments = reuse.Memory(64), reuse.Memory(16)
+        self._table = 0  # generation of the token embeddings that the text stages were built over
 
     def serves(self, unet, vae, text_encoder, mode: str) -> bool:
         """Whether these stages were built over exactly these models, in this mode."""
@@ -57,14 +58,22 @@ class Stages:
     # --- the stages, called with NumPy arrays --------------------------------------------------------------------
 
     def encode_text(
-        self, token_ids: np.ndarray, attention_mask: Optional[np.ndarray], skip: Optional[int]
+        self,
+        token_ids: np.ndarray,
+        attention_mask: Optional[np.ndarray],
+        skip: Optional[int],
+        lora_scale: float = 1.0,
     ) -> np.ndarray:
         """Hidden states (B, L, D) float32 of token ids (B, L).
 
         One row at a time: the graph then serves every batch size, and a text that was encoded before, in this call or
         an earlier one, is not encoded again. ``skip`` takes the output ``skip`` layers before the last, with the final
-        layer norm (``clip_skip``).
+        layer norm (``clip_skip``). ``lora_scale`` weighs the text encoder's LoRAs, which are part of its weights here.
         """
+        lora.adapted(self.text_encoder).write(lora_scale)
+        if self._table != textual_inversion.generation(self.text_encoder):
+            self._table = textual_inversion.generation(self.text_encoder)
+            self._built = {key: stage for key, stage in self._built.items() if key[0] != "text"}
         stage = self._stage(
             ("text", skip, attention_mask is not None), lambda: _text(self.text_encoder, skip)
         )
@@ -129,11 +138,15 @@ class Stages:
         return run(array) if tiles is None else tiling.in_tiles(run, array, tiles)
 
     def predictor(self, prompt_embeds: np.ndarray, attention_kwargs: dict, rows: int) -> "Predictor":
-        """The UNet for samples with these embeddings (N, L, D), ``rows`` of them in each evaluation."""
+        """The UNet for samples with these embeddings (N, L, D), ``rows`` of them in each evaluation.
+
+        The ``scale`` among ``attention_kwargs`` weighs its LoRAs, which are part of its weights: no graph knows of it.
+        """
+        constants = {name: value for name, value in attention_kwargs.items() if name != "scale"}
         # FreeU changes the UNet from inside, where its graph would not notice.
-        choices = ("unet", _key(attention_kwargs), freeu.factors_of(self.unet))
-        stage = self._stage(choices, lambda: _predictor(self.unet, attention_kwargs))
-        return Predictor(self, stage, prompt_embeds, rows)
+        choices = ("unet", _key(constants), freeu.factors_of(self.unet))
+        stage = self._stage(choices, lambda: _predictor(self.unet, constants))
+        return Predictor(self, stage, prompt_embeds, rows, attention_kwargs.get("scale", 1.0))
 
     def update(self, plan: StepPlan, is_guided: bool) -> Callable:
         """What a step does with the UNet's predictions: guidance, solver update, blend. See ``_update``."""
@@ -189,8 +202,10 @@ class Predictor:
     needed.
     """
 
-    def __init__(self, stages: Stages, stage: Callable, prompt_embeds: np.ndarray, rows: int):
-        self._stages, self._stage = stages, stage
+    def __init__(
+        self, stages: Stages, stage: Callable, prompt_embeds: np.ndarray, rows: int, lora_scale: float = 1.0
+    ):
+        self._stages, self._stage, self._lora_scale = stages, stage, lora_scale
         self._embeds = prompt_embeds
         self._rows = min(rows, len(prompt_embeds))
         self._tensors: Dict[int, ms.Tensor] = {}
@@ -206,6 +221,7 @@ class Predictor:
 
     def stream(self, latents: np.ndarray, timestep) -> Iterator[np.ndarray]:
         """The model's bare outputs, float32, of latents (N, C, h, w) at one timestep, group by group."""
+        lora.adapted(self._stages.unet).write(self._lora_scale)
         for start in range(0, len(latents), self._rows):
             begin = min(start, len(latents) - self._rows)
             group = slice(begin, begin + self._rows)

@@ -60,14 +60,6 @@ def test_ids_in_the_code_are_in_the_ledger():
     assert kept <= used
 
 
-def test_no_lora_and_no_textual_inversion(ours, inverted):
-    for name in ("load_lora_weights", "load_textual_inversion", "fuse_lora"):
-        assert not hasattr(StableDiffusionDiffEditPipeline, name)
-    plain = edit(ours, inverted).images.asnumpy()
-    scaled = edit(ours, inverted, cross_attention_kwargs={"scale": 0.3}).images.asnumpy()
-    assert np.array_equal(plain, scaled)
-
-
 def test_the_references_helpers_are_not_mirrored():
     ledger = next(row for row in ROWS if row[0] == "N2")[1]
     for name in re.findall(r"`(\w+)`", ledger):

@@ -95,7 +95,7 @@ def change_json(path, **changes):
 
 def parameters(model):
     """{torch's name: numpy array} of a loaded model."""
-    return {name: p.asnumpy() for name, p in models._torch_names(model).items()}
+    return {name: p.asnumpy() for name, p in models.parameters_by_name(model).items()}
 
 
 def assert_same(model, expected):

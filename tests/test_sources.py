@@ -299,6 +299,7 @@ GROUND = {
     "jobs",
     "latents_file",
     "masks",
+    "lora",
     "models",
     "options",
     "outputs",
@@ -318,6 +319,7 @@ GROUND = {
     "strips",
     "sweeps",
     "tiling",
+    "textual_inversion",
 }
 # The half of the parity tool that runs the reference; imported by `parity record` alone.
 RECORDING = {"parity/reference.py", "parity/floors.py", "parity/command.py"}

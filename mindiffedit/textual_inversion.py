@@ -1,0 +1,188 @@
+"""Textual inversion: learned embeddings become tokens of the tokenizer and rows of the text encoder's table.
+
+The table has one row more for each vector, so the text encoder is compiled again, and nothing else is.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from . import models
+from .pictures import is_tensor, to_numpy
+
+__all__ = ["add", "check", "generation", "read", "remove"]
+
+logger = logging.getLogger(__name__)
+
+FILE_NAME = "learned_embeds.safetensors"
+
+
+def read(source, **place) -> tuple[Any, str]:
+    """The embeddings that a user means, an array or a dict of arrays, and what to call them in messages.
+
+    ``source`` is a file, folder or hub id, for which ``place`` has further arguments of ``models.resolve_file``; a
+    tensor or array; or a dict from token to tensor, or of A1111's form.
+    """
+    if isinstance(source, np.ndarray) or is_tensor(source):
+        return to_numpy(source), "the given embedding"
+    if isinstance(source, Mapping):
+        return dict(source), "the given embedding"
+    path = models.resolve_file(source, default=FILE_NAME, **place)
+    return models.read_tensors(path)[0], str(path)
+
+
+def check(contents: Sequence[tuple[Any, str]], tokens: Sequence[Any], tokenizer, text_encoder):
+    """New tokens and their vectors, one token for each, checked against tokenizer and text encoder.
+
+    Args:
+        contents: as ``read`` returns them.
+        tokens: a name for each, None for the one in the file. With one array in ``contents``, a name for each row.
+        tokenizer, text_encoder: of the pipeline.
+
+    Returns:
+        Tokens and float32 vectors. A token "t" of n vectors becomes "t", "t_1", …, "t_{n-1}".
+
+    Raises:
+        ValueError: counts, names or widths do not fit.
+    """
+    if len(contents) == 1 and len(tokens) > 1 and isinstance(contents[0][0], np.ndarray):
+        rows, what = contents[0]
+        contents = [(row, what) for row in rows]
+    if len(contents) != len(tokens):
+        raise ValueError(
+            f"There are {len(tokens)} tokens for {len(contents)} embeddings; give a token for each, or None."
+        )
+    width = text_encoder.config.hidden_size
+    vocabulary = tokenizer.get_vocab()
+    names: list[str] = []
+    vectors: list[np.ndarray] = []
+    for (content, what), token in zip(contents, tokens):
+        name, embedding = _named(content, token, what)
+        embedding = np.atleast_2d(to_numpy(embedding))
+        if embedding.dtype.kind != "f" or embedding.ndim != 2 or embedding.shape[1] != width:
+            raise ValueError(
+                f"{what}: the embedding of {name!r} has shape {embedding.shape} and dtype {embedding.dtype}, but this"
+                f" text encoder takes vectors of {width} floats; it was made for another model."
+            )
+        if not len(embedding) or not np.isfinite(embedding).all():
+            raise ValueError(f"{what}: the embedding of {name!r} is empty, or has NaN or infinite values.")
+        family = [name, *(f"{name}_{i}" for i in range(1, len(embedding)))]
+        taken = [part for part in [*family, f"{name}_1"] if part in vocabulary or part in names]
+        if taken:
+            raise ValueError(
+                f"{what}: the token {taken[0]!r} is in the tokenizer already; give another name as token=..., or take"
+                " that one out with unload_textual_inversion()."
+            )
+        names += family
+        vectors += list(embedding.astype(np.float32))
+    return names, vectors
+
+
+def _named(content, token, what: str) -> tuple[str, Any]:
+    """Token and embedding of one file or tensor."""
+    if isinstance(content, np.ndarray):
+        own, embedding = None, content
+    elif len(content) == 1:
+        own, embedding = next(iter(content.items()))
+    elif isinstance(content.get("string_to_param"), Mapping) and "*" in content["string_to_param"]:
+        own, embedding = content.get("name"), content["string_to_param"]["*"]
+    else:
+        held = ", ".join(list(map(str, content))[:8]) or "nothing"
+        raise ValueError(
+            f"{what} is no textual inversion for this pipeline: it holds {held}; expected a single embedding, named by"
+            " its token or emb_params."
+        )
+    name = own if token is None else token
+    if name is None:
+        raise ValueError(f"{what} does not name its token; give one as token=...")
+    if not isinstance(name, str) or not name.strip():
+        raise ValueError(f"`token` has to be a word such as '<cat-toy>', but is {name!r}.")
+    if token is None and own == "emb_params":
+        logger.warning("%s does not name its token, so it is called emb_params; token=... names it.", what)
+    return name, embedding
+
+
+def add(tokens: Sequence[str], vectors: Sequence[np.ndarray], tokenizer, text_encoder) -> None:
+    """Adds checked tokens to the tokenizer, and their vectors to the text encoder's table."""
+    before = len(tokenizer)
+    table = _table(text_encoder)[:before]
+    missing = np.zeros((before - len(table), table.shape[1]), np.float32)  # none in any known checkpoint
+    for token in tokens:
+        tokenizer.add_tokens(token)
+    _replace_table(text_encoder, np.concatenate([table, missing, np.stack(vectors)]))
+
+
+def remove(tokens: Sequence[str] | None, tokenizer, text_encoder) -> None:
+    """Takes added tokens out again, all or those named with all their vectors; the others' ids move up.
+
+    Raises:
+        ValueError: a token that is none of the added ones.
+        TypeError: a tokenizer that does not give up tokens.
+    """
+    added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if not token.special}
+    if tokens is None:
+        chosen = set(added)
+    else:
+        unknown = [token for token in tokens if token not in added]
+        if unknown:
+            raise ValueError(
+                f"The tokens {unknown} are no textual inversions that are loaded; these are {list(added)}."
+            )
+        chosen = set()
+        for token in tokens:
+            chosen.add(token)
+            number = 1
+            while f"{token}_{number}" in added:
+                chosen.add(f"{token}_{number}")
+                number += 1
+    if not chosen:
+        return
+    if not hasattr(tokenizer, "_update_trie"):
+        raise TypeError(
+            f"{type(tokenizer).__name__} does not give up tokens; load the checkpoint with a CLIPTokenizer instead."
+        )
+    gone = sorted(added[token] for token in chosen)
+    kept = {i: token for i, token in tokenizer.added_tokens_decoder.items() if i not in gone}
+    moved = {i - sum(other < i for other in gone): token for i, token in kept.items()}
+    tokenizer._added_tokens_decoder = moved
+    tokenizer._added_tokens_encoder = {token.content: i for i, token in moved.items()}
+    # A fresh one: W8, in the reference the tokenizer goes on splitting texts at words that are gone.
+    tokenizer.tokens_trie = type(tokenizer.tokens_trie)()
+    tokenizer._update_trie()
+    tokenizer._update_total_vocab_size()
+    _replace_table(text_encoder, np.delete(_table(text_encoder), gone, axis=0))
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+_GENERATIONS: "weakref.WeakKeyDictionary[Any, int]" = weakref.WeakKeyDictionary()
+
+
+def generation(text_encoder) -> int:
+    """How often a text encoder's table was replaced: a graph over an earlier one computes with the old table."""
+    return _GENERATIONS.get(text_encoder, 0)
+
+
+def _table(text_encoder) -> np.ndarray:
+    """The token embeddings, (tokens, width) float32."""
+    import mindspore
+
+    return text_encoder.get_input_embeddings().embedding_table.astype(mindspore.float32).asnumpy()
+
+
+def _replace_table(text_encoder, table: np.ndarray) -> None:
+    import mindspore
+
+    embedding = text_encoder.get_input_embeddings()
+    old = embedding.embedding_table
+    values = mindspore.Tensor(np.ascontiguousarray(table))
+    embedding.embedding_table = mindspore.Parameter(
+        values if old.dtype == values.dtype else values.astype(old.dtype), name=old.name, requires_grad=False
+    )
+    embedding.vocab_size = text_encoder.config.vocab_size = len(table)
+    _GENERATIONS[text_encoder] = generation(text_encoder) + 1

@@ -1,0 +1,747 @@
+"""LoRA and textual inversion against diffusers, on tiny checkpoints; and that neither compiles what need not be."""
+
+import inspect
+import json
+import re
+from pathlib import Path
+
+import mindspore as ms
+import numpy as np
+import parity
+import pytest
+import safetensors.numpy
+import torch
+from diffusers import StableDiffusionDiffEditPipeline as Reference
+from test_pipeline import CLOSE, PICTURE, SOURCE, TARGET, our_pipeline, their_pipeline
+
+from mindiffedit import StableDiffusionDiffEditPipeline, compile_cache, devices, lora, models, options
+
+ROOT = Path(__file__).resolve().parent.parent
+ROUNDING = 2e-5  # of a prediction or an embedding, relative to the reference's rms; measured: 1e-6 to 4e-6
+SEEN = 1e-2  # what a LoRA or a word changes at least
+
+ATTENTION = r".*attn\d\.to_(q|k|v|out\.0)"
+EVERYWHERE = (
+    r".*(attn\d\.to_(q|k|v|out\.0)|ff\.net\.(0\.proj|2)|proj_(in|out)|conv\d?|conv_shortcut|time_emb_proj)"
+)
+TEXT = r".*(self_attn\.(q|k|v|out)_proj|mlp\.fc\d)"
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def matrices(model, pattern, rank, seed):
+    """Random {module: (down, up)} for the layers of a torch model whose names match, each of some effect."""
+    generator = torch.Generator().manual_seed(seed)
+    found = {}
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if re.fullmatch(pattern, name) and weight is not None and weight.ndim in (2, 4):
+            r = rank(name) if callable(rank) else rank
+            down = torch.randn(r, *weight.shape[1:], generator=generator)
+            up = torch.randn(weight.shape[0], r, *[1] * (weight.ndim - 2), generator=generator)
+            found[name] = (down * 0.5 / down[0].numel() ** 0.5, up * 0.5)
+    assert found
+    return found
+
+
+def peft_names(parts):
+    """{"unet": {module: (down, up)}, ...} as peft and diffusers save it today."""
+    return {
+        f"{component}.{module}.lora_{side}.weight": value
+        for component, found in parts.items()
+        for module, pair in found.items()
+        for side, value in zip("AB", pair)
+    }
+
+
+def diffusers_names(parts):
+    """With lora.down and lora.up, of the text encoder lora_linear_layer."""
+    return {
+        f"{component}.{module}.{'lora' if component == 'unet' else 'lora_linear_layer'}.{side}.weight": value
+        for component, found in parts.items()
+        for module, pair in found.items()
+        for side, value in zip(("down", "up"), pair)
+    }
+
+
+def processor_names(parts, prefix="unet."):
+    """As attention processors were saved: of attention layers only."""
+    return {
+        f"{prefix}{module.rpartition('.to_')[0]}.processor.to_{module.rpartition('.to_')[2].removesuffix('.0')}"
+        f"_lora.{side}.weight": value
+        for module, pair in parts["unet"].items()
+        for side, value in zip(("down", "up"), pair)
+    }
+
+
+def kohya_names(parts, alpha):
+    """As kohya's scripts save it, with an alpha for each module."""
+    tensors = {}
+    for component, found in parts.items():
+        for module, (down, up) in found.items():
+            name = f"{'lora_unet' if component == 'unet' else 'lora_te'}_{module.replace('.', '_')}"
+            tensors[f"{name}.lora_down.weight"] = down
+            tensors[f"{name}.lora_up.weight"] = up
+            tensors[f"{name}.alpha"] = torch.tensor(float(alpha(module) if callable(alpha) else alpha))
+    return tensors
+
+
+def saved(path, tensors, metadata=None):
+    arrays = {name: value.contiguous().numpy() for name, value in tensors.items()}
+    safetensors.numpy.save_file(arrays, str(path), metadata=metadata)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def parts(sd1_folder):
+    """Matrices for UNet and text encoder of the checkpoint, two sets of them."""
+    pipe = their_pipeline(sd1_folder)
+    return [
+        {
+            "unet": matrices(pipe.unet, EVERYWHERE, 4, seed),
+            "text_encoder": matrices(pipe.text_encoder, TEXT, 4, seed + 1),
+        }
+        for seed in (1, 5)
+    ]
+
+
+@pytest.fixture(scope="module")
+def files(parts, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lora")
+    return [saved(folder / f"{i}.safetensors", peft_names(part)) for i, part in enumerate(parts)]
+
+
+# --- both sides ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pipeline(sd1_folder):
+    """Ours, compiled, with the graphs of UNet and text encoder in place."""
+    pipe = our_pipeline(sd1_folder)
+    results(pipe)
+    return pipe
+
+
+@pytest.fixture
+def ours(pipeline):
+    """Ours without adapters; what a test loads is taken out again."""
+    yield pipeline
+    pipeline.unfuse_lora()
+    pipeline.unload_lora_weights()
+    pipeline._fused = frozenset()
+    pipeline.unload_textual_inversion()
+
+
+@pytest.fixture
+def theirs(sd1_folder):
+    """A reference of the test's own: it does not forget everything that it is told to."""
+    return their_pipeline(sd1_folder)
+
+
+LATENTS = np.random.default_rng(0).standard_normal((2, 4, 8, 10)).astype(np.float32)
+EMBEDS = np.random.default_rng(1).standard_normal((2, 77, 32)).astype(np.float32)
+
+
+def predicted(pipe, scale=None):
+    """The UNet's noise prediction of fixed latents and embeddings."""
+    kwargs = {} if scale is None else {"scale": scale}
+    if not isinstance(pipe, Reference):
+        return pipe._stages.predictor(EMBEDS, pipe._attention_kwargs(kwargs), 2)(LATENTS, 521)
+    latents, embeds = torch.from_numpy(LATENTS), torch.from_numpy(EMBEDS)
+    with torch.no_grad():
+        return pipe.unet(latents, 521, embeds, cross_attention_kwargs=kwargs or None).sample.numpy()
+
+
+def embedded(pipe, scale=None, prompt=TARGET, negative_prompt="an ugly dog"):
+    """Embeddings of the prompt, then of its negative."""
+    with torch.no_grad():
+        embeds = pipe.encode_prompt(prompt, "cpu", 1, True, negative_prompt, lora_scale=scale)
+    return np.concatenate([part.numpy() for part in embeds])
+
+
+def results(pipe, scale=None):
+    return predicted(pipe, scale), embedded(pipe, scale)
+
+
+def distance(ours, theirs, scale=None):
+    return max(map(parity.relative, results(ours, scale), results(theirs, scale)))
+
+
+def apart(ours, theirs, **texts):
+    return parity.relative(embedded(ours, **texts), embedded(theirs, **texts))
+
+
+def change(pipe, before, scale=None):
+    """How much changed against earlier results: the least of prediction and embeddings."""
+    return min(map(parity.relative, results(pipe, scale), before))
+
+
+def bits(pipe):
+    found = [*pipe.unet.get_parameters(), *pipe.text_encoder.get_parameters()]
+    return [parameter.asnumpy().tobytes() for parameter in found]
+
+
+# --- LoRA ------------------------------------------------------------------------------------------------------------
+
+
+def test_predictions_and_embeddings_at_every_scale_without_a_compilation(ours, theirs, files, parts):
+    plain, weights = results(ours), bits(ours)
+    description = compile_cache.fingerprint(ours.unet)
+    with devices.CompileCounter() as compiled:
+        ours.load_lora_weights(files[0])
+        theirs.load_lora_weights(files[0])
+        for scale in (None, 0.5, 1, -0.7, 0):
+            assert distance(ours, theirs, scale=scale) < ROUNDING, scale
+            assert (change(ours, plain, scale=scale) > SEEN) == (scale != 0)
+        results(ours, scale=0.3)
+        assert compile_cache.fingerprint(ours.unet) == description, "a stored graph serves every LoRA"
+        ours.unload_lora_weights()
+        assert all(map(np.array_equal, results(ours), plain)) and bits(ours) == weights
+        other = saved(
+            Path(files[0]).with_name("ranks.safetensors"),
+            peft_names({"unet": {name: (a[:2], b[:, :2]) for name, (a, b) in parts[1]["unet"].items()}}),
+        )
+        ours.load_lora_weights(other)
+        assert parity.relative(results(ours)[0], plain[0]) > SEEN
+    assert compiled.count == 0
+
+
+def test_an_alpha_that_is_ignored_is_seen(ours, theirs, parts, tmp_path, monkeypatch):
+    file = saved(tmp_path / "kohya.safetensors", kohya_names(parts[0], 1.0))
+    theirs.load_lora_weights(file)
+    ours.load_lora_weights(file)
+    assert distance(ours, theirs) < ROUNDING
+    ours.unload_lora_weights()
+    right = lora.LowRank
+    monkeypatch.setattr(lora, "LowRank", lambda down, up, ratio: right(down, up, 1.0))
+    ours.load_lora_weights(file)
+    assert distance(ours, theirs) > 100 * ROUNDING
+
+
+def metadata_of(parts, **options_):
+    found = {}
+    for component in parts:
+        config = dict(
+            r=4, lora_alpha=6, rank_pattern={}, alpha_pattern={}, target_modules=list(parts[component])
+        )
+        found.update({f"{component}.{key}": value for key, value in {**config, **options_}.items()})
+    return {"lora_adapter_metadata": json.dumps(found)}
+
+
+def attention_only(parts):
+    return {"unet": {name: pair for name, pair in parts["unet"].items() if re.fullmatch(ATTENTION, name)}}
+
+
+def by_rank(parts):
+    """Convolutions of rank 2, the rest of rank 4; no alphas."""
+    cut = {
+        component: {
+            name: (down[:2], up[:, :2]) if down.ndim == 4 else (down, up)
+            for name, (down, up) in found.items()
+        }
+        for component, found in parts.items()
+    }
+    cut["text_encoder"] = {
+        name: (down[:3], up[:, :3]) if "fc1" in name else (down, up)
+        for name, (down, up) in cut["text_encoder"].items()
+    }
+    return cut
+
+
+FORMATS = {
+    "diffusers": lambda parts: (diffusers_names(parts), None),
+    "processors": lambda parts: (processor_names(attention_only(parts)), None),
+    "kohya, one alpha": lambda parts: (kohya_names(parts, 2.0), None),
+    "kohya, an alpha for each": lambda parts: (
+        kohya_names(parts, lambda module: 1.0 if "conv" in module or "fc2" in module else 3.0),
+        None,
+    ),
+    "kohya, alphas that differ in attention": lambda parts: (
+        kohya_names(parts, lambda module: 1.0 if "to_q" in module or "q_proj" in module else 3.0),
+        None,
+    ),
+    "ranks that differ, no alpha": lambda parts: (peft_names(by_rank(parts)), None),
+    "metadata": lambda parts: (peft_names(parts), metadata_of(parts)),
+    "metadata, rank-stabilised, patterns": lambda parts: (
+        peft_names(parts),
+        metadata_of(parts, use_rslora=True, alpha_pattern={"to_q": 1, "fc1": 2}),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_formats(ours, theirs, parts, tmp_path, name):
+    file = saved(tmp_path / "lora.safetensors", *FORMATS[name](parts[0]))
+    theirs.load_lora_weights(file)
+    ours.load_lora_weights(file)
+    assert ours.get_list_adapters() == theirs.get_list_adapters()
+    assert distance(ours, theirs, scale=0.8) < ROUNDING
+
+
+def test_processors_without_a_component_are_the_unets(ours, theirs, parts, tmp_path):
+    file = saved(tmp_path / "lora.safetensors", processor_names(attention_only(parts[0]), prefix=""))
+    theirs.unet.load_attn_procs(str(tmp_path), weight_name="lora.safetensors")
+    ours.load_lora_weights(tmp_path)
+    assert ours.get_list_adapters() == {"unet": ["default_0"]}
+    assert distance(ours, theirs) < ROUNDING
+    assert file
+
+
+def test_other_number_types_and_dicts(ours, theirs, parts, tmp_path):
+    halves = {name: value.to(torch.bfloat16) for name, value in peft_names(parts[0]).items()}
+    import safetensors.torch
+
+    safetensors.torch.save_file(halves, tmp_path / "half.safetensors")
+    theirs.load_lora_weights(str(tmp_path / "half.safetensors"))
+    for source in (tmp_path / "half.safetensors", halves):
+        ours.load_lora_weights(source)
+        # The reference's branch is in float32, with the values that bfloat16 has.
+        assert distance(ours, theirs) < ROUNDING
+        ours.unload_lora_weights()
+
+
+def test_two_adapters(ours, theirs, files):
+    for pipe in (ours, theirs):
+        pipe.load_lora_weights(files[0], adapter_name="first")
+        pipe.load_lora_weights(files[1])
+    assert ours.get_active_adapters() == theirs.get_active_adapters()
+    assert ours.get_list_adapters() == theirs.get_list_adapters()
+    assert distance(ours, theirs) < ROUNDING, "the one loaded last is active"
+    blocks = {"unet": {"down": 0.3, "mid": 0.2, "up": {"block_1": [0.9, 0.1]}}, "text_encoder": 0.4}
+    for names, weights in (
+        (["first", "default_1"], [0.7, -0.4]),
+        (["first", "default_1"], 0.6),
+        ("first", None),
+        (["default_1", "first"], [blocks, {"unet": 0.5}]),
+    ):
+        ours.set_adapters(names, weights)
+        theirs.set_adapters(names, weights)
+        assert ours.get_active_adapters() == theirs.get_active_adapters()
+        assert distance(ours, theirs, scale=0.9) < ROUNDING, (names, weights)
+    for step in ("disable_lora", "enable_lora"):
+        getattr(ours, step)()
+        getattr(theirs, step)()
+        assert distance(ours, theirs) < ROUNDING, step
+    ours.delete_adapters("default_1")
+    theirs.delete_adapters("default_1")
+    assert ours.get_active_adapters() == theirs.get_active_adapters() == ["first"]
+    assert ours.get_list_adapters() == theirs.get_list_adapters()
+    assert distance(ours, theirs) < ROUNDING
+
+
+def test_fused_and_unfused(ours, theirs, files):
+    plain, weights = results(ours), bits(ours)
+    for pipe in (ours, theirs):
+        pipe.load_lora_weights(files[0], adapter_name="first")
+        pipe.load_lora_weights(files[1], adapter_name="second")
+        pipe.set_adapters(["first", "second"], [0.8, 0.5])
+        pipe.fuse_lora(adapter_names=["first"])
+    assert ours.num_fused_loras == theirs.num_fused_loras == 1 and ours.fused_loras == {"first"}
+    for scale in (1, 0.5):  # which no longer counts: what is fused is alone in its layers
+        assert distance(ours, theirs, scale=scale) < ROUNDING
+    for pipe in (ours, theirs):
+        pipe.unfuse_lora()
+    assert distance(ours, theirs) < ROUNDING and ours.num_fused_loras == theirs.num_fused_loras == 0
+    for pipe in (ours, theirs):
+        pipe.fuse_lora(["unet"], lora_scale=0.6)
+    assert distance(ours, theirs) < ROUNDING and ours.fused_loras == theirs.fused_loras
+    for pipe in (ours, theirs):
+        pipe.unfuse_lora()
+        pipe.set_adapters(["first", "second"])
+    ours.unload_lora_weights()
+    assert all(map(np.array_equal, results(ours), plain)) and bits(ours) == weights
+
+
+def test_the_scale_of_a_fusion_stays_after_it(ours, theirs, files):
+    """D9."""
+    for pipe in (ours, theirs):
+        pipe.load_lora_weights(files[0])
+        pipe.fuse_lora(lora_scale=0.5)
+        pipe.unfuse_lora()
+    assert distance(ours, theirs) < ROUNDING
+    ours.set_adapters("default_0", 0.5)
+    assert distance(ours, theirs) < ROUNDING
+
+
+def test_what_is_fused_stays_when_adapters_are_unloaded_and_is_saved(sd1_folder, theirs, files, tmp_path):
+    ours = our_pipeline(sd1_folder)
+    for pipe in (ours, theirs):
+        pipe.load_lora_weights(files[0])
+        pipe.fuse_lora(lora_scale=0.7)
+        pipe.unload_lora_weights()
+        pipe.unfuse_lora()
+    assert distance(ours, theirs) < ROUNDING and ours.get_list_adapters() == {}
+    assert ours.num_fused_loras == theirs.num_fused_loras
+    fused = bits(ours)
+    for pipe in (ours, theirs):
+        pipe.load_lora_weights(files[1])
+    assert distance(ours, theirs, scale=0.5) < ROUNDING
+    ours.save_pretrained(tmp_path / "saved")
+    again = models.load_components(tmp_path / "saved")
+    names = [*again["unet"].get_parameters(), *again["text_encoder"].get_parameters()]
+    assert [parameter.asnumpy().tobytes() for parameter in names] == fused
+    assert distance(ours, theirs, scale=0.5) < ROUNDING, "saving takes nothing out"
+
+
+def test_a_scale_of_zero_forgets_no_weight(ours, theirs, files):
+    """W7: the reference resets an adapter's weight to 1 after a call with scale 0."""
+    for pipe in (ours, theirs):
+        pipe.load_lora_weights(files[0])
+        pipe.set_adapters("default_0", 0.5)
+    half = results(ours)
+    results(ours, scale=0), results(theirs, scale=0)
+    assert all(map(np.array_equal, results(ours), half))
+    ours.set_adapters("default_0", 1.0)
+    assert distance(ours, theirs) < ROUNDING
+
+
+def test_a_whole_edit(ours, theirs, files):
+    """All three calls with a LoRA; the scale reaches the text encoder in the edit alone (D10)."""
+    scaled = dict(num_inference_steps=5, cross_attention_kwargs={"scale": 0.6})
+    prompts = dict(source_prompt=SOURCE, target_prompt=TARGET, num_maps_per_mask=2, guidance_scale=3.0)
+    found = []
+    with parity.recorded_map(theirs) as maps:
+        for pipe, noise in ((ours, parity.TorchNoise), (theirs, parity.torch_noise)):
+            pipe.load_lora_weights(files[0])
+            if pipe is ours:
+                ours.observer = lambda stage, array, step: (stage == "map" and maps.append(array), array)[1]
+            mask = pipe.generate_mask(PICTURE, generator=noise(0), **prompts, **scaled)
+            ours.observer = None
+            latents = pipe.invert(SOURCE, PICTURE, generator=noise(1), **scaled).latents
+            images = pipe(TARGET, mask, latents, output_type="latent", negative_prompt="bad", **scaled).images
+            found.append(
+                (mask, latents.numpy(), images.detach().numpy() if pipe is theirs else images.numpy())
+            )
+    (mask, latents, images), (their_mask, their_latents, their_images) = found
+    assert parity.relative(maps[0], maps[1]) < CLOSE and np.array_equal(mask, their_mask)
+    assert parity.relative(latents, their_latents) < CLOSE
+    assert parity.relative(images, their_images) < CLOSE
+    plain = ours.generate_mask(PICTURE, generator=parity.TorchNoise(0), **prompts, num_inference_steps=5)
+    assert not np.array_equal(plain, mask), "the scale counts"
+
+
+@pytest.mark.slow  # a UNet operator by operator
+def test_linear_projections_operator_by_operator(sd2_folder, tmp_path):
+    ours, theirs = our_pipeline(sd2_folder, mode="pynative"), their_pipeline(sd2_folder)
+    parts = {
+        "unet": matrices(theirs.unet, EVERYWHERE, 3, 0),
+        "text_encoder": matrices(theirs.text_encoder, TEXT, 3, 1),
+    }
+    file = saved(tmp_path / "kohya.safetensors", kohya_names(parts, 1.5))
+    weights = bits(ours)
+    for pipe in (ours, theirs):
+        pipe.load_lora_weights(file)
+    assert distance(ours, theirs, scale=0.5) < ROUNDING and bits(ours) != weights
+    ours.unload_lora_weights()
+    assert bits(ours) == weights
+
+
+def test_graphs_from_the_cache_and_pipelines_that_share_models(sd1_folder, ours, files):
+    other = our_pipeline(sd1_folder)  # whose graphs come from the folder that `ours` stored them in
+    results(other)
+    assert other.compile_cache.found >= 2
+    other.load_lora_weights(files[0])
+    sharing = StableDiffusionDiffEditPipeline(**other.components)
+    assert sharing.get_active_adapters() == ["default_0"]
+    ours.load_lora_weights(files[0])
+    expected = results(ours, scale=0.5)
+    for pipe in (other, sharing, other):
+        assert all(map(np.array_equal, results(pipe, scale=0.5), expected))
+        results(other if pipe is sharing else sharing, scale=0.2)
+    sharing.unload_lora_weights()
+    ours.unload_lora_weights()
+    assert all(map(np.array_equal, results(other), results(ours)))
+
+
+def test_hotswap(ours, theirs, files):
+    ours.load_lora_weights(files[0], adapter_name="style")
+    ours.load_lora_weights(files[1], adapter_name="style", hotswap=True)
+    theirs.load_lora_weights(files[1], adapter_name="style")
+    assert distance(ours, theirs) < ROUNDING and ours.get_list_adapters()["unet"] == ["style"]
+
+
+def test_a_change_between_steps_counts_from_the_next_step(ours, files):
+    ours.load_lora_weights(files[0])
+    predict = ours._stages.predictor(EMBEDS, {}, 2)
+    with_it = predict(LATENTS, 521)
+    ours.disable_lora()
+    without = predict(LATENTS, 521)
+    assert parity.relative(without, with_it) > SEEN
+    ours.enable_lora()
+    assert np.array_equal(predict(LATENTS, 521), with_it)
+
+
+def test_sums_beyond_a_dtype_leave_the_weights_alone():
+    class Layer(ms.nn.Cell):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = ms.nn.Dense(2, 3), ms.nn.Dense(2, 3)
+
+    layer = Layer()
+    for parameter in layer.get_parameters():
+        parameter.set_dtype(ms.float16)
+    adapted = lora.adapted(layer)
+    before = [parameter.asnumpy().copy() for parameter in layer.get_parameters()]
+    ones = lora.LowRank(np.ones((1, 2), np.float32), np.ones((3, 1), np.float32), 1.0)
+    large = lora.LowRank(np.ones((1, 2), np.float32), np.full((3, 1), 1000, np.float32), 1.0)
+    adapted.add("a", {"first": ones, "second": large})
+    adapted.write(2.0)
+    now = layer.first.weight.asnumpy().copy()
+    assert now.dtype == np.float16
+    assert np.array_equal(now, (before[0].astype(np.float32) + 2).astype(np.float16))
+    with pytest.raises(options.NumericalError, match="second.*Float16.*scale"):
+        adapted.write(100.0)
+    assert np.array_equal(layer.first.weight.asnumpy(), now)
+    adapted.unload()
+    after = [parameter.asnumpy() for parameter in layer.get_parameters()]
+    assert all(map(np.array_equal, before, after))
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+def test_a_lora_that_does_not_fit_changes_nothing(ours, parts, files):
+    good, weights = peft_names(parts[0]), bits(ours)
+    attention = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    cases = {
+        "nowhere is no linear or convolutional layer": {"unet.nowhere.lora_A.weight": torch.ones(2, 4)}
+        | {"unet.nowhere.lora_B.weight": torch.ones(4, 2)},
+        "matrices": {f"unet.{attention}.lora_A.weight": torch.ones(4, 99)},
+        "NaN": {f"unet.{attention}.lora_A.weight": torch.full((4, 16), torch.nan)},
+        "text_encoder_2.x.lora_A.weight belongs": {"text_encoder_2.x.lora_A.weight": torch.ones(2, 2)},
+        "counterpart": {f"unet.{attention}.lora_magnitude_vector.weight": torch.ones(16)},
+        "token_embedding": {
+            f"text_encoder.text_model.embeddings.token_embedding.lora_{side}.weight": torch.ones(2, 2)
+            for side in "AB"
+        },
+        "is no LoRA": {"unet.conv_in.weight": torch.ones(3)},
+    }
+    for words, wrong in cases.items():
+        with pytest.raises(ValueError, match=words):
+            ours.load_lora_weights({**good, **wrong})
+    with pytest.raises(ValueError, match=r"12 misfits: .*; and 4 more\."):
+        ours.load_lora_weights(
+            {f"unet.wrong{i}.lora_{side}.weight": torch.ones(2, 2) for side in "AB" for i in range(12)}
+        )
+    with pytest.raises(ValueError, match="LoHa"):
+        ours.load_lora_weights({"lora_unet_conv_in.hada_w1_a": torch.ones(2, 2)})
+    with pytest.raises(ValueError, match="lora_unet_conv_in.lora_up"):
+        ours.load_lora_weights({"lora_unet_conv_in.lora_down.weight": torch.ones(2, 2)})
+    with pytest.raises(ValueError, match="holds nothing"):
+        ours.load_lora_weights({})
+    assert ours.get_list_adapters() == {} and bits(ours) == weights
+
+
+def test_files_that_are_not_to_be_had(ours, tmp_path, files, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("pytorch_lora_weights.bin", "lora.ckpt", "lora.pt"):
+        (tmp_path / name).write_bytes(b"\x80\x04")
+        with pytest.raises(ValueError, match="pickle"):
+            ours.load_lora_weights(tmp_path / name)
+        with pytest.raises(ValueError, match="pickle"):
+            ours.load_lora_weights(tmp_path, weight_name=name)
+        with pytest.raises(ValueError, match="pickle"):
+            ours.load_textual_inversion(tmp_path / name)
+    with pytest.raises(ValueError, match="pickle"):
+        ours.load_lora_weights(tmp_path)
+    with pytest.raises(ValueError, match="pickle"):
+        ours.load_lora_weights(files[0], use_safetensors=False)
+    (tmp_path / "lora.safetensors").write_bytes(b"\x80\x04" * 50)
+    with pytest.raises(ValueError, match="not a safetensors file"):
+        ours.load_lora_weights(tmp_path / "lora.safetensors")
+    for name in ("missing.safetensors", "./missing", "a/b/c", tmp_path / "missing"):
+        with pytest.raises(ValueError, match="no such file"):
+            ours.load_lora_weights(name)
+    with pytest.raises(ValueError, match="other.safetensors"):
+        ours.load_lora_weights(tmp_path, weight_name="other.safetensors")
+    with pytest.raises(ValueError, match="say which"):
+        ours.load_lora_weights(Path(files[0]).parent)
+    with pytest.raises(ValueError, match="hub"):
+        ours.load_lora_weights("nobody/nothing", local_files_only=True)
+    with pytest.raises(TypeError, match="expected a file"):
+        ours.load_lora_weights(3)
+    assert ours.get_list_adapters() == {}
+
+
+def test_names_and_numbers_that_mean_nothing(ours, files):
+    ours.load_lora_weights(files[0], adapter_name="style")
+    with pytest.raises(ValueError, match="taken"):
+        ours.load_lora_weights(files[1], adapter_name="style")
+    with pytest.raises(ValueError, match="no adapter 'other'.*style"):
+        ours.load_lora_weights(files[1], adapter_name="other", hotswap=True)
+    with pytest.raises(TypeError, match="adapter_name"):
+        ours.load_lora_weights(files[1], adapter_name=1)
+    for method in (
+        ours.set_adapters,
+        ours.delete_adapters,
+        lambda names: ours.fuse_lora(adapter_names=names),
+    ):
+        with pytest.raises(ValueError, match="no adapter 'other'.*style"):
+            method(["style", "other"])
+        with pytest.raises(TypeError, match="adapter_names"):
+            method(3)
+    with pytest.raises(ValueError, match="twice"):
+        ours.set_adapters(["style", "style"])
+    with pytest.raises(ValueError, match="2 weights for 1"):
+        ours.set_adapters("style", [1.0, 2.0])
+    for wrong in ("1", True, float("nan"), {"unet": "1"}, {"text_encoder": []}, {"unet": {"mid": True}}):
+        with pytest.raises((TypeError, ValueError), match="adapter_weights"):
+            ours.set_adapters("style", wrong)
+    with pytest.raises(ValueError, match="do not fit this UNet"):
+        ours.set_adapters("style", {"unet": {"up": {"block_1": [1.0, 2.0, 3.0]}}})
+    for wrong in ("1", True, float("inf"), None):
+        with pytest.raises((TypeError, ValueError), match="scale"):
+            ours.invert(SOURCE, PICTURE, cross_attention_kwargs={"scale": wrong})
+    with pytest.raises(TypeError, match="lora_scale"):
+        ours.encode_prompt(TARGET, None, 1, False, lora_scale="1")
+    with pytest.raises(TypeError, match="lora_scale"):
+        ours.fuse_lora(lora_scale="1")
+    for method in (ours.fuse_lora, ours.unfuse_lora):
+        with pytest.raises(ValueError, match="components"):
+            method(["vae"])
+    assert ours.get_active_adapters() == ["style"]
+
+
+# --- textual inversion -----------------------------------------------------------------------------------------------
+
+VECTORS = torch.randn(5, 32, generator=torch.Generator().manual_seed(3))
+
+
+def test_words_of_one_and_of_several_vectors(ours, theirs, tmp_path):
+    results(ours)
+    length = len(ours.tokenizer)
+    table = ours.text_encoder.get_input_embeddings().embedding_table.asnumpy()
+    one = saved(tmp_path / "one.safetensors", {"<one>": VECTORS[0]})
+    several = saved(tmp_path / "emb.safetensors", {"emb_params": VECTORS[1:4]})
+    texts = dict(prompt="a photo of <one> on a <three>", negative_prompt="<three>, <one>")
+    before = embedded(ours, **texts)
+    with devices.CompileCounter() as compiled:
+        for pipe in (ours, theirs):
+            pipe.load_textual_inversion(one)
+            pipe.load_textual_inversion(several, token="<three>")
+        assert len(ours.tokenizer) == len(theirs.tokenizer) == length + 4
+        assert ours.text_encoder.config.vocab_size == length + 4
+        assert ours.maybe_convert_prompt(texts["prompt"], ours.tokenizer) == (
+            "a photo of <one> on a <three> <three>_1 <three>_2"
+        )
+        assert apart(ours, theirs, **texts) < ROUNDING
+        assert parity.relative(embedded(ours, **texts), before) > SEEN
+        predicted(ours)
+    assert compiled.count == 1, "the text encoder, once; the UNet not at all"
+    for pipe in (ours, theirs):
+        pipe.unload_textual_inversion("<one>")
+    assert ours.tokenizer.added_tokens_encoder == theirs.tokenizer.added_tokens_encoder
+    assert apart(ours, theirs, prompt="a <three> on a table") < ROUNDING
+    ours.unload_textual_inversion("<three>")
+    assert len(ours.tokenizer) == length
+    assert np.array_equal(ours.text_encoder.get_input_embeddings().embedding_table.asnumpy(), table)
+    assert np.array_equal(embedded(ours, **texts), before), "the words are plain text again"
+
+
+def test_lists_dicts_and_tensors(ours, theirs, tmp_path):
+    one = saved(tmp_path / "one.safetensors", {"<one>": VECTORS[0]})
+    texts = dict(prompt="<one> <two> <three> <four>", negative_prompt="<four>")
+    a1111 = {"string_to_token": {"*": 265}, "string_to_param": {"*": VECTORS[2:3]}, "name": "<three>"}
+    for pipe in (ours, theirs):
+        pipe.load_textual_inversion([one, {"other": VECTORS[1]}], token=["<one>", "<two>"])
+        pipe.load_textual_inversion(a1111)
+        pipe.load_textual_inversion(VECTORS[3:5], token=["<four>", "<five>"])
+    assert apart(ours, theirs, **texts) < ROUNDING
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    saved(folder / "learned_embeds.safetensors", {"<six>": VECTORS[4]})
+    ours.load_textual_inversion(folder)
+    assert "<six>" in ours.tokenizer.get_vocab()
+
+
+def test_words_and_lora_together_saved_and_loaded(sd1_folder, theirs, files, tmp_path):
+    ours = our_pipeline(sd1_folder, mode="pynative")
+    texts = dict(prompt="a <one> apple")
+    for pipe in (ours, theirs):
+        pipe.load_lora_weights(files[0])
+        pipe.load_textual_inversion(VECTORS[:2], token="<one>")
+    assert apart(ours, theirs, scale=0.5, **texts) < ROUNDING
+    ours.save_pretrained(tmp_path / "saved")
+    again = our_pipeline(tmp_path / "saved", mode="pynative")
+    ours.unload_lora_weights()
+    assert np.array_equal(embedded(again, **texts), embedded(ours, **texts))
+    assert Reference.from_pretrained(tmp_path / "saved", low_cpu_mem_usage=False).text_encoder is not None
+    again.unload_textual_inversion()
+    assert len(again.tokenizer) == again.text_encoder.config.vocab_size == len(ours.tokenizer) - 2
+
+
+def test_words_that_do_not_fit_change_nothing(ours, tmp_path, caplog):
+    length, table = len(ours.tokenizer), bits(ours)
+    cases = [
+        (dict(pretrained_model_name_or_path=torch.ones(1, 48), token="<a>"), "48.*another model"),
+        (dict(pretrained_model_name_or_path=torch.ones(1, 32) * torch.nan, token="<a>"), "NaN"),
+        (dict(pretrained_model_name_or_path=torch.ones(1, 2, 32), token="<a>"), "shape"),
+        (dict(pretrained_model_name_or_path=torch.ones(1, 32)), "token=..."),
+        (dict(pretrained_model_name_or_path=torch.ones(1, 32), token="apple</w>"), "in the tokenizer"),
+        (dict(pretrained_model_name_or_path={"clip_l": 1, "clip_g": 2}), "clip_l, clip_g"),
+        (dict(pretrained_model_name_or_path=[torch.ones(32)] * 2, token=["<a>", "<a>"]), "in the tokenizer"),
+        (dict(pretrained_model_name_or_path=[torch.ones(32)] * 2, token=["<a>"]), "1 tokens for 2"),
+        (dict(pretrained_model_name_or_path=torch.ones(32), token=5), "token"),
+        (dict(pretrained_model_name_or_path=tmp_path / "no.safetensors"), "no such file"),
+    ]
+    for arguments, words in cases:
+        with pytest.raises(ValueError, match=words):
+            ours.load_textual_inversion(**arguments)
+    with pytest.raises(ValueError, match="'<a>'"):
+        ours.unload_textual_inversion("<a>")
+    assert len(ours.tokenizer) == length and bits(ours) == table
+    ours.load_textual_inversion({"emb_params": torch.ones(1, 32)})
+    assert "emb_params" in caplog.text
+
+
+# --- signatures, what is missing, documents --------------------------------------------------------------------------
+
+
+METHODS = (
+    """load_lora_weights unload_lora_weights set_adapters delete_adapters disable_lora enable_lora fuse_lora
+    unfuse_lora get_active_adapters get_list_adapters load_textual_inversion unload_textual_inversion
+    maybe_convert_prompt""".split()
+)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_signatures_are_the_references(method):
+    mine = inspect.signature(getattr(StableDiffusionDiffEditPipeline, method)).parameters
+    theirs = inspect.signature(inspect.unwrap(getattr(Reference, method))).parameters
+    assert [(p.name, p.default, p.kind) for p in mine.values()] == [
+        (p.name, p.default, p.kind) for p in theirs.values()
+    ]
+
+
+def test_properties_are_the_references():
+    for name in ("num_fused_loras", "fused_loras"):
+        assert isinstance(getattr(StableDiffusionDiffEditPipeline, name), property)
+        assert isinstance(getattr(Reference, name), property)
+
+
+def test_what_of_adapters_is_not_here():
+    ledger = (ROOT / "docs" / "differences.md").read_text(encoding="utf-8")
+    row = next(line for line in ledger.splitlines() if line.startswith("| N1 "))
+    names = [name for name in re.findall(r"`(\w+)`", row) if hasattr(Reference, name)]
+    assert len(names) >= 5
+    for name in names:
+        assert not hasattr(StableDiffusionDiffEditPipeline, name), f"{name} is here now: correct the ledger"
+
+
+def test_the_page_runs(ours, parts, tmp_path, monkeypatch):
+    """docs/adapters.md from top to bottom, on a tiny checkpoint."""
+    from test_guide import blocks
+
+    saved(tmp_path / "lora.safetensors", kohya_names(parts[0], 2.0))
+    saved(tmp_path / "other_lora.safetensors", peft_names(parts[1]))
+    saved(tmp_path / "cat-toy.safetensors", {"<cat-toy>": VECTORS[:3]})
+    monkeypatch.chdir(tmp_path)
+    names = {"pipeline": ours, "raw_image": PICTURE}
+    weights = bits(ours)
+    code = blocks(ROOT / "docs" / "adapters.md", "py", "python")
+    assert len(code) >= 6
+    for block in code:
+        exec(compile(block, "docs/adapters.md", "exec"), names)
+    assert ours.get_list_adapters() == {} and bits(ours) == weights
+    assert models.check_folder(tmp_path / "fused-checkpoint")
