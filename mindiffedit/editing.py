@@ -270,8 +270,9 @@ class Editing:
             images = pictures.of_arrays(images) if output_type == "pil" else images
         if image_latents is None and inversion == "ddim":
             own_embeds = self._joined_embeds(
-                caption["prompt"], 1, inversion_guidance_scale > 1.0, None, caption["prompt_embeds"], None
-            )
+                caption["prompt"], 1, inversion_guidance_scale > 1.0, None, caption["prompt_embeds"], None,
+                lora_scale=self._attention_kwargs(cross_attention_kwargs).get("scale", 1.0),
+            )  # fmt: skip
             with _timed(seconds, "report"):
                 report.inversion_error = self._inversion_error(
                     inverted, own_embeds, inversion_guidance_scale, cross_attention_kwargs, schedule
