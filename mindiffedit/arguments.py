@@ -31,7 +31,7 @@ __all__ = [
 
 BAD_INPUT = 2  # exit code
 
-# The reference's defaults. Those of the demo model are in `demo.SETTINGS`.
+# The reference's defaults. Those of the demo model are in `demo.SETTINGS`, for `edit()` in `demo.EDIT_SETTINGS`.
 DEFAULTS = {
     "steps": 50,
     "strength": 0.8,
@@ -46,6 +46,8 @@ DEFAULTS = {
 # Those of `edit()` where it has others or more.
 CORRECTED_DEFAULTS = {
     "invert_guidance": 1.0,
+    "maps": 5,
+    "mask_threshold": 2.0,
     "outliers": 0.99,
     "inversion": "ddim",
     "iterations": 0,
@@ -184,7 +186,7 @@ def build_parser() -> argparse.ArgumentParser:
     mask.add_argument("--map", metavar="FILE",
                       help="also write the map that the mask is made of; white is the clamp, --mask-threshold times "
                            "the mean")
-    _add_numbers(mask, "steps", "guidance", *MASK_NUMBERS)
+    _add_numbers(mask, "steps", "guidance", *MASK_NUMBERS, reference=True)
     _add_mask_options(mask)
     _add_own_mask(mask, "a mask to combine the computed one with")
     _add_sweep(mask, "masks over mask strength and threshold", "strengths", "thresholds")
@@ -426,15 +428,15 @@ _NUMBERS = {
 
 
 def _add_numbers(command, *names: str, reference: bool = False) -> None:
-    """Numbers with their defaults; with `reference` those of `edit()` where --reference has others."""
+    """Numbers with their defaults; with `reference`, for commands that have --reference, those of `edit()` first."""
     for name in names:
         kind, metavar, text = _NUMBERS[name]
         default = DEFAULTS[name]
         shown = "that of --guidance" if default is None else f"{default:g}"
-        if reference and name in CORRECTED_DEFAULTS:
+        if reference and CORRECTED_DEFAULTS.get(name, default) != default:
             default = CORRECTED_DEFAULTS[name]
             shown = f"{default:g}; with --reference: {shown}"
-        for_demo = demo.SETTINGS.get(name, default)
+        for_demo = (demo.EDIT_SETTINGS if reference else demo.SETTINGS).get(name, default)
         if for_demo != default:
             shown += f"; demo model: {for_demo:g}"
         command.add_argument(option(name), type=kind, metavar=metavar, help=f"{text} (default: {shown})")

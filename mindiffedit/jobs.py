@@ -336,7 +336,8 @@ def _settle(job: Job) -> None:
     """Settings: what was given, what the latents were made with, the demo model's, the defaults."""
     args = job.args
     defaults = dict(DEFAULTS) if args.reference else {**DEFAULTS, **CORRECTED_DEFAULTS}
-    suited = dict(demo.SETTINGS) if args.model == "demo" else {}
+    for_demo = demo.SETTINGS if args.reference else demo.EDIT_SETTINGS
+    suited = dict(for_demo) if args.model == "demo" else {}
     if args.command == "invert" and not args.reference:
         # Latents for `edit`, so what that inverts with.
         for source in (defaults, suited):

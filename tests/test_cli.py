@@ -4,6 +4,7 @@ Most tests run with a pipeline that only notes what it is asked; a few with a re
 """
 
 import contextlib
+import dataclasses
 import inspect
 import json
 import os
@@ -308,8 +309,8 @@ def test_edit_is_one_call(work, capsys):
     assert asked.pop("image").size == (112, 88) and callable(asked.pop("debug_callback"))
     assert asked == dict(
         source_prompt=SOURCE, target_prompt=TARGET, negative_prompt=None, num_inference_steps=10,
-        inpaint_strength=0.7, guidance_scale=3.0, num_maps_per_mask=10, mask_encode_strength=0.5,
-        mask_thresholding_ratio=3.0, mask_options=EDIT_MASK, mask_image=None, mask_combination="replace",
+        inpaint_strength=0.7, guidance_scale=3.0, num_maps_per_mask=5, mask_encode_strength=0.5,
+        mask_thresholding_ratio=2.0, mask_options=EDIT_MASK, mask_image=None, mask_combination="replace",
         outlier_quantile=0.99, inversion="ddim", inversion_prompt=None, inversion_guidance_scale=1.0,
         inversion_iterations=0, image_latents=None, paste_back=False, feather=None, generator=5,
         output_type="pil",
@@ -836,11 +837,11 @@ def test_mask_options_overlay_and_map(work, capsys):
                            "model", "--mask-dilation", "2", "--outliers", "none", "--overlay", "over.png", "--map",
                            "map.png", "--json"])  # fmt: skip
     asked = arguments("mask")
-    assert asked["mask_options"].dilation == 2 and asked["outlier_quantile"] is None
+    assert asked["mask_options"] == dataclasses.replace(EDIT_MASK, dilation=2) and asked["outlier_quantile"] is None
     seen = np.asarray(PIL.Image.open("map.png"))
     assert seen.shape == (91, 117)
-    # 0.5 and 1.5, with a mean of 1 and so a clamp of 3.
-    assert set(np.unique(seen)) == {round(255 / 6), round(255 / 2)} and seen[0, 0] == round(255 / 2)
+    # 0.5 and 1.5, with a mean of 1 and so a clamp of 2.
+    assert set(np.unique(seen)) == {round(255 / 4), round(255 * 3 / 4)} and seen[0, 0] == round(255 * 3 / 4)
     assert PIL.Image.open("over.png").size == (117, 91)
     result = json.loads(line)
     assert (result["mask_dilation"], result["outliers"], result["map"]) == (2, None, "map.png")
@@ -908,7 +909,8 @@ def test_invert_inverts_as_edit_does(work, capsys, monkeypatch):
     invert(capsys, "--reference")
     asked = arguments("invert")
     assert asked["guidance_scale"] == 7.5 and "inversion_iterations" not in asked
-    monkeypatch.setattr(demo, "SETTINGS", dict(demo.SETTINGS, guidance=4.0, invert_guidance=0.5))
+    for settings in ("SETTINGS", "EDIT_SETTINGS"):
+        monkeypatch.setattr(demo, settings, dict(demo.SETTINGS, guidance=4.0, invert_guidance=0.5))
     for more, guidance in ((), 0.5), (("--reference",), 4.0):
         FakePipeline.calls.clear()
         invert(capsys, *more, "--model", "demo")
@@ -1035,8 +1037,9 @@ def test_demo_writes_four_pictures(work, capsys):
     asked = arguments("whole")
     assert asked["source_prompt"] == demo.SAMPLE_PROMPTS["source"]
     assert asked["target_prompt"] == demo.SAMPLE_PROMPTS["target"]
-    assert asked["num_inference_steps"] == demo.SETTINGS["steps"]
-    assert asked["inversion_guidance_scale"] == demo.SETTINGS["invert_guidance"]
+    assert asked["num_inference_steps"] == demo.EDIT_SETTINGS["steps"]
+    assert asked["inversion_guidance_scale"] == demo.EDIT_SETTINGS["invert_guidance"]
+    assert asked["mask_encode_strength"] == demo.EDIT_SETTINGS["mask_strength"]
     # Again, over the first.
     FakePipeline.calls.clear()
     ran(capsys, ["demo", "-o", "a/b", "--json", "--reference"])
@@ -1474,7 +1477,7 @@ def test_the_parts_of_an_edit_are_the_whole(tmp_path, monkeypatch, capfd):
     PIL.Image.open(demo.sample_picture()).convert("RGB").resize((150, 131)).save("p.png")
     source, target = demo.SAMPLE_PROMPTS.values()
     common = ["--steps", "6", "--seed", "4", "--quiet"]
-    masked = ["--source", source, "--target", target, "--maps", "2", "--mask-smoothing", "1", "--fill-holes"]
+    masked = ["--source", source, "--target", target, "--maps", "2", "--mask-smoothing", "1"]
     assert cli.main(["edit", "p.png", *masked, *common, "-o", "whole.png", "--strip", "strip.png", "--json",
                      "--sweep", "sheet.png", "--sweep-strengths", "0.9", "--sweep-guidances", "5"]) == 0  # fmt: skip
     result = json.loads(capfd.readouterr().out)

@@ -7,12 +7,29 @@ import numpy as np
 import PIL.Image
 import pytest
 from test_cli import (  # noqa: F401  (work is a fixture)
-    SOURCE, TARGET, FakePipeline, arguments, edit, edit_with_latents, invert, ran, refused, stages, work,
-)  # fmt: skip
+    SOURCE,
+    TARGET,
+    FakePipeline,
+    arguments,
+    edit,
+    edit_with_latents,
+    invert,
+    ran,
+    refused,
+    stages,
+    work,
+)
 
 from mindiffedit import cli, masks, pictures, sweeps
 
-MASK = ["mask", "p.png", "--source", SOURCE, "--target", TARGET, "--model", "model"]
+MASK = ["mask", "p.png", "--source", SOURCE, "--target", TARGET, "--model", "model", "--mask-threshold", "3",
+        "--mask-level", "0.5", "--mask-smoothing", "0"]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def folder(request):
+    """Every test is in the folder of test_cli, with its picture and stand-ins."""
+    return request.getfixturevalue("work")
 
 
 @pytest.fixture
@@ -53,7 +70,7 @@ def calls(stage):
 # --- masks ----------------------------------------------------------------------------------------
 
 
-def test_a_map_is_computed_once_for_each_strength(work, capsys, sheets):  # noqa: F811
+def test_a_map_is_computed_once_for_each_strength(capsys, sheets):
     line, _ = ran(capsys, [*MASK, "--sweep", "sheet.png", "--sweep-strengths", "0.2,0.9", "--sweep-thresholds",
                            "1.2,2,3.5", "--mask-dilation", "1", "--json"])  # fmt: skip
     assert stages() == ["load", "mask", "mask"]
@@ -74,7 +91,7 @@ def test_a_map_is_computed_once_for_each_strength(work, capsys, sheets):  # noqa
     assert result["output"] is None and result["mask_share"] is None
 
 
-def test_a_sheet_and_the_one_mask(work, capsys, sheets):  # noqa: F811
+def test_a_sheet_and_the_one_mask(capsys, sheets):
     line, _ = ran(capsys, [*MASK, "-o", "m.png", "--sweep", "sheet.png", "--map", "map.png"])
     # The present strength's map serves both.
     assert [asked["mask_encode_strength"] for asked in calls("mask")] == [0.5, 0.3, 0.7]
@@ -89,12 +106,12 @@ def test_a_sheet_and_the_one_mask(work, capsys, sheets):  # noqa: F811
     ]
 
 
-def test_the_line_of_a_sheet_alone(work, capsys):  # noqa: F811
+def test_the_line_of_a_sheet_alone(capsys):
     line, _ = ran(capsys, [*MASK, "--sweep", "sheet.png", "--sweep-thresholds", "2"])
     assert line.startswith("sheet.png: 3 strengths x 1 thresholds, seed 0")
 
 
-def test_sheets_of_combined_masks(work, capsys, sheets):  # noqa: F811
+def test_sheets_of_combined_masks(capsys, sheets):
     PIL.Image.new("L", (117, 91), 255).save("all.png")
     ran(capsys, [*MASK, "--sweep", "sheet.png", "--sweep-strengths", "0.5", "--sweep-thresholds", "3.5",
                  "--mask", "all.png", "--mask-combine", "union"])  # fmt: skip
@@ -108,7 +125,7 @@ def test_sheets_of_combined_masks(work, capsys, sheets):  # noqa: F811
 # --- edits ----------------------------------------------------------------------------------------
 
 
-def test_mask_once_and_an_inversion_for_each_strength(work, capsys, sheets):  # noqa: F811
+def test_mask_once_and_an_inversion_for_each_strength(capsys, sheets):
     ran(capsys, edit_sheet("--sweep-strengths", "0.5,1", "--sweep-guidances", "0,4,9", "--iterations", "1",
                            "--caption", "a table"))  # fmt: skip
     assert stages() == ["load", "mask", "invert", *["whole"] * 3, "invert", *["whole"] * 3]
@@ -131,7 +148,7 @@ def test_mask_once_and_an_inversion_for_each_strength(work, capsys, sheets):  # 
     assert "edit, strength 0.5, guidance 4" in bars and "invert, strength 1" in bars
 
 
-def test_a_sheet_and_the_one_edit_share_the_mask(work, capsys, sheets):  # noqa: F811
+def test_a_sheet_and_the_one_edit_share_the_mask(capsys, sheets):
     line, _ = ran(
         capsys, edit("--sweep", "sheet.png", "--sweep-strengths", "0.6", "--sweep-guidances", "2", "--json")
     )
@@ -143,7 +160,7 @@ def test_a_sheet_and_the_one_edit_share_the_mask(work, capsys, sheets):  # noqa:
     assert sorted(os.listdir()) == ["model", "out.png", "p.png", "sheet.png"]
 
 
-def test_noise_and_an_own_mask(work, capsys, sheets):  # noqa: F811
+def test_noise_and_an_own_mask(capsys, sheets):
     PIL.Image.new("L", (117, 91), 255).save("all.png")
     ran(capsys, edit_sheet("--sweep-strengths", "0.6", "--sweep-guidances", "2", "--mask", "all.png",
                            "--inversion", "noise"))  # fmt: skip
@@ -151,7 +168,7 @@ def test_noise_and_an_own_mask(work, capsys, sheets):  # noqa: F811
     assert calls("whole")[0]["mask_image"].all()
 
 
-def test_with_latents_the_strength_is_theirs(work, capsys, sheets):  # noqa: F811
+def test_with_latents_the_strength_is_theirs(capsys, sheets):
     invert(capsys, "--strength", "0.6")
     FakePipeline.calls.clear()
     argv = edit_with_latents("--sweep", "sheet.png")
@@ -163,7 +180,7 @@ def test_with_latents_the_strength_is_theirs(work, capsys, sheets):  # noqa: F81
     assert {one["inpaint_strength"] for one in calls("whole")} == {0.6}
 
 
-def test_large_cells_are_made_smaller(work, capsys, sheets):  # noqa: F811
+def test_large_cells_are_made_smaller(capsys, sheets):
     PIL.Image.open("p.png").resize((1000, 600)).save("large.png")
     ran(capsys, edit("--sweep", "sheet.png", "--sweep-strengths", "0.6", "--sweep-guidances", "2", "--size", "800",
                      picture="large.png"))  # fmt: skip
@@ -180,11 +197,11 @@ def test_strengths_around_one(strength, steps, expected):
     assert sweeps._around_strength(strength, steps) == expected
 
 
-def test_a_failure_leaves_no_sheet(work, capsys):  # noqa: F811
+def test_a_failure_leaves_no_sheet(capsys):
     FakePipeline.breaks["whole"] = lambda: 1 / 0
     assert cli.main(edit_sheet()) == 1
     assert sorted(os.listdir()) == ["model", "p.png"]
 
 
-def test_values_that_repeat(work, capsys):  # noqa: F811
+def test_values_that_repeat(capsys):
     refused(capsys, edit_sheet("--sweep-guidances", "1,1"), "twice")
