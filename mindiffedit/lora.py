@@ -136,9 +136,10 @@ def _diffusers_names(tensors: Mapping[str, np.ndarray], what: str):
     if tensors and all(
         name.startswith(("lora_te_", "lora_unet_", "lora_te1_", "lora_te2_")) for name in tensors
     ):
-        left = dict(tensors)
+        left, outer, outer_alphas = _without_outer(tensors)
         try:
             tensors, alphas = _convert_non_diffusers_lora_to_diffusers(left)
+            tensors, alphas = {**tensors, **outer}, {**alphas, **outer_alphas}
         except (KeyError, ValueError) as error:  # what is left over cannot be converted
             missing = [str(error.args[0])] if isinstance(error, KeyError) else []
             raise models.WeightsError(
@@ -152,6 +153,23 @@ def _diffusers_names(tensors: Mapping[str, np.ndarray], what: str):
             " unet.….lora_A.weight or lora_unet_….lora_down.weight."
         )
     return tensors, alphas
+
+
+_OUTER = ("conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2")
+"""Layers outside the UNet's blocks. W9: the conversion, as the reference's, takes their names apart and loses them."""
+
+
+def _without_outer(tensors: Mapping[str, np.ndarray]):
+    """kohya's tensors without those of the outer layers; these under diffusers' names; and their alphas."""
+    left, outer, alphas = dict(tensors), {}, {}
+    for module in _OUTER:
+        name = f"lora_unet_{module.replace('.', '_')}"
+        if {f"{name}.lora_down.weight", f"{name}.lora_up.weight"} <= left.keys():
+            for side in ("down", "up"):
+                outer[f"unet.{module}.lora.{side}.weight"] = left.pop(f"{name}.lora_{side}.weight")
+            if f"{name}.alpha" in left:
+                alphas[f"unet.{module}.alpha"] = float(left.pop(f"{name}.alpha").item())
+    return left, outer, alphas
 
 
 def _matrices(component, part, alphas, metadata, model, what) -> tuple[dict[str, LowRank], list[str]]:
@@ -427,9 +445,9 @@ class Adapted:
         original = self._original[module]
         total = original.astype(np.float32).reshape(len(original), -1)
         for factor, matrices in terms:
-            total += np.float32(factor) * (matrices.up @ matrices.down)
+            total += (np.float32(factor) * matrices.up) @ matrices.down
         with np.errstate(over="ignore"):
-            total = total.astype(original.dtype).reshape(original.shape)
+            total = total.astype(original.dtype, copy=False).reshape(original.shape)
         if not np.isfinite(total).all():
             raise options.NumericalError(
                 f"{module} and its LoRA add up to more than {parameter.dtype} can hold; lower the LoRA's scale, or load"

@@ -17,7 +17,9 @@ from test_pipeline import CLOSE, PICTURE, SOURCE, TARGET, our_pipeline, their_pi
 from mindiffedit import StableDiffusionDiffEditPipeline, compile_cache, devices, lora, models, options
 
 ROOT = Path(__file__).resolve().parent.parent
-ROUNDING = 2e-5  # of a prediction or an embedding, relative to the reference's rms; measured: 1e-6 to 4e-6
+ROUNDING = (
+    2e-5  # of a prediction or an embedding, relative to the reference's rms; measured: 1.6e-6 to 4.7e-6
+)
 SEEN = 1e-2  # what a LoRA or a word changes at least
 
 ATTENTION = r".*attn\d\.to_(q|k|v|out\.0)"
@@ -286,6 +288,15 @@ def test_processors_without_a_component_are_the_unets(ours, theirs, parts, tmp_p
     assert ours.get_list_adapters() == {"unet": ["default_0"]}
     assert distance(ours, theirs) < ROUNDING
     assert file
+
+
+def test_kohyas_outer_layers(ours, theirs, tmp_path):
+    """W9: the reference loses them from this format, and has them right in peft's."""
+    outer = {"unet": matrices(theirs.unet, r"conv_(in|out)|time_embedding\.linear_\d|mid_block.*to_q", 4, 0)}
+    assert len(outer["unet"]) == 6
+    theirs.load_lora_weights(saved(tmp_path / "peft.safetensors", peft_names(outer)))
+    ours.load_lora_weights(saved(tmp_path / "kohya.safetensors", kohya_names(outer, 4.0)))
+    assert parity.relative(predicted(ours), predicted(theirs)) < ROUNDING
 
 
 def test_other_number_types_and_dicts(ours, theirs, parts, tmp_path):
