@@ -49,8 +49,8 @@ class Adapters(PipelineComponents):
                 to tensor. peft's, diffusers' and kohya's names, see ``lora.parse``.
             adapter_name: a name for it; default "default_0", "default_1", ...
             hotswap: put it in the place of the adapter of that name, which keeps being active or not.
-            weight_name: the file's name in the folder or repository.
-            subfolder, cache_dir, force_download, local_files_only, token, revision, proxies: as in huggingface_hub.
+            **kwargs: ``weight_name``, the file's name in the folder or repository; ``subfolder``, ``cache_dir``,
+                ``force_download``, ``local_files_only``, ``token``, ``revision`` and ``proxies`` as in huggingface_hub.
 
         Raises:
             ValueError, TypeError: a file that is missing, pickled, no LoRA, or does not fit the models (all that does
@@ -133,7 +133,14 @@ class Adapters(PipelineComponents):
             raise ValueError(f"`adapter_weights` {weight} do not fit this UNet: {error}") from error
 
     def delete_adapters(self, adapter_names: Union[List[str], str]) -> None:
-        """Forgets LoRAs by name; the weights are, bit by bit, what they are without them."""
+        """Forgets LoRAs; the weights are, bit by bit, what they are without them.
+
+        Args:
+            adapter_names: one or several.
+
+        Raises:
+            ValueError, TypeError: names that are not loaded or are repeated.
+        """
         for name in self._known_adapters(adapter_names):
             for model in self._lora_models().values():
                 lora.adapted(model).delete(name)
@@ -163,6 +170,11 @@ class Adapters(PipelineComponents):
             lora_scale: factor on the strengths that ``set_adapters`` gave.
             safe_fusing: accepted; sums are always checked to be finite.
             adapter_names: default: the active ones.
+            **kwargs: ignored with a warning.
+
+        Raises:
+            ValueError, TypeError: other components, names that are not loaded or are repeated, a scale that is no finite
+                number.
         """
         scale = options.check_scale(lora_scale, "lora_scale")
         names = None if adapter_names is None else self._known_adapters(adapter_names)
@@ -173,7 +185,12 @@ class Adapters(PipelineComponents):
     def unfuse_lora(
         self, components: List[str] = ["unet", "text_encoder"], **kwargs  # noqa: B006 (as above)
     ) -> None:
-        """Takes fused LoRAs out of the weights again, exactly; they then count at their strengths."""
+        """Takes fused LoRAs out of the weights again, exactly; they then count at their strengths.
+
+        Args:
+            components: "unet", "text_encoder".
+            **kwargs: ignored with a warning.
+        """
         _warn_of_unused("unfuse_lora", kwargs)
         for model in self._chosen_models(components):
             self._fused -= lora.adapted(model).unfuse()
@@ -240,9 +257,10 @@ class Adapters(PipelineComponents):
             pretrained_model_name_or_path: a safetensors file, a folder or hub id with one, a tensor (n, width), a dict
                 {token: tensor}, or a list of these. diffusers' and A1111's ("emb_params") forms.
             token: the word(s), one for each; None: as the file says.
-            tokenizer, text_encoder: default: the pipeline's.
-            weight_name, subfolder, cache_dir, force_download, local_files_only, hf_token, revision, proxies: as for
-                ``load_lora_weights``.
+            tokenizer: default: the pipeline's.
+            text_encoder: default: the pipeline's.
+            **kwargs: ``weight_name``, ``subfolder``, ``cache_dir``, ``force_download``, ``local_files_only``,
+                ``revision`` and ``proxies`` as for ``load_lora_weights``; ``hf_token`` is the hub's token.
 
         Raises:
             ValueError, TypeError: a file that is missing, pickled or of another model, or a word that is taken. Nothing
@@ -264,14 +282,28 @@ class Adapters(PipelineComponents):
     def unload_textual_inversion(
         self, tokens: Optional[Union[str, List[str]]] = None, tokenizer=None, text_encoder=None
     ) -> None:
-        """Takes learned embeddings out again: those of ``tokens``, with all their vectors, or all."""
+        """Takes learned embeddings out again, with all their vectors.
+
+        Args:
+            tokens: the word or words to take out; None for all.
+            tokenizer: default: the pipeline's.
+            text_encoder: default: the pipeline's.
+        """
         chosen = [tokens] if isinstance(tokens, str) else tokens
         textual_inversion.remove(
             chosen or None, tokenizer or self.tokenizer, text_encoder or self.text_encoder
         )
 
     def maybe_convert_prompt(self, prompt: Union[str, List[str]], tokenizer):
-        """Prompts in which a word of several vectors is followed by the words of its further vectors."""
+        """Prompts in which a word of several vectors is followed by the words of its further vectors.
+
+        Args:
+            prompt: one or several.
+            tokenizer: the one that knows the words.
+
+        Returns:
+            A text for a text, a list for a list.
+        """
         if all(token.special for token in getattr(tokenizer, "added_tokens_decoder", {}).values()):
             return prompt
         from mindone.diffusers.loaders.textual_inversion import TextualInversionLoaderMixin
@@ -284,6 +316,13 @@ class Adapters(PipelineComponents):
         """Writes a folder that this class and diffusers load; safetensors, written whole or not at all.
 
         Without LoRAs that are loaded and not fused (their file is the place for these), with textual inversions.
+
+        Args:
+            save_directory: the folder to write. A checkpoint that is there already is replaced.
+            variant: "fp16" writes ``*.fp16.safetensors``.
+
+        Raises:
+            ValueError: for a folder that holds something other than a checkpoint.
         """
         for model in self._lora_models().values():
             lora.adapted(model).write(0.0)

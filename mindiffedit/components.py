@@ -214,7 +214,7 @@ class PipelineComponents:
         proxies=None,
         **kwargs,
     ) -> "PipelineComponents":
-        """Loads a checkpoint that is one `.safetensors` file in the original layout of Stable Diffusion 1.x or 2.x.
+        """Loads a checkpoint that is one ``.safetensors`` file in the original layout of Stable Diffusion 1.x or 2.x.
 
         Args:
             pretrained_model_link_or_path: the file, or its address on the hub,
@@ -222,10 +222,16 @@ class PipelineComponents:
             config: where the configs of the models, the tokenizer and the scheduler come from: a folder in diffusers'
                 layout, or a hub id; weights there are not read. None: the usual one of the file's kind, from the hub.
                 It decides what the UNet predicts: the file of a 2.x model does not say whether that is v or epsilon.
-            mode, compile_cache, mindspore_dtype, cache_dir, force_download, local_files_only, token, proxies: as for
-                ``from_pretrained``.
+            mode: as for ``from_pretrained``.
+            compile_cache: as for ``from_pretrained``.
+            mindspore_dtype: as for ``from_pretrained``.
+            cache_dir: as for ``from_pretrained``.
+            force_download: as for ``from_pretrained``.
+            local_files_only: as for ``from_pretrained``.
+            token: as for ``from_pretrained``.
             revision: of the file on the hub.
-            kwargs: components by name that are taken as given, and ``requires_safety_checker``. There is no safety
+            proxies: as for ``from_pretrained``.
+            **kwargs: components by name that are taken as given, and ``requires_safety_checker``. There is no safety
                 checker unless one is given.
 
         Raises:
@@ -393,8 +399,10 @@ class PipelineComponents:
         For SD 1.x the paper's authors give s1=0.9, s2=0.2, b1=1.5, b2=1.6; for SD 2.1 s1=0.9, s2=0.2, b1=1.4, b2=1.6.
 
         Args:
-            s1, s2: factors of the skip connections' low frequencies in the first and the second up block, above 0.
-            b1, b2: factors of half of the features there, above 0.
+            s1: factor of the skip connections' low frequencies in the first up block, above 0.
+            s2: the same in the second up block.
+            b1: factor of half of the features in the first up block, above 0.
+            b2: the same in the second up block.
 
         Raises:
             TypeError, ValueError: a factor that is no finite number above 0.

@@ -787,27 +787,27 @@ def load_component(
 ) -> Any:
     """One component of a checkpoint alone, to take the place of another's, read as strictly as a whole checkpoint.
 
-    Parameters
-    ----------
-    pretrained_model_name_or_path : a checkpoint folder, a folder that holds this component alone (its config.json
-        and weights), or the hub id of either.
-    name : 'vae', 'unet', 'text_encoder', 'tokenizer', 'scheduler', 'inverse_scheduler', 'safety_checker' or
-        'feature_extractor'.
-    mindspore_dtype : dtype of a model; None is float32. What the device has not becomes float32 with a warning.
-    variant, cache_dir, force_download, local_files_only, token, revision, proxies : as for `resolve_folder`.
+    Args:
+        pretrained_model_name_or_path: a checkpoint folder, a folder that holds this component alone (its config.json
+            and weights), or the hub id of either.
+        name: 'vae', 'unet', 'text_encoder', 'tokenizer', 'scheduler', 'inverse_scheduler', 'safety_checker' or
+            'feature_extractor'.
+        mindspore_dtype: dtype of a model; None is float32. What the device has not becomes float32 with a warning.
+        variant: 'fp16' picks ``*.fp16.safetensors`` where there is one.
+        cache_dir: as in huggingface_hub, whose environment variables count, too.
+        force_download: as in huggingface_hub.
+        local_files_only: as in huggingface_hub.
+        token: as in huggingface_hub.
+        revision: as in huggingface_hub.
+        proxies: as in huggingface_hub.
 
-    Returns
-    -------
-    The component: `from_pretrained(..., vae=load_component(folder, "vae"))`, or `pipeline.vae = ...`.
+    Returns:
+        The component: ``from_pretrained(..., vae=load_component(folder, "vae"))``, or ``pipeline.vae = ...``.
 
-    Raises
-    ------
-    CheckpointError (a ValueError)
-        Nothing of that name and kind is there, or it is incomplete or corrupt.
-    WeightsError (a CheckpointError)
-        Weights are missing, extra, misshapen or not finite: all of them are listed.
-    ValueError
-        `name` is no component.
+    Raises:
+        CheckpointError: nothing of that name and kind is there, or it is incomplete or corrupt; a ValueError.
+        WeightsError: weights are missing, extra, misshapen or not finite: all of them are listed; a CheckpointError.
+        ValueError: ``name`` is no component.
     """
     if name not in _COMPONENTS:
         raise ValueError(f"name: expected one of {', '.join(_COMPONENTS)}, got {name!r}")

@@ -72,7 +72,10 @@ class _Writer:
                 with one warning.
             mode: "graph" or "pynative".
             compile_cache: as in the pipeline's ``from_pretrained``.
-            revision, local_files_only, cache_dir, token: as in huggingface_hub.
+            revision: as in huggingface_hub.
+            local_files_only: as in huggingface_hub.
+            cache_dir: as in huggingface_hub.
+            token: as in huggingface_hub.
 
         Raises:
             ValueError: a folder that is missing, incomplete, corrupt or of another kind of model; pickle weights;
@@ -138,7 +141,8 @@ class PromptGenerator(_Writer):
     Args:
         model: mindone's ``T5ForConditionalGeneration``.
         tokenizer: its tokenizer, of transformers.
-        mode, compile_cache: see ``from_pretrained``.
+        mode: see ``from_pretrained``.
+        compile_cache: see ``from_pretrained``.
     """
 
     KIND, CLASS, DECODER = "prompt model", "T5ForConditionalGeneration", "T5Decoder"
@@ -220,7 +224,7 @@ class PromptGenerator(_Writer):
 
         Args:
             concept: a thing, in a word or a few, without an article.
-            options_: as for ``generate``.
+            **options_: as for ``generate``.
         """
         concept = options.check_text(concept, "concept").strip()
         article = "an" if concept[0].lower() in "aeiou" else "a"
@@ -275,7 +279,8 @@ class Captioner(_Writer):
     Args:
         model: mindone's ``BlipForConditionalGeneration``.
         processor: its ``BlipProcessor``, of transformers.
-        mode, compile_cache: see ``from_pretrained``.
+        mode: see ``from_pretrained``.
+        compile_cache: see ``from_pretrained``.
     """
 
     KIND, CLASS, DECODER = "caption model", "BlipForConditionalGeneration", "BlipDecoder"

@@ -32,12 +32,12 @@ from mindiffedit import demo  # noqa: E402
 from mindiffedit.pictures import atomic_path, make_image_grid  # noqa: E402
 
 OPTIONS = {
-    "num_inference_steps": demo.SETTINGS["steps"],
-    "inpaint_strength": demo.SETTINGS["strength"],
-    "guidance_scale": demo.SETTINGS["guidance"],
-    "num_maps_per_mask": demo.SETTINGS["maps"],
-    "mask_encode_strength": demo.SETTINGS["mask_strength"],
-    "mask_thresholding_ratio": demo.SETTINGS["mask_threshold"],
+    "num_inference_steps": demo.EDIT_SETTINGS["steps"],
+    "inpaint_strength": demo.EDIT_SETTINGS["strength"],
+    "guidance_scale": demo.EDIT_SETTINGS["guidance"],
+    "num_maps_per_mask": demo.EDIT_SETTINGS["maps"],
+    "mask_encode_strength": demo.EDIT_SETTINGS["mask_strength"],
+    "mask_thresholding_ratio": demo.EDIT_SETTINGS["mask_threshold"],
 }
 """What every ``edit`` is given besides picture, prompts and generator."""
 

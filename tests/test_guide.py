@@ -155,6 +155,63 @@ def check_prompts(ran):
     assert ran.output_image.size == ran.raw_image.size
 
 
+def adapter_files(stands):
+    """Of a tiny checkpoint: two LoRAs for UNet and text encoder, and a word of two vectors."""
+    from safetensors.numpy import load_file, save_file
+
+    folder, rng = stands.fixture("sd1_folder"), np.random.default_rng(1)
+    layers = {
+        "unet": (r"(.*attn\d\.to_[qv])\.weight", "diffusion_pytorch_model"),
+        "text_encoder": (r"(.*self_attn\.[qv]_proj)\.weight", "model"),
+    }
+    for file in ("lora.safetensors", "other_lora.safetensors"):
+        matrices = {}
+        for part, (pattern, stem) in layers.items():
+            for name, weight in load_file(str(folder / part / f"{stem}.safetensors")).items():
+                if found := re.fullmatch(pattern, name):
+                    for side, shape in (("A", (2, weight.shape[1])), ("B", (weight.shape[0], 2))):
+                        matrices[f"{part}.{found[1]}.lora_{side}.weight"] = rng.normal(0, 0.2, shape).astype("f4")
+        assert {name.partition(".")[0] for name in matrices} == {*layers}
+        save_file(matrices, str(stands.folder / file))
+    words = {"<cat-toy>": rng.normal(0, 1, (2, 32)).astype("f4")}
+    save_file(words, str(stands.folder / "cat-toy.safetensors"))
+
+
+def adapters_page(stands):
+    adapter_files(stands)
+    return from_the_guide(stands)
+
+
+def single_file(stands):
+    """A tiny checkpoint as one file, as Python source."""
+    from test_models import write_tensors
+    from test_single_file import original
+
+    file = stands.folder / "finetune.safetensors"
+    write_tensors(file, original(stands.fixture("sd1_folder"), open_clip=False))
+    return repr(str(file))
+
+
+def weights(cell):
+    return np.concatenate([p.asnumpy().ravel() for p in cell.get_parameters()])
+
+
+def check_adapters(ran):
+    plain, mixed, toy = (np.asarray(one, int) for one in (ran.image, ran.mixed, ran.toy))
+    assert plain.shape == (64, 80, 3)
+    assert not np.array_equal(plain, mixed) and not np.array_equal(mixed, toy)
+    assert (ran.folder / "fused-checkpoint" / "model_index.json").is_file()
+    assert ran.pipeline.get_list_adapters() == {} and "<cat-toy>" not in ran.pipeline.tokenizer.get_vocab()
+
+
+def check_models(ran):
+    assert ran.pipeline.vae is ran.vae and ran.pipeline.unet is ran.unet
+    assert ran.edited.size == ran.freed.size == ran.inpainted.size == ran.picture.size
+    assert not np.array_equal(np.asarray(ran.edited), np.asarray(ran.freed))
+    for part in ("unet", "vae", "text_encoder"):
+        assert np.array_equal(weights(getattr(ran.single, part)), weights(getattr(ran.pipeline, part))), part
+
+
 PROGRAMS = {
     "guide.md": Program(
         changes={
@@ -173,6 +230,19 @@ PROGRAMS = {
         changes={T5: (1, folder_of("t5_folder")), BLIP: (1, folder_of("blip_folder"))},
         given=from_the_guide,
         check=check_prompts,
+    ),
+    "adapters.md": Program(given=adapters_page, check=check_adapters),
+    "models.md": Program(
+        changes={
+            '"stable-diffusion-v1-5/stable-diffusion-v1-5"': (3, folder_of("sd1_folder")),
+            '"stabilityai/sd-vae-ft-mse"': (1, folder_of("sd1_folder")),
+            '"some/finetune-of-1-5"': (1, folder_of("sd1_folder")),
+            '"finetune.safetensors"': (1, single_file),
+            '"fruits.png"': (1, lambda stands: repr(str(demo.sample_picture()))),
+            "(512, 512)": (1, lambda stands: "(80, 64)"),
+            "num_inference_steps=20": (2, lambda stands: "num_inference_steps=5"),
+        },
+        check=check_models,
     ),
     "notebook.ipynb": Program(check=check_notebook),
     "api.md": Program(given=lambda stands: {"pipeline": SimpleNamespace()}, check=check_api),
