@@ -32,8 +32,6 @@ __all__ = ["SingleFile", "load_components"]
 
 logger = logging.getLogger(__name__)
 
-_PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
-
 # Prefixes that a component's weights may have.
 _PREFIXES = {
     "unet": ("model.diffusion_model.",),
@@ -117,7 +115,7 @@ def _resolve_file(path_or_url: str | os.PathLike, hub_options: Mapping[str, Any]
         raise CheckpointError(
             f"{name} is a folder, expected one .safetensors file; a folder is loaded with from_pretrained."
         )
-    if Path(name.partition("?")[0]).suffix.lower() in _PICKLES:
+    if Path(name.partition("?")[0]).suffix.lower() in models._PICKLES:
         raise CheckpointError(
             f"{name} is pickled, and is not read because a pickle can run code: look for the .safetensors file of the"
             f" same model."

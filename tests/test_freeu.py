@@ -93,7 +93,7 @@ def predicted_by_the_reference(pipeline):
 def test_on_and_off_again(ours, theirs):
     before, bare = predicted(ours), predicted_by_the_reference(theirs)
     assert parity.relative(before, bare) < CLOSE
-    names = set(models._torch_names(ours.unet))
+    names = set(models.parameters_by_name(ours.unet))
     described = compile_cache.fingerprint(ours.unet)
 
     ours.enable_freeu(**FACTORS)
@@ -101,7 +101,7 @@ def test_on_and_off_again(ours, theirs):
     freed, expected = predicted(ours), predicted_by_the_reference(theirs)
     assert parity.relative(expected, bare) > 0.01  # it does something
     assert parity.relative(freed, expected) < CLOSE
-    assert set(models._torch_names(ours.unet)) == names  # it is saved as ever
+    assert set(models.parameters_by_name(ours.unet)) == names  # it is saved as ever
     assert compile_cache.fingerprint(ours.unet) != described
 
     # Off and on again: the graphs are still there.

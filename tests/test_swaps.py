@@ -272,7 +272,7 @@ def page(sd1_folder, other_folder, tmp_path_factory):
     for old, (new, _) in changes.items():
         code = code.replace(old, new)
     names = {"__name__": "page"}
-    run_block(code, names)
+    run_block(code, names, "docs/models.md")
     return names
 
 
