@@ -18,7 +18,8 @@ EDIT_MASK = masks.MaskOptions(smoothing=1.5, threshold=0.92, fill_holes=True, sm
 """How ``edit`` makes a mask of its map, where nothing else is said.
 
 With a clamp a little above the mean most of the map is cut to one of two values, and the smoothing lets neighbours vote:
-nearly all of a latent's surroundings have to differ. So five maps do what ten do without. Chosen on drawn scenes, see ``docs/quality.md``.
+nearly all of a latent's surroundings have to differ. So five maps do what ten do without. Chosen on drawn scenes, see
+``docs/quality.md``.
 """
 
 MOST_FEATHER = 10000  # pixels

@@ -245,8 +245,8 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
         target_texts,
         source_texts,
         attention_kwargs,
-        corrected_guidance,
-        outlier_quantile,
+        corrected_guidance=False,
+        outlier_quantile=None,
     ) -> np.ndarray:
         """The averaged noise difference before the threshold, (B, h, w) float32, at least 0."""
         is_guided = guidance_scale > 1.0
