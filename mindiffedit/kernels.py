@@ -310,7 +310,10 @@ _originals: dict[str, Any] = {}
 
 @contextlib.contextmanager
 def portable_kernels():
-    """Replace the missing kernels for the length of the block; see the module's docstring.
+    """Replace the kernels that mindone's models ask for and the device lacks, for the length of the block.
+
+    What is missing or inaccurate here has an equivalent of operators that every device has put in its place, while a
+    model is built, loaded, compiled or run eagerly; a graph that was compiled inside can run outside.
 
     Reentrant, and safe in threads: the originals come back when the last block that is open in any thread
     is left, by an exception too. Until then the other threads of the process see the replacements as well.

@@ -225,6 +225,12 @@ class PromptGenerator(_Writer):
         Args:
             concept: a thing, in a word or a few, without an article.
             **options_: as for ``generate``.
+
+        Returns:
+            The prompts.
+
+        Raises:
+            ValueError, TypeError: for arguments that do not fit, before the model runs.
         """
         concept = options.check_text(concept, "concept").strip()
         article = "an" if concept[0].lower() in "aeiou" else "a"

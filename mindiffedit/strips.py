@@ -80,7 +80,13 @@ class AnimatedStrip:
     # --- watching ------------------------------------------------------------------------------------------------
 
     def __call__(self, stage: str, array: np.ndarray, step: Optional[int]) -> None:
-        """Keeps what an animation needs of an intermediate; see ``PipelineComponents.debugging``."""
+        """Keeps what an animation needs of an intermediate; see ``StableDiffusionDiffEditPipeline.debugging``.
+
+        Args:
+            stage: name of the intermediate.
+            array: its values, of a batch.
+            step: counts from 0 within a loop, None outside.
+        """
         if stage == "map":
             self._map = np.array(array[0])
         elif stage == "mask":

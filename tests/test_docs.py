@@ -27,16 +27,24 @@ METHODS = sorted(
     for name in dir(StableDiffusionDiffEditPipeline)
     if name == "__call__" or not name.startswith("_") and name != "MODES"
 )
+HELPERS = (
+    mindiffedit.Generator,
+    mindiffedit.PromptGenerator,
+    mindiffedit.Captioner,
+    mindiffedit.AnimatedStrip,
+)
+
+
+def public_methods(kind):
+    return [name for name in dir(kind) if not name.startswith("_") and callable(getattr(kind, name))]
+
+
 FUNCTIONS = {
     **{
         f"StableDiffusionDiffEditPipeline.{name}": getattr(StableDiffusionDiffEditPipeline, name)
         for name in METHODS
     },
-    **{
-        f"Generator.{name}": getattr(mindiffedit.Generator, name)
-        for name in dir(mindiffedit.Generator)
-        if not name.startswith("_")
-    },
+    **{f"{kind.__name__}.{name}": getattr(kind, name) for kind in HELPERS for name in public_methods(kind)},
     **{name: getattr(mindiffedit, name) for name in mindiffedit.__all__ if name != "__version__"},
 }
 FUNCTIONS = {
@@ -233,6 +241,13 @@ def test_the_api_page_shows_signatures_and_parameters(site, name):
         if default is not inspect.Parameter.empty:
             shown += "=" + repr(default).replace("'", '"')
         assert re.search(rf"[( ]{re.escape(shown)}[,) ]", text), f"{shown} is not in the signature"
+
+
+@pytest.mark.parametrize("kind", HELPERS, ids=lambda kind: kind.__name__)
+def test_the_api_page_has_all_methods_of_other_classes(site, kind):
+    home = f"mindiffedit.{mindiffedit._HOMES[kind.__name__]}.{kind.__name__}"
+    missing = {f"{home}.{name}" for name in public_methods(kind)} - site[0]["api.html"].texts.keys()
+    assert not missing and public_methods(kind)
 
 
 def test_powers_are_not_taken_for_bold_type(site):
