@@ -5,7 +5,7 @@ Three parties, on one checkpoint, with the same scenes, prompts, steps, strength
 - *reference*: the three calls with every default of the reference, so the inversion is guided as the edit is, and the
   mask settings that suit it (``demo.SETTINGS``);
 - *edit()*: the one call as it comes, with those that suit it (``demo.EDIT_SETTINGS``);
-- *edit(), no paste-back*: the same without the last step, so that the background is what the model made of it.
+- *edit(), no paste-back*: the same run without the last step, so that the background is what the model made of it.
 
 Then edit() again with one correction at a time switched off, on a part of the scenes. Quality is measured in batches;
 seconds are measured apart, one picture at a time, the parties taking turns, on graphs that are compiled already.
@@ -18,6 +18,7 @@ import time
 import demo_scenes as scenes
 import evaluate_editing as evaluation
 import numpy as np
+from PIL import Image
 
 FEATHER = 4
 """Pixels around the mask within which edit() blends; the demo model's pixels per latent."""
@@ -28,7 +29,6 @@ CORRECTIONS = {
     "clamp per image (C4)": dict(per_image_clamp=False),
     "background at its own noise level (C3)": dict(aligned_background=False),
     "inversion without guidance (C6)": dict(inversion_guidance_scale="guidance"),
-    "pasted back (C5)": dict(paste_back=False),
 }
 """Each correction, and what switches it off."""
 
@@ -39,7 +39,13 @@ EXTRAS = {
 }
 """What is off by default, and what switches it on."""
 
-GOALS = ("mask IoU", "target seen", "outside the feathered mask", "outside the object, no paste-back", "seconds")
+GOALS = (
+    "mask IoU",
+    "target seen",
+    "outside the feathered mask",
+    "outside the object, no paste-back",
+    "seconds",
+)
 
 
 def one_call(editor, edits, pictures, settings, seed, **changes):
@@ -75,6 +81,15 @@ def one_call(editor, edits, pictures, settings, seed, **changes):
     return done.mask_image, done.images, done.report
 
 
+def pasted(pictures, found, results):
+    """What paste-back makes of unpasted results: one run serves both parties."""
+    from mindiffedit import masks
+
+    weights = masks.feathered(found, (scenes.SIZE, scenes.SIZE), FEATHER)
+    before, after = (np.stack([np.asarray(p.convert("RGB")) for p in some]) for some in (pictures, results))
+    return [Image.fromarray(pixels) for pixels in masks.paste_back(before, after, weights)]
+
+
 def three_calls(editor, edits, pictures, settings, seed):
     """(masks (B, h, w), pictures) of the mirrored calls."""
     guided = {**settings, "invert_guidance": settings["guidance"]}
@@ -103,13 +118,16 @@ def in_batches(edits, batch):
         yield chunk, filled, [scenes.draw_scene(edit.source)[0] for edit in filled]
 
 
-def measured(run, edits, batch, classifier, progress) -> list[dict]:
-    records = []
+def measured(run, edits, batch, classifier, progress) -> tuple[list[dict], list[dict]]:
+    """Records of the results as they are, and of the same pasted back."""
+    records, again = [], []
     for chunk, filled, pictures in in_batches(edits, batch):
         found, results, *_ = run(filled, pictures)
         records += [judged(*each, classifier) for each in zip(chunk, pictures, found, results)]
+        results = pasted(pictures, found, results)
+        again += [judged(*each, classifier) for each in zip(chunk, pictures, found, results)]
         progress(len(chunk))
-    return records
+    return records, again
 
 
 AVERAGED = (*evaluation.AVERAGED, "psnr_outside_mask")
@@ -133,7 +151,8 @@ def reconstructions(editor, edits, batch, settings, seed, **options) -> float:
         everywhere = np.ones((len(filled), *latents.shape[-2:]), np.float32)
         rebuilt = editor.pipeline(sources, everywhere, latents, guidance_scale=scale, **shared).images
         found += [
-            evaluation.psnr(np.asarray(a), np.asarray(b)) for a, b in list(zip(pictures, rebuilt))[: len(chunk)]
+            evaluation.psnr(np.asarray(a), np.asarray(b))
+            for a, b in list(zip(pictures, rebuilt))[: len(chunk)]
         ]
     return float(np.mean(found, dtype=np.float64))
 
@@ -155,29 +174,31 @@ def compare(editor, classifier, settings, *, count, seed, batch, ablation, rebui
     """Everything that is measured. ``ablation``, ``rebuilt``, ``timed``: scenes of these parts; 0 leaves one out."""
     edits = [evaluation.sample_edit(seed, index) for index in range(count)]
 
-    def edit_with(**changes):
-        return lambda some, pictures: one_call(editor, some, pictures, settings, seed, **changes)
+    usual = editor.pipeline.unet_batch_size
+    editor.pipeline.unet_batch_size = batch  # changes nothing but the time
+
+    def run(name, some, **changes):
+        def edit(pictures_of, pictures):
+            return one_call(editor, pictures_of, pictures, settings, seed, paste_back=False, **changes)
+
+        return measured(edit, some, batch, classifier, lambda n: progress(name, n))
 
     def reference(some, pictures):
         return three_calls(editor, some, pictures, settings, seed)
 
-    def run(name, function, some):
-        return measured(function, some, batch, classifier, lambda n: progress(name, n))
-
-    records = {
-        "reference": run("reference", reference, edits),
-        "edit()": run("edit()", edit_with(), edits),
-        "edit(), no paste-back": run("edit(), no paste-back", edit_with(paste_back=False), edits),
-    }
+    theirs, _ = measured(reference, edits, batch, classifier, lambda n: progress("reference", n))
+    unpasted, ours = run("edit()", edits)
+    records = {"reference": theirs, "edit()": ours, "edit(), no paste-back": unpasted}
     results = {"parties": {name: means(found) for name, found in records.items()}, "ablation": {}}
     if ablation:
         part = edits[:ablation]
-        results["ablation"]["edit()"] = means(records["edit()"][:ablation])
+        results["ablation"]["edit(), no paste-back"] = means(unpasted[:ablation])
         for name, changes in CORRECTIONS.items():
-            results["ablation"][f"without: {name}"] = means(run(name, edit_with(**changes), part))
+            results["ablation"][f"without: {name}"] = means(run(name, part, **changes)[0])
         for name, changes in EXTRAS.items():
-            results["ablation"][f"with: {name}"] = means(run(name, edit_with(**changes), part))
-        results["ablation"]["reference"] = means(records["reference"][:ablation])
+            results["ablation"][f"with: {name}"] = means(run(name, part, **changes)[0])
+        results["ablation"]["with: pasted back (C5)"] = means(ours[:ablation])
+        results["ablation"]["reference"] = means(theirs[:ablation])
     if rebuilt:
         part, scale = edits[:rebuilt], settings["guidance"]
         results["reconstruction"] = {
@@ -186,6 +207,7 @@ def compare(editor, classifier, settings, *, count, seed, batch, ablation, rebui
             "refined once": reconstructions(editor, part, batch, settings, seed, inversion_iterations=1),
             "refined twice": reconstructions(editor, part, batch, settings, seed, inversion_iterations=2),
         }
+    editor.pipeline.unet_batch_size = usual
     if timed:
         results["seconds"] = seconds(editor, edits[: timed + 1], settings, seed)
     results["goals"] = goals(results)
