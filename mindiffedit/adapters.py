@@ -173,8 +173,8 @@ class Adapters(PipelineComponents):
             **kwargs: ignored with a warning.
 
         Raises:
-            ValueError, TypeError: other components, names that are not loaded or are repeated, a scale that is no finite
-                number.
+            ValueError, TypeError: other components, names that are not loaded or are repeated, or a scale that is no
+                finite number.
         """
         scale = options.check_scale(lora_scale, "lora_scale")
         names = None if adapter_names is None else self._known_adapters(adapter_names)

@@ -176,7 +176,8 @@ def adapter_files(stands):
             for name, weight in load_file(str(folder / part / f"{stem}.safetensors")).items():
                 if found := re.fullmatch(pattern, name):
                     for side, shape in (("A", (2, weight.shape[1])), ("B", (weight.shape[0], 2))):
-                        matrices[f"{part}.{found[1]}.lora_{side}.weight"] = rng.normal(0, 0.2, shape).astype("f4")
+                        values = rng.normal(0, 0.2, shape).astype("f4")
+                        matrices[f"{part}.{found[1]}.lora_{side}.weight"] = values
         assert {name.partition(".")[0] for name in matrices} == {*layers}
         save_file(matrices, str(stands.folder / file))
     words = {"<cat-toy>": rng.normal(0, 1, (2, 32)).astype("f4")}
