@@ -47,7 +47,7 @@ DEFAULTS = {
 CORRECTED_DEFAULTS = {
     "invert_guidance": 1.0,
     "maps": 5,
-    "mask_threshold": 1.25,
+    "mask_threshold": 2.0,
     "outliers": 0.99,
     "inversion": "ddim",
     "iterations": 0,

@@ -14,11 +14,11 @@ from .outputs import DiffEditInversionPipelineOutput, DiffEditOutput, EditReport
 
 INVERSIONS = ("ddim", "noise")
 
-EDIT_MASK = masks.MaskOptions(smoothing=1.5, threshold=0.92, fill_holes=True, smallest_region=8)
+EDIT_MASK = masks.MaskOptions(smoothing=1.5, threshold=0.8, fill_holes=True, smallest_region=8)
 """How ``edit`` makes a mask of its map, where nothing else is said.
 
-With a clamp a little above the mean most of the map is cut to one of two values, and the smoothing lets neighbours vote:
-nearly all of a latent's surroundings have to differ. So five maps do what ten do without. Chosen on drawn scenes, see
+With a clamp at twice the mean most of the map is cut to one of two values, and the smoothing lets neighbours vote: most
+of a latent's surroundings have to differ. So five maps do what ten do without. Chosen on drawn scenes, see
 ``docs/quality.md``.
 """
 
@@ -49,7 +49,7 @@ class Editing:
         guidance_scale: float = 7.5,
         num_maps_per_mask: int = 5,
         mask_encode_strength: float = 0.5,
-        mask_thresholding_ratio: float = 1.25,
+        mask_thresholding_ratio: float = 2.0,
         mask_options: Optional[masks.MaskOptions] = None,
         mask_image=None,
         mask_combination: str = "replace",
