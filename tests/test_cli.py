@@ -1054,7 +1054,7 @@ def test_demo_refuses_a_file_as_its_folder(work, capsys):
 
 def test_an_incomplete_installation_is_said(work, capsys, monkeypatch):
     monkeypatch.undo()
-    os.chdir(work)
+    monkeypatch.chdir(work)
     monkeypatch.setattr(demo, "_HERE", work / "nowhere")
     refused(capsys, ["demo", "-o", "d"], "missing from this installation")
 

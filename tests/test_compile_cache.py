@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from mindspore import nn, ops
 
-from mindiffedit import arguments, cli, compile_cache
+from mindiffedit import arguments, compile_cache, jobs
 from mindiffedit.compile_cache import CompileCache, Indescribable, fingerprint, open_cache
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -407,7 +407,7 @@ def test_the_option(monkeypatch):
     assert parser.parse_args(["demo", "-o", "x", "--no-cache"]).no_cache is True
     assert parser.parse_args(["demo", "-o", "x"]).no_cache is False
     assert parser.parse_args(["parity", "check", "x", "--no-cache"]).no_cache is True
-    assert "no_cache" in Path(cli.__file__).read_text()
+    assert "no_cache" in Path(jobs.__file__).read_text()
 
 
 # --- processes ------------------------------------------------------------------------------------

@@ -279,8 +279,8 @@ def test_a_blend_one_step_off_is_seen(bench, broken, monkeypatch):
     advance = type(pipe)._fused_advance
 
     def late(self, *args):
-        *rest, backgrounds, source = args
-        return advance(self, *rest, None if backgrounds is None else np.roll(backgrounds, 1, axis=0), source)
+        *rest, backgrounds = args
+        return advance(self, *rest, None if backgrounds is None else np.roll(backgrounds, 1, axis=0))
 
     monkeypatch.setattr(type(pipe), "_fused_advance", late)
     assert first_bad(bench, pipe, recorded) == "edit/edited_latents"
