@@ -10,7 +10,7 @@ result: the norms and the attention of the model see all of a tile, and its conv
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Callable, List, Set, Tuple
+from typing import Callable, List, Tuple
 
 import numpy as np
 
@@ -38,16 +38,6 @@ class Tiles:
     def cut(self, shape: Tuple[int, ...]) -> bool:
         """Whether an input (..., H, W) is cut at all: only what is larger than a tile is."""
         return max(shape[-2:]) > self.size
-
-    def shapes(self, shape: Tuple[int, ...]) -> Set[Tuple[int, int]]:
-        """The different (height, width) that the tiles of an input (..., H, W) have."""
-        if not self.cut(shape):
-            return {tuple(shape[-2:])}
-        heights, widths = (
-            {min(self.size, length - begin) for begin in range(0, length, self.stride)}
-            for length in shape[-2:]
-        )
-        return {(height, width) for height in heights for width in widths}
 
 
 def tiles_of(vae) -> Tuple[Tiles, Tiles]:
