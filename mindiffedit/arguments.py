@@ -46,7 +46,7 @@ DEFAULTS = {
 # Those of `edit()` where it has others or more.
 CORRECTED_DEFAULTS = {
     "invert_guidance": 1.0,
-    "maps": 5,
+    "maps": 4,
     "mask_threshold": 2.0,
     "outliers": 0.99,
     "inversion": "ddim",

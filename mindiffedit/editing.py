@@ -14,18 +14,15 @@ from .outputs import DiffEditInversionPipelineOutput, DiffEditOutput, EditReport
 
 INVERSIONS = ("ddim", "noise")
 
-EDIT_MASK = masks.MaskOptions(smoothing=1.5, threshold=0.8, fill_holes=True, smallest_region=8)
+EDIT_MASK = masks.MaskOptions(smoothing=1.5, threshold=0.75, fill_holes=True, smallest_region=8, soft=True)
 """How ``edit`` makes a mask of its map, where nothing else is said.
 
 With a clamp at twice the mean most of the map is cut to one of two values, and the smoothing lets neighbours vote: most
-of a latent's surroundings have to differ. So five maps do what ten do without. Chosen on drawn scenes, see
-``docs/quality.md``.
+of a latent's surroundings have to differ. So four maps do what ten do without. Its border is soft.
+Chosen on drawn scenes, see ``docs/quality.md``.
 """
 
 MOST_FEATHER = 10000  # pixels
-
-PROBED_STEPS = 3
-"""Steps of an inversion that are led back for its error; each costs one prediction."""
 
 LARGE_ERROR = 0.25
 """Inversion error from which a report warns."""
@@ -47,7 +44,7 @@ class Editing:
         num_inference_steps: int = 50,
         inpaint_strength: float = 0.8,
         guidance_scale: float = 7.5,
-        num_maps_per_mask: int = 5,
+        num_maps_per_mask: int = 4,
         mask_encode_strength: float = 0.5,
         mask_thresholding_ratio: float = 2.0,
         mask_options: Optional[masks.MaskOptions] = None,
@@ -191,6 +188,8 @@ class Editing:
 
         def view(stage, array, step):
             seen[stage] = array
+            if stage == "predictions" and step == 0:
+                seen["first_predictions"] = array
             if debug_callback is not None:
                 debug_callback(stage, array, step)
 
@@ -270,13 +269,18 @@ class Editing:
             images = _finished(decoded, flags, originals, mask, feather, paste_back, report)
             images = pictures.of_arrays(images) if output_type == "pil" else images
         if image_latents is None and inversion == "ddim":
-            own_embeds = self._joined_embeds(
-                caption["prompt"], 1, inversion_guidance_scale > 1.0, None, caption["prompt_embeds"], None,
-                lora_scale=self._attention_kwargs(cross_attention_kwargs).get("scale", 1.0),
-            )  # fmt: skip
+            # The edit's first step has predicted what the inversion's way back would, where its negative is the caption.
+            free = guidance_scale > 1.0 >= inversion_guidance_scale and callback_on_step_end is None
+            free = free and negative_prompt == caption["prompt"]
+            free = free and negative_prompt_embeds is caption["prompt_embeds"]
             with _timed(seconds, "report"):
                 report.inversion_error = self._inversion_error(
-                    inverted, own_embeds, inversion_guidance_scale, cross_attention_kwargs, schedule
+                    inverted,
+                    seen["first_predictions"][:batch] if free and "first_predictions" in seen else None,
+                    caption,
+                    inversion_guidance_scale,
+                    cross_attention_kwargs,
+                    schedule,
                 )
             if measure_reconstruction:
                 with _timed(seconds, "reconstruction"):
@@ -355,41 +359,36 @@ class Editing:
         options.check_image_latents(given.latents, batch, steps, one)
         options.check_clean_latents(given.clean_latents, (batch, *one))
 
-    def _inversion_error(self, inverted, embeds, guidance_scale, attention_kwargs, schedule):
-        """Rms error of the steps back over the latents' rms, for each picture; summed over the steps, of which a few run.
+    def _inversion_error(self, inverted, predictions, caption, guidance_scale, attention_kwargs, schedule):
+        """How far a step back from the noisiest latents misses the next ones, for all steps; for each picture.
 
-        The step back is DDIM's between the two noise levels, with the noise predicted at the noisier one.
+        The step back is DDIM's between the two noise levels. ``predictions``: without guidance, at the noisiest latents;
+        None: made here.
         """
         scheduler = self._ready_scheduler()
         if not hasattr(scheduler, "noise_scale"):
             return None
         timesteps, _ = self._schedule(scheduler, self.get_timesteps, *schedule.values())
-        latents = np.swapaxes(pictures.to_numpy(inverted.latents).astype(np.float32), 0, 1)
+        latents = pictures.to_numpy(inverted.latents).astype(np.float32)
         clean = pictures.to_numpy(inverted.clean_latents).astype(np.float32)
-        levels = [*latents, clean]
-        is_guided = guidance_scale > 1.0
-        predict = self._stages.predictor(
-            embeds, self._attention_kwargs(attention_kwargs), self.unet_batch_size
+        here, there = latents[:, 0], latents[:, 1] if len(timesteps) > 1 else clean
+        is_guided = predictions is None and guidance_scale > 1.0
+        if predictions is None:
+            attention_kwargs = self._attention_kwargs(attention_kwargs)
+            embeds = self._joined_embeds(
+                caption["prompt"], 1, is_guided, None, caption["prompt_embeds"], None,
+                lora_scale=attention_kwargs.get("scale", 1.0),
+            )  # fmt: skip
+            predict = self._stages.predictor(embeds, attention_kwargs, self.unet_batch_size)
+            predictions = predict(np.concatenate([here, here]) if is_guided else here, timesteps[0])
+        alphas = [scheduler.noise_scale(t)[0] ** 2 for t in timesteps[:2]]
+        row = schedules.ddim_row(alphas[0], alphas[1] if len(alphas) > 1 else np.float32(1))
+        plan = schedules.StepPlan("ddim", scheduler.config.prediction_type, None, row[None])
+        everywhere, zeros = np.ones((len(here), 1, *here.shape[2:]), np.float32), np.zeros_like(clean)
+        back, _ = self._stages.update(plan, is_guided)(
+            here, zeros, predictions, guidance_scale, row, everywhere, zeros, zeros
         )
-        chosen = np.unique(np.linspace(0, len(timesteps) - 1, PROBED_STEPS).round().astype(int))
-        errors = []
-        for i in chosen:
-            alphas = [scheduler.noise_scale(t)[0] ** 2 for t in timesteps[i : i + 2]]
-            row = schedules.ddim_row(alphas[0], alphas[1] if len(alphas) > 1 else np.float32(1))
-            plan = schedules.StepPlan("ddim", scheduler.config.prediction_type, None, row[None])
-            here, zeros = levels[i], np.zeros_like(clean)
-            back, _ = self._stages.update(plan, is_guided)(
-                here,
-                zeros,
-                predict(np.concatenate([here, here]) if is_guided else here, timesteps[i]),
-                guidance_scale,
-                row,
-                np.ones((len(here), 1, *here.shape[2:]), np.float32),
-                zeros,
-                zeros,
-            )
-            errors.append(_rms(back - levels[i + 1]) / _rms(levels[i + 1]))
-        return [float(total) for total in np.mean(errors, axis=0) * len(timesteps)]
+        return [float(error) * len(timesteps) for error in _rms(back - there) / _rms(there)]
 
 
 def _check_inversion(inversion, iterations, image_latents, measure_reconstruction) -> None:

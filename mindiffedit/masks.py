@@ -163,7 +163,7 @@ def mask_of(
         in H:       soft = max(s, min(1, 1/2 + (d - 1) / 2r))      d: distance to the nearest latent outside H
         outside H:  soft = min(s, max(0, 1/2 - (d - 1) / 2r))      d: distance to the nearest latent in H
 
-    with r = 1 + ceil(smoothing). So the value is 1 deeper than r latents in H, 0 further than r outside, above 1/2 in
+    with r = 1 + ceil(smoothing), away from 1/2 to a multiple of 1/255. So the value is 1 deeper than r latents in H, 0 further than r outside, above 1/2 in
     H and at most 1/2 elsewhere, and never falls where the map rises under the same clamp.
 
     Args:
@@ -256,9 +256,10 @@ def _softened(share: np.ndarray, mask: np.ndarray, threshold: float, reach: int)
     ramp = np.clip(0.5 + (share.astype(np.float64) - threshold) / min(threshold, 1 - threshold), 0, 1)
     least = np.clip(0.5 + (_distance_to(~mask) - 1) / (2 * reach), 0.5, 1)
     most = np.clip(0.5 - (_distance_to(mask) - 1) / (2 * reach), 0, 0.5)
-    soft = np.where(mask, np.maximum(ramp, least), np.minimum(ramp, most)).astype(np.float32)
-    # Values within rounding of 1/2 stay on their side of it.
-    return np.where(mask, np.maximum(soft, np.nextafter(np.float32(0.5), np.float32(1))), soft)
+    soft = np.where(mask, np.maximum(ramp, least), np.minimum(ramp, most)) * 255
+    # In steps of 1/255, so that a mask can be a picture; values near 1/2 stay on their side of it.
+    levels = np.where(mask, np.maximum(np.ceil(soft), 128), np.minimum(np.floor(soft), 127))
+    return levels.astype(np.float32) / np.float32(255)
 
 
 def mask_coverage(mask) -> List[float]:

@@ -621,6 +621,7 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
         def advance(i, t, latents):
             nonlocal previous_clean
             predictions = predict(np.concatenate([latents, latents]) if is_guided else latents, t)
+            self._shows("predictions", predictions, i)
             rest = (
                 guidance_scale,
                 plan.coefficients[i],

@@ -34,7 +34,7 @@ CORRECTIONS = {
 
 EXTRAS = {
     "inverse steps refined twice (C6)": dict(inversion_iterations=2),
-    "soft mask (C7)": dict(mask_options="soft"),
+    "hard mask in place of the soft one (C7)": dict(mask_options="hard"),
     "noise in place of the inversion (C8)": dict(inversion="noise"),
 }
 """What is off by default, and what switches it on."""
@@ -64,7 +64,7 @@ def one_call(editor, edits, pictures, settings, seed, **changes):
     )
     shapes = {
         "reference": MaskOptions(),
-        "soft": MaskOptions(**{**vars(editing.EDIT_MASK), "soft": True}),
+        "hard": MaskOptions(**{**vars(editing.EDIT_MASK), "soft": False}),
     }
     for name, value in changes.items():
         if name == "mask_options":

@@ -309,7 +309,7 @@ def test_edit_is_one_call(work, capsys):
     assert asked.pop("image").size == (112, 88) and callable(asked.pop("debug_callback"))
     assert asked == dict(
         source_prompt=SOURCE, target_prompt=TARGET, negative_prompt=None, num_inference_steps=10,
-        inpaint_strength=0.7, guidance_scale=3.0, num_maps_per_mask=5, mask_encode_strength=0.5,
+        inpaint_strength=0.7, guidance_scale=3.0, num_maps_per_mask=4, mask_encode_strength=0.5,
         mask_thresholding_ratio=2.0, mask_options=EDIT_MASK, mask_image=None, mask_combination="replace",
         outlier_quantile=0.99, inversion="ddim", inversion_prompt=None, inversion_guidance_scale=1.0,
         inversion_iterations=0, image_latents=None, paste_back=False, feather=None, generator=5,

@@ -311,7 +311,7 @@ def test_soft_masks_follow_their_formula():
     maps = np.repeat(row[None, None], 5, axis=1)
     soft = masks.mask_of(maps, clamp=np.ones(1), options=MaskOptions(soft=True))[0]
     # Outside: 0.45 is next to the mask at one place, far from it at the other. Inside: 0.55 is 1 when it is deep.
-    np.testing.assert_allclose(soft[2], [0, 0, 0, 0.4, 0.6, 1, 1, 1], atol=1e-6)
+    np.testing.assert_allclose(soft[2], [0, 0, 0, 0.4, 0.6, 1, 1, 1], atol=1 / 255)
 
 
 @pytest.mark.parametrize(
