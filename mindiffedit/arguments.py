@@ -47,7 +47,7 @@ DEFAULTS = {
 CORRECTED_DEFAULTS = {
     "invert_guidance": 1.0,
     "maps": 4,
-    "mask_threshold": 2.0,
+    "mask_threshold": 1.5,
     "outliers": 0.99,
     "inversion": "ddim",
     "iterations": 0,
