@@ -17,8 +17,8 @@ INVERSIONS = ("ddim", "noise")
 EDIT_MASK = masks.MaskOptions(smoothing=1.5, threshold=0.84, fill_holes=True, smallest_region=8, soft=True)
 """How ``edit`` makes a mask of its map, where nothing else is said.
 
-With a clamp at one and a half times the mean most of the map is cut to one of two values, and the smoothing lets neighbours vote: most
-of a latent's surroundings have to differ. So four maps do what ten do without. Its border is soft.
+With a clamp at one and a half times the mean most of the map is cut to one of two values, and the smoothing lets
+neighbours vote: most of a latent's surroundings have to differ. So four maps do what ten do without. Its border is soft.
 Chosen on drawn scenes, see ``docs/quality.md``.
 """
 

@@ -310,7 +310,7 @@ def test_edit_is_one_call(work, capsys):
     assert asked == dict(
         source_prompt=SOURCE, target_prompt=TARGET, negative_prompt=None, num_inference_steps=10,
         inpaint_strength=0.7, guidance_scale=3.0, num_maps_per_mask=4, mask_encode_strength=0.5,
-        mask_thresholding_ratio=2.0, mask_options=EDIT_MASK, mask_image=None, mask_combination="replace",
+        mask_thresholding_ratio=1.5, mask_options=EDIT_MASK, mask_image=None, mask_combination="replace",
         outlier_quantile=0.99, inversion="ddim", inversion_prompt=None, inversion_guidance_scale=1.0,
         inversion_iterations=0, image_latents=None, paste_back=False, feather=None, generator=5,
         output_type="pil",
@@ -448,10 +448,10 @@ def test_a_mask_of_any_size(work, capsys, size):
 
 def test_soft_values_of_a_mask_are_kept_for_soft_masks_alone(work, capsys):
     PIL.Image.new("L", (117, 91), 153).save("mask.png")
-    ran(capsys, edit("--mask", "mask.png"))
+    ran(capsys, edit("--mask", "mask.png", "--no-soft-mask"))
     assert (arguments("whole")["mask_image"] == 1).all()
     FakePipeline.calls.clear()
-    line, _ = ran(capsys, edit("--mask", "mask.png", "--soft-mask", "--json"))
+    line, _ = ran(capsys, edit("--mask", "mask.png", "--json"))
     np.testing.assert_allclose(arguments("whole")["mask_image"], 0.6)
     result = json.loads(line)
     assert "mask_threshold" not in result  # nothing was computed with it
@@ -835,7 +835,7 @@ def test_the_reference_s_mask(work, capsys):
 def test_mask_options_overlay_and_map(work, capsys):
     line, _ = ran(capsys, ["mask", "p.png", "--source", SOURCE, "--target", TARGET, "-o", "m.png", "--model",
                            "model", "--mask-dilation", "2", "--outliers", "none", "--overlay", "over.png", "--map",
-                           "map.png", "--json"])  # fmt: skip
+                           "map.png", "--mask-threshold", "2", "--json"])  # fmt: skip
     asked = arguments("mask")
     assert asked["mask_options"] == dataclasses.replace(EDIT_MASK, dilation=2) and asked["outlier_quantile"] is None
     seen = np.asarray(PIL.Image.open("map.png"))
