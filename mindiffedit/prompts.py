@@ -17,8 +17,8 @@ import numpy as np
 import PIL.Image
 
 from . import compile_cache as compile_caches
-from . import devices, models, options, pictures, randomness
-from .components import say_once
+from . import models, options, pictures, randomness
+from .components import loadable_dtype
 
 __all__ = ["Captioner", "PromptGenerator", "average_embeddings"]
 
@@ -93,12 +93,7 @@ class _Writer:
         )
         source = models.find_language_model(cls.KIND, folder)
         preparation = cls._preparation(folder, source.config)
-        dtype = mindspore_dtype
-        if mindspore_dtype is not None:
-            dtype, reason = devices.supported_dtype(mindspore_dtype)
-            if reason:
-                say_once(reason)
-        model = models.load_language_model(source, dtype=dtype)
+        model = models.load_language_model(source, dtype=loadable_dtype(mindspore_dtype))
         return cls(model, preparation, mode=mode, compile_cache=compile_cache)
 
     @classmethod
@@ -193,8 +188,7 @@ class PromptGenerator(_Writer):
         temperature = options.check_temperature(temperature)
         top_k = options.check_top_k(top_k)
         options.check_positive_int("max_new_tokens", max_new_tokens)
-        if not isinstance(do_sample, (bool, np.bool_)):
-            raise TypeError(f"`do_sample` has to be True or False, but is {do_sample!r}.")
+        options.check_switch(do_sample, "do_sample")
         source = randomness.resolve(generator)
         if isinstance(source, list):
             raise TypeError(
