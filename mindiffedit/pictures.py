@@ -448,7 +448,7 @@ def postprocess_image(
     if do_denormalize is not None:
         done = np.stack([done[i] if wanted else image[i] for i, wanted in enumerate(do_denormalize)])
     done = np.ascontiguousarray(done.transpose(0, 2, 3, 1))
-    return done if output_type == "np" else _array_to_pil(done)
+    return done if output_type == "np" else of_arrays(done)
 
 
 def originals(image, count: int) -> np.ndarray:
@@ -477,16 +477,12 @@ def resized_arrays(images: np.ndarray, size: Tuple[int, int]) -> np.ndarray:
     """Pictures (B, H, W, 3) float32 in [0, 1] brought to (height, width); untouched where they have it."""
     if images.shape[1:3] == tuple(size):
         return images
-    resized = [restore_size(picture, (size[1], size[0])) for picture in _array_to_pil(images)]
+    resized = [restore_size(picture, (size[1], size[0])) for picture in of_arrays(images)]
     return np.stack([np.asarray(picture) for picture in resized]).astype(np.float32) / np.float32(255)
 
 
 def of_arrays(images: np.ndarray) -> List[PIL.Image.Image]:
-    """PIL pictures of (B, H, W, 3) in [0, 1]."""
-    return _array_to_pil(images)
-
-
-def _array_to_pil(images: np.ndarray) -> List[PIL.Image.Image]:
+    """PIL pictures of (B, H, W, 1 or 3) in [0, 1]."""
     if not np.isfinite(images).all():
         raise ValueError("a picture has NaN or infinite values and cannot become a PIL picture.")
     bytes_ = (images * 255).round().clip(0, 255).astype(np.uint8)
