@@ -47,7 +47,7 @@ DEFAULTS = {
 CORRECTED_DEFAULTS = {
     "invert_guidance": 1.0,
     "maps": 4,
-    "mask_threshold": 1.5,
+    "mask_threshold": 2.0,
     "outliers": 0.99,
     "inversion": "ddim",
     "iterations": 0,
@@ -59,6 +59,8 @@ CORRECTED_DEFAULTS = {
 MASK_FIELDS = {
     "mask_level": "threshold",
     "mask_smoothing": "smoothing",
+    "mask_edges": "edges",
+    "edge_contrast": "edge_contrast",
     "mask_erosion": "erosion",
     "mask_dilation": "dilation",
     "fill_holes": "fill_holes",
@@ -229,6 +231,12 @@ def _add_mask_options(command) -> None:
                             f"(default: {EDIT_MASK.threshold:g})")
     group.add_argument("--mask-smoothing", type=float, metavar="F",
                        help=f"sigma of a Gaussian over the map, in latents (default: {EDIT_MASK.smoothing:g})")
+    group.add_argument("--mask-edges", type=int, metavar="N",
+                       help="let the map follow the picture's edges, in windows of this radius in latents; 0: do not "
+                            f"(default: {EDIT_MASK.edges})")
+    group.add_argument("--edge-contrast", type=float, metavar="F",
+                       help="colours, 0 to 1, that vary by less than this are no edge "
+                            f"(default: {EDIT_MASK.edge_contrast:g})")
     group.add_argument("--fill-holes", action=argparse.BooleanOptionalAction,
                        help=f"let holes in the mask be part of it (default: {_yes(EDIT_MASK.fill_holes)})")
     group.add_argument("--smallest-region", type=int, metavar="N",

@@ -14,12 +14,14 @@ from .outputs import DiffEditInversionPipelineOutput, DiffEditOutput, EditReport
 
 INVERSIONS = ("ddim", "noise")
 
-EDIT_MASK = masks.MaskOptions(smoothing=1.5, threshold=0.84, fill_holes=True, smallest_region=8, soft=True)
+EDIT_MASK = masks.MaskOptions(
+    smoothing=1.5, edges=6, threshold=0.55, fill_holes=True, smallest_region=8, soft=True
+)
 """How ``edit`` makes a mask of its map, where nothing else is said.
 
-With a clamp at one and a half times the mean most of the map is cut to one of two values, and the smoothing lets
-neighbours vote: most of a latent's surroundings have to differ. So four maps do what ten do without. Its border is soft.
-Chosen on drawn scenes, see ``docs/quality.md``.
+With a clamp at twice the mean much of the map is cut to one of two values, and the smoothing lets neighbours vote: most
+of a latent's surroundings have to differ. So a few maps do what ten do without. Then the border moves to the picture's
+edges, and is soft. Chosen on drawn scenes, see ``docs/quality.md``.
 """
 
 MOST_FEATHER = 10000  # pixels
@@ -46,7 +48,7 @@ class Editing:
         guidance_scale: float = 7.5,
         num_maps_per_mask: int = 4,
         mask_encode_strength: float = 0.5,
-        mask_thresholding_ratio: float = 1.5,
+        mask_thresholding_ratio: float = 2.0,
         mask_options: Optional[masks.MaskOptions] = None,
         mask_image=None,
         mask_combination: str = "replace",

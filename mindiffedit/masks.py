@@ -13,6 +13,7 @@ from typing import Callable, List, Sequence, Tuple
 import numpy as np
 import PIL.Image
 
+from .edges import follow_edges
 from .options import (
     NumericalError,
     check_at_least_zero,
@@ -32,6 +33,7 @@ MAX_SWEEP_VALUES = 12
 # Far beyond any grid of latents; a kernel or a footprint of this size is still computed at once.
 _MOST_LATENTS = 1000
 _LARGEST_SIGMA = 100.0
+_LARGEST_WINDOW = 100
 _LARGEST_RADIUS = 10000.0
 
 NO_DIFFERENCE = (
@@ -73,6 +75,9 @@ class MaskOptions:
             edges with the values there.
         threshold: in (0, 1); a latent belongs to the mask where the map is above this share of the clamp. The
             paper's and the reference's is 0.5.
+        edges: radius in latents, 0 to 100, of windows in which the map follows the picture's edges, see
+            `edges.follow_edges`; 0: it does not. Needs `guides` in `mask_of`; the pipeline gives its picture.
+        edge_contrast: above 0; colours, in [0, 1], that vary by less than this in a window count as one.
         fill_holes: holes that the mask encloses become part of it. What reaches the edge of the grid is no hole.
         smallest_region: connected regions of fewer latents are dropped; latents that touch at a corner are connected.
             0 or 1: all are kept.
@@ -89,6 +94,8 @@ class MaskOptions:
     fill_holes: bool = False
     smallest_region: int = 0
     soft: bool = False
+    edges: int = 0
+    edge_contrast: float = 0.06
 
     def __post_init__(self):
         checked = {
@@ -99,6 +106,8 @@ class MaskOptions:
             "fill_holes": check_switch(self.fill_holes, "fill_holes"),
             "smallest_region": check_count(self.smallest_region, "smallest_region", _MOST_LATENTS**2),
             "soft": check_switch(self.soft, "soft"),
+            "edges": check_count(self.edges, "edges", _LARGEST_WINDOW),
+            "edge_contrast": check_ratio(self.edge_contrast, "edge_contrast"),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
@@ -144,18 +153,24 @@ def clamp_of(maps, ratio: float = 3.0, per_image: bool = False) -> np.ndarray:
 
 
 def mask_of(
-    maps, ratio: float = 3.0, options: MaskOptions = MaskOptions(), per_image: bool = False, clamp=None
+    maps,
+    ratio: float = 3.0,
+    options: MaskOptions = MaskOptions(),
+    per_image: bool = False,
+    clamp=None,
+    guides=None,
 ) -> np.ndarray:
     """Make masks of maps (DiffEdit, section 3.2, step 1; with the defaults what the reference does).
 
     1. Clamp: x = clip(map, 0, c) / c with c = `clamp_of(maps, ratio, per_image)`. First, so that an outlier, which
        may be a hundred times the mean, counts no more than a clear difference when values are averaged.
     2. Smooth x with a Gaussian. Before the threshold, because averaging decides there what a lone latent can't.
-    3. Threshold: 1 where x > t.
-    4. Fill holes. Before regions are counted, so that a hollow outline counts with its inside; before erosion,
+    3. Follow the picture's edges. After smoothing, which would blur them again.
+    4. Threshold: 1 where x > t.
+    5. Fill holes. Before regions are counted, so that a hollow outline counts with its inside; before erosion,
        which would widen the holes.
-    5. Drop small regions. Before erosion and dilation, so that sizes are those of the map's own regions.
-    6. Erode, then 7. dilate: with equal numbers an opening, which takes off what is thin and leaves the rest.
+    6. Drop small regions. Before erosion and dilation, so that sizes are those of the map's own regions.
+    7. Erode, then 8. dilate: with equal numbers an opening, which takes off what is thin and leaves the rest.
 
     With `options.soft` the result of these steps, H, says where the border is, and the map how sharp it is:
 
@@ -163,8 +178,9 @@ def mask_of(
         in H:       soft = max(s, min(1, 1/2 + (d - 1) / 2r))      d: distance to the nearest latent outside H
         outside H:  soft = min(s, max(0, 1/2 - (d - 1) / 2r))      d: distance to the nearest latent in H
 
-    with r = 1 + ceil(smoothing), away from 1/2 to a multiple of 1/255. So the value is 1 deeper than r latents in H, 0 further than r outside, above 1/2 in
-    H and at most 1/2 elsewhere, and never falls where the map rises under the same clamp.
+    with r = 1 + ceil(smoothing), away from 1/2 to a multiple of 1/255. So the value is 1 deeper than r latents in H, 0
+    further than r outside, above 1/2 in H and at most 1/2 elsewhere; without `edges` it never falls where the map rises
+    under the same clamp.
 
     Args:
         maps: (B, h, w), finite and at least 0; computed with as float32.
@@ -173,6 +189,7 @@ def mask_of(
         options: see `MaskOptions`.
         clamp: magnitudes above 0 of shape (), (B,) or (B, 1, 1), as `clamp_of` gives them; `ratio` and `per_image` are
             then not used. None: computed.
+        guides: (1 or B, h, w, C), what `edges.guides_of` makes of the pictures; for `options.edges`.
 
     Returns:
         int64 (B, h, w) of 0 and 1; float32 in [0, 1] with `options.soft`.
@@ -191,6 +208,11 @@ def mask_of(
         from scipy import ndimage
 
         share = np.stack([ndimage.gaussian_filter(x, options.smoothing, mode="nearest") for x in share])
+    if options.edges > 0:
+        followed = zip(share, _guides(guides, maps.shape))
+        share = np.stack(
+            [follow_edges(x, guide, options.edges, options.edge_contrast) for x, guide in followed]
+        )
     threshold = np.float32(options.threshold)
     masks = np.stack([_cleaned(x > threshold, options) for x in share])
     if not options.soft:
@@ -224,8 +246,23 @@ def _clamp(clamp, count: int) -> np.ndarray:
     return clamp if clamp.ndim == 0 else clamp.reshape(-1, 1, 1)
 
 
+def _guides(guides, shape: Tuple[int, ...]) -> np.ndarray:
+    if guides is None:
+        raise ValueError(
+            "`edges` asks for the picture's edges; give `guides`, as `edges.guides_of` makes them."
+        )
+    guides = to_numpy(guides)
+    if guides.ndim != 4 or guides.shape[1:3] != shape[1:] or guides.shape[0] not in (1, shape[0]):
+        raise ValueError(
+            f"`guides` have shape {guides.shape}; for maps {shape} they have to be ({shape[0]}, {shape[1]},"
+            f" {shape[2]}, C), as `edges.guides_of` makes them."
+        )
+    check_finite(guides, "guide")
+    return np.broadcast_to(guides, (shape[0], *guides.shape[1:]))
+
+
 def _cleaned(mask: np.ndarray, options: MaskOptions) -> np.ndarray:
-    """Steps 4 to 7 of `mask_of` on one boolean mask (h, w)."""
+    """Steps 5 to 8 of `mask_of` on one boolean mask (h, w)."""
     if options.fill_holes:
         from scipy import ndimage
 

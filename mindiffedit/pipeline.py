@@ -14,7 +14,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Union
 
 import numpy as np
 
-from . import devices, masks, options, pictures, randomness, regularisers, schedules
+from . import devices, edges, masks, options, pictures, randomness, regularisers, schedules
 from .editing import Editing
 from .outputs import DiffEditInversionPipelineOutput, StableDiffusionPipelineOutput
 from .preparation import Preparation, as_its_own
@@ -228,7 +228,11 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
         clamp = self._crosses(
             "clamp_magnitude", masks.clamp_of(maps, mask_thresholding_ratio, per_image_clamp)
         )
-        mask = self._crosses("mask", masks.mask_of(maps, options=mask_options, clamp=clamp))
+        guides = None
+        if mask_options.edges:
+            guides = edges.guides_of(pixels, maps.shape[1:])
+            guides = np.concatenate([guides] * (batch // len(guides)))
+        mask = self._crosses("mask", masks.mask_of(maps, options=mask_options, clamp=clamp, guides=guides))
 
         # 9. Convert
         return pictures.mask_to_pil(mask) if output_type == "pil" else mask

@@ -8,7 +8,7 @@ from typing import Dict, List, Optional
 import numpy as np
 import PIL.Image
 
-from . import masks, options, pictures, runs
+from . import edges, masks, options, pictures, runs
 from .jobs import Job
 
 CELL = 384
@@ -82,13 +82,16 @@ def mask_sheet(
 
     A map is computed once for each strength; `known` has some already, (1, h, w) by strength.
     """
-    rows = []
+    guides, rows = None, []
     for strength in sweep.strengths:
         seen = (known or {}).get(strength)
         if seen is None:
             _, seen = runs.find_mask(job, pipe, strength)
+        if job.mask_options.edges:
+            guides = edges.guides_of(pictures.preprocess_image(job.fitted, job.factor), seen.shape[1:])
         found = [
-            masks.mask_of(seen, threshold, job.mask_options, per_image=True) for threshold in sweep.others
+            masks.mask_of(seen, threshold, job.mask_options, per_image=True, guides=guides)
+            for threshold in sweep.others
         ]
         rows.append([_cell(masks.overlay(job.fitted, runs.whole_mask(job, mask)[0])) for mask in found])
     return _sheet(job, sweep, rows, "mask strength", "threshold")

@@ -13,6 +13,7 @@ seconds are measured apart, one picture at a time, the parties taking turns, on 
 
 from __future__ import annotations
 
+import dataclasses
 import time
 
 import demo_scenes as scenes
@@ -25,7 +26,8 @@ FEATHER = 4
 
 CORRECTIONS = {
     "outliers removed (C2)": dict(outlier_quantile=None),
-    "mask smoothed, and of low clamp": dict(mask_options="reference", mask_thresholding_ratio=3.0),
+    "mask to the picture's edges (C9)": dict(mask_options="blurred", mask_thresholding_ratio=1.5),
+    "mask shaped at all": dict(mask_options="reference", mask_thresholding_ratio=3.0),
     "clamp per image (C4)": dict(per_image_clamp=False),
     "background at its own noise level (C3)": dict(aligned_background=False),
     "inversion without guidance (C6)": dict(inversion_guidance_scale="guidance"),
@@ -38,6 +40,9 @@ EXTRAS = {
     "noise in place of the inversion (C8)": dict(inversion="noise"),
 }
 """What is off by default, and what switches it on."""
+
+SHOWN = 4
+"""Scenes that the sheet of pictures shows."""
 
 GOALS = (
     "mask IoU",
@@ -64,7 +69,9 @@ def one_call(editor, edits, pictures, settings, seed, **changes):
     )
     shapes = {
         "reference": MaskOptions(),
-        "hard": MaskOptions(**{**vars(editing.EDIT_MASK), "soft": False}),
+        # With what suits it: smoothing alone needs a higher threshold under a lower clamp.
+        "blurred": dataclasses.replace(editing.EDIT_MASK, edges=0, threshold=0.84),
+        "hard": dataclasses.replace(editing.EDIT_MASK, soft=False),
     }
     for name, value in changes.items():
         if name == "mask_options":
@@ -118,16 +125,17 @@ def in_batches(edits, batch):
         yield chunk, filled, [scenes.draw_scene(edit.source)[0] for edit in filled]
 
 
-def measured(run, edits, batch, classifier, progress) -> tuple[list[dict], list[dict]]:
-    """Records of the results as they are, and of the same pasted back."""
-    records, again = [], []
+def measured(run, edits, batch, classifier, progress) -> tuple[list[dict], list[dict], list[tuple]]:
+    """Records of the results as they are, and of the same pasted back; (mask, result) of the first ones as they are."""
+    records, again, shown = [], [], []
     for chunk, filled, pictures in in_batches(edits, batch):
         found, results, *_ = run(filled, pictures)
         records += [judged(*each, classifier) for each in zip(chunk, pictures, found, results)]
+        shown += list(zip(found, results))[: max(0, min(len(chunk), SHOWN - len(shown)))]
         results = pasted(pictures, found, results)
         again += [judged(*each, classifier) for each in zip(chunk, pictures, found, results)]
         progress(len(chunk))
-    return records, again
+    return records, again, shown
 
 
 AVERAGED = (*evaluation.AVERAGED, "psnr_outside_mask")
@@ -170,8 +178,11 @@ def seconds(editor, edits, settings, seed) -> dict:
     return {name: float(np.median(values)) for name, values in taken.items()}
 
 
-def compare(editor, classifier, settings, *, count, seed, batch, ablation, rebuilt, timed, progress) -> dict:
-    """Everything that is measured. ``ablation``, ``rebuilt``, ``timed``: scenes of these parts; 0 leaves one out."""
+def compare(editor, classifier, settings, *, count, seed, batch, ablation, rebuilt, timed, progress):
+    """(everything that is measured, the sheet of pictures).
+
+    ``ablation``, ``rebuilt``, ``timed``: scenes of these parts; 0 leaves one out.
+    """
     edits = [evaluation.sample_edit(seed, index) for index in range(count)]
 
     usual = editor.pipeline.unet_batch_size
@@ -186,17 +197,19 @@ def compare(editor, classifier, settings, *, count, seed, batch, ablation, rebui
     def reference(some, pictures):
         return three_calls(editor, some, pictures, settings, seed)
 
-    theirs, _ = measured(reference, edits, batch, classifier, lambda n: progress("reference", n))
-    unpasted, ours = run("edit()", edits)
+    theirs, _, shown = measured(reference, edits, batch, classifier, lambda n: progress("reference", n))
+    sheet = {"reference": shown}
+    unpasted, ours, sheet["edit()"] = run("edit()", edits)
     records = {"reference": theirs, "edit()": ours, "edit(), no paste-back": unpasted}
     results = {"parties": {name: means(found) for name, found in records.items()}, "ablation": {}}
     if ablation:
         part = edits[:ablation]
         results["ablation"]["edit(), no paste-back"] = means(unpasted[:ablation])
-        for name, changes in CORRECTIONS.items():
-            results["ablation"][f"without: {name}"] = means(run(name, part, **changes)[0])
-        for name, changes in EXTRAS.items():
-            results["ablation"][f"with: {name}"] = means(run(name, part, **changes)[0])
+        changed = {f"without: {name}": changes for name, changes in CORRECTIONS.items()}
+        changed |= {f"with: {name}": changes for name, changes in EXTRAS.items()}
+        for name, changes in changed.items():
+            found, _, sheet[name] = run(name, part, **changes)
+            results["ablation"][name] = means(found)
         results["ablation"]["with: pasted back (C5)"] = means(ours[:ablation])
         results["ablation"]["reference"] = means(theirs[:ablation])
     if rebuilt:
@@ -212,7 +225,28 @@ def compare(editor, classifier, settings, *, count, seed, batch, ablation, rebui
         results["seconds"] = seconds(editor, edits[: timed + 1], settings, seed)
     results["goals"] = goals(results)
     results["records"] = records
-    return results
+    return results, sheet_of(edits, sheet)
+
+
+def sheet_of(edits, shown) -> Image.Image:
+    """Mask and unpasted result of the first scenes, a row for each of ``shown``; above them the drawn scenes.
+
+    ``shown``: {label: [(mask (h, w), result), ...]}.
+    """
+    from mindiffedit import masks
+
+    columns = min(len(found) for found in shown.values())
+    rows = [[scenes.draw_scene(scene)[0] for edit in edits[:columns] for scene in (edit.source, edit.target)]]
+    size = (scenes.SIZE, scenes.SIZE)
+    for found in shown.values():
+        rows.append([])
+        for mask, result in found[:columns]:
+            grey = np.round(255 * masks.enlarged(mask, size)).astype(np.uint8).reshape(size)
+            rows[-1] += [Image.fromarray(grey), result]
+    labels = [
+        edit.source.caption if i == 0 else edit.target.caption for edit in edits[:columns] for i in (0, 1)
+    ]
+    return masks.contact_sheet(rows, ["as drawn", *shown], labels)
 
 
 def goals(results) -> dict:

@@ -442,7 +442,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--ablation", type=natural, default=100, help="with --compare: scenes of the ablation (100)")
     add("--timed", type=natural, default=20, help="with --compare: edits whose seconds are measured (20)")
     add("--json", type=Path, metavar="FILE", help="write settings, means and every edit's figures")
-    add("--sheet", type=Path, metavar="PNG", help="write the first twelve edits as one picture")
+    add("--sheet", type=Path, metavar="PNG", help="write the first twelve edits as one picture; with --compare the first four of each party")
     add("--check", action="store_true", help="exit with 1 when a goal is missed")
     return parser
 
@@ -454,12 +454,14 @@ def compare(args, editor, classifier, settings) -> int:
     def progress(name, done):
         print(f"{name}: {done} edits", file=sys.stderr, flush=True)
 
-    results = compare_editing.compare(
+    results, sheet = compare_editing.compare(
         editor, classifier, settings, count=args.scenes, seed=args.seed, batch=args.batch,
         ablation=min(args.ablation, args.scenes), rebuilt=min(args.reconstructions, args.scenes),
         timed=min(args.timed, args.scenes - 1), progress=progress,
     )
     print(compare_editing.tables(results))
+    if args.sheet:
+        sheet.quantize(256, dither=Image.Dither.NONE).save(args.sheet, optimize=True)
     if args.json:
         results = {"scenes": args.scenes, "seed": args.seed, "model": args.model, "settings": settings} | results
         args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

@@ -281,7 +281,7 @@ def test_help_names_every_option(capsys):
     assert cli.main(["edit", "--help"]) == 0
     text = capsys.readouterr().out
     for option in ("--reference", "--mask-smoothing", "--mask-dilation", "--mask-erosion", "--fill-holes",
-                   "--smallest-region", "--mask-level", "--soft-mask", "--mask-combine", "--outliers", "--inversion",
+                   "--mask-edges", "--edge-contrast", "--smallest-region", "--mask-level", "--soft-mask", "--mask-combine", "--outliers", "--inversion",
                    "--iterations", "--no-paste-back", "--feather", "--caption", "--overlay", "--strip", "--sweep",
                    "--sweep-strengths", "--sweep-guidances", "--lora", "--embedding", "--config", "--variant",
                    "--prompt-model", "--caption-model", "--source", "--target", "--output", "--model", "--seed", "--steps", "--strength",
@@ -310,7 +310,7 @@ def test_edit_is_one_call(work, capsys):
     assert asked == dict(
         source_prompt=SOURCE, target_prompt=TARGET, negative_prompt=None, num_inference_steps=10,
         inpaint_strength=0.7, guidance_scale=3.0, num_maps_per_mask=4, mask_encode_strength=0.5,
-        mask_thresholding_ratio=1.5, mask_options=EDIT_MASK, mask_image=None, mask_combination="replace",
+        mask_thresholding_ratio=2.0, mask_options=EDIT_MASK, mask_image=None, mask_combination="replace",
         outlier_quantile=0.99, inversion="ddim", inversion_prompt=None, inversion_guidance_scale=1.0,
         inversion_iterations=0, image_latents=None, paste_back=False, feather=None, generator=5,
         output_type="pil",
@@ -361,19 +361,20 @@ def test_what_the_checker_blackened_is_not_pasted_into(work, capsys, monkeypatch
 def test_every_correction_reaches_the_call(work, capsys):
     line, _ = ran(capsys, edit(
         "--mask-smoothing", "1.5", "--mask-dilation", "2", "--mask-erosion", "1", "--fill-holes",
-        "--smallest-region", "4", "--mask-level", "0.4", "--soft-mask", "--outliers", "0.9", "--iterations", "3",
+        "--mask-edges", "3", "--edge-contrast", "0.1", "--smallest-region", "4", "--mask-level", "0.4", "--soft-mask", "--outliers", "0.9", "--iterations", "3",
         "--invert-guidance", "2", "--caption", "a table", "--negative", "blurred", "--json",
     ))  # fmt: skip
     asked = arguments("whole")
     assert asked["mask_options"] == masks.MaskOptions(
-        threshold=0.4, smoothing=1.5, erosion=1, dilation=2, fill_holes=True, smallest_region=4, soft=True
-    )
+        threshold=0.4, smoothing=1.5, erosion=1, dilation=2, fill_holes=True, smallest_region=4, soft=True,
+        edges=3, edge_contrast=0.1,
+    )  # fmt: skip
     assert (asked["outlier_quantile"], asked["inversion_iterations"]) == (0.9, 3)
     assert (asked["inversion_guidance_scale"], asked["inversion_prompt"]) == (2, "a table")
     assert asked["negative_prompt"] == "blurred"
     expected = dict(
         mask_smoothing=1.5, mask_dilation=2, mask_erosion=1, fill_holes=True, smallest_region=4, mask_level=0.4,
-        soft_mask=True, outliers=0.9, iterations=3, invert_guidance=2, caption="a table", inversion="ddim",
+        mask_edges=3, edge_contrast=0.1, soft_mask=True, outliers=0.9, iterations=3, invert_guidance=2, caption="a table", inversion="ddim",
         reference=False, paste_back=True, negative="blurred", mask_combine=None,
     )  # fmt: skip
     result = json.loads(line)
@@ -1113,6 +1114,8 @@ def test_an_incomplete_installation_is_said(work, capsys, monkeypatch):
         (["--mask-level", "1"], "--mask-level"),
         (["--mask-smoothing", "-1"], "--mask-smoothing"),
         (["--mask-smoothing", "inf"], "--mask-smoothing"),
+        (["--mask-edges", "-1"], "--mask-edges"),
+        (["--edge-contrast", "0"], "--edge-contrast"),
         (["--mask-erosion", "-1"], "--mask-erosion"),
         (["--mask-dilation", "1.5"], "--mask-dilation"),
         (["--smallest-region", "-2"], "--smallest-region"),
@@ -1148,6 +1151,7 @@ def test_bad_options(work, capsys, more, words):
 
 CORRECTED = [
     *(["--mask-smoothing", "1"], ["--mask-dilation", "1"], ["--mask-erosion", "1"], ["--fill-holes"]),
+    *(["--mask-edges", "2"], ["--edge-contrast", "0.1"]),
     *(["--smallest-region", "2"], ["--mask-level", "0.4"], ["--soft-mask"], ["--outliers", "none"]),
     *(["--inversion", "noise"], ["--iterations", "0"], ["--no-paste-back"], ["--feather", "2"]),
     *(["--caption", "a picture"], ["--sweep", "sheet.png"]),

@@ -6,7 +6,15 @@ import pytest
 from PIL import Image
 from test_pipeline import PICTURE, SOURCE, TARGET, our_pipeline
 
-from mindiffedit import DiffEditOutput, MaskOptions, StableDiffusionDiffEditPipeline, editing, masks, options
+from mindiffedit import (
+    DiffEditOutput,
+    MaskOptions,
+    StableDiffusionDiffEditPipeline,
+    edges,
+    editing,
+    masks,
+    options,
+)
 from mindiffedit.pictures import to_numpy
 
 SHORT = dict(num_inference_steps=4, inpaint_strength=0.75)
@@ -59,12 +67,12 @@ def edit(pipe, image=PICTURE, source=SOURCE, target=TARGET, **arguments) -> Diff
     return pipe.edit(image, source, target, **{**QUICK, **arguments})
 
 
-def masked(ours, **arguments):
+def masked(ours, image=PICTURE, **arguments):
     """A mask and what went by while it was made."""
     seen = Seen()
     with ours.debugging(seen):
         mask = ours.generate_mask(
-            PICTURE, target_prompt=TARGET, source_prompt=SOURCE, num_maps_per_mask=2, num_inference_steps=4,
+            image, target_prompt=TARGET, source_prompt=SOURCE, num_maps_per_mask=2, num_inference_steps=4,
             guidance_scale=3.0, generator=0, **arguments,
         )  # fmt: skip
     return mask, seen
@@ -165,6 +173,33 @@ def test_mask_options_in_the_first_call(ours):
     assert np.array_equal(mask, masks.mask_of(seen["map"][0], 3.0, options_, per_image=True))
     plain, _ = masked(ours)
     assert not np.array_equal(mask, plain) and mask.dtype == plain.dtype == np.int64
+
+
+def test_masks_follow_the_edges_of_each_picture_of_a_batch(ours):
+    followed = MaskOptions(smoothing=0.5, edges=2)
+    pictures_ = [PICTURE, PICTURE.transpose(Image.Transpose.FLIP_TOP_BOTTOM)]
+    seen = Seen()
+    with ours.debugging(seen):
+        mask = ours.generate_mask(
+            pictures_, [TARGET] * 2, source_prompt=[SOURCE] * 2, num_maps_per_mask=2, num_inference_steps=4,
+            guidance_scale=2.0, generator=0, per_image_clamp=True, mask_options=followed,
+        )  # fmt: skip
+    pixels = [np.asarray(picture.convert("RGB"), np.float32).transpose(2, 0, 1) / 127.5 - 1 for picture in pictures_]
+    guides = edges.guides_of(np.stack(pixels), (8, 10))
+    for i in range(2):
+        alone = masks.mask_of(seen["map"][0][i : i + 1], 3.0, followed, guides=guides[i : i + 1])
+        assert np.array_equal(mask[i : i + 1], alone)
+    plain = masks.mask_of(seen["map"][0], 3.0, MaskOptions(smoothing=0.5), per_image=True)
+    assert not np.array_equal(mask, plain)
+
+
+def test_latents_guide_their_own_masks(ours):
+    latents = np.random.default_rng(0).normal(size=(1, 4, 8, 10)).astype(np.float32)
+    mask, seen = masked(ours, image=latents, mask_options=MaskOptions(edges=2))
+    expected = masks.mask_of(
+        seen["map"][0], 3.0, MaskOptions(edges=2), guides=edges.guides_of(latents, (8, 10))
+    )
+    assert np.array_equal(mask, expected)
 
 
 # --- background and picture ---------------------------------------------------------------------------------------

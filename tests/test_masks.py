@@ -155,7 +155,7 @@ def test_bfloat16_tensors_and_double_arrays_are_maps_too():
 def test_defaults_and_values_of_the_options():
     assert dataclasses.asdict(MaskOptions()) == {
         "threshold": 0.5, "smoothing": 0.0, "erosion": 0, "dilation": 0, "fill_holes": False, "smallest_region": 0,
-        "soft": False,
+        "soft": False, "edges": 0, "edge_contrast": 0.06,
     }
     chosen = MaskOptions(np.float32(0.25), 2, np.int64(1), soft=np.True_)
     assert (chosen.threshold, chosen.smoothing, chosen.erosion, chosen.soft) == (0.25, 2.0, 1, True)
@@ -181,6 +181,10 @@ BAD_OPTIONS = [
     ("smallest_region", TypeError, (2.5, True, None)),
     ("fill_holes", TypeError, (1, 0, None, "yes")),
     ("soft", TypeError, (1, 0, None, "no")),
+    ("edges", ValueError, (-1, 101)),
+    ("edges", TypeError, (1.5, True, None, "2")),
+    ("edge_contrast", ValueError, (0, -0.1, math.nan, math.inf, None)),
+    ("edge_contrast", TypeError, (True, "0.1")),
 ]
 
 

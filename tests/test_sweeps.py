@@ -23,7 +23,7 @@ from test_cli import (  # noqa: F401  (work is a fixture)
 from mindiffedit import cli, masks, pictures, sweeps
 
 MASK = ["mask", "p.png", "--source", SOURCE, "--target", TARGET, "--model", "model", "--mask-threshold", "3",
-        "--mask-level", "0.5", "--mask-smoothing", "0", "--no-soft-mask"]  # fmt: skip
+        "--mask-level", "0.5", "--mask-smoothing", "0", "--mask-edges", "0", "--no-soft-mask"]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

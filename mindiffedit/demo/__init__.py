@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["SAMPLE_PROMPTS", "SETTINGS", "checkpoint_folder", "sample_picture"]
+__all__ = ["EDIT_SETTINGS", "SAMPLE_PROMPTS", "SETTINGS", "checkpoint_folder", "sample_picture"]
 
 _HERE = Path(__file__).resolve().parent
 
@@ -36,8 +36,8 @@ of the mask and the edit, ``invert_guidance`` that of ``invert`` (the paper inve
 ``mask_encode_strength`` and ``mask_thresholding_ratio`` of ``generate_mask``.
 """
 
-EDIT_SETTINGS = {**SETTINGS, "maps": 4, "mask_strength": 0.7, "mask_threshold": 1.5}
-"""The same for ``edit``, whose masks are smoothed: fewer maps at a lower noise level do."""
+EDIT_SETTINGS = {**SETTINGS, "maps": 3, "mask_strength": 0.7, "mask_threshold": 2.0}
+"""The same for ``edit``, whose masks are smoothed and follow the edges: fewer maps at a lower noise level do."""
 
 
 def checkpoint_folder() -> Path:
