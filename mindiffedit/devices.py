@@ -50,22 +50,16 @@ def mindspore_version() -> tuple[int, int, int]:
 def require_device(name: str | None) -> str:
     """Select a device target, or fail; a device that is absent is never replaced by another one.
 
-    Parameters
-    ----------
-    name : 'CPU', 'GPU' or 'Ascend' in any case, or None for the one that is already selected.
+    Args:
+        name: 'CPU', 'GPU' or 'Ascend' in any case, or None for the one that is already selected.
 
-    Returns
-    -------
-    The selected target, in MindSpore's spelling, after a small operator has really run on it.
+    Returns:
+        The selected target, in MindSpore's spelling, after a small operator has really run on it.
 
-    Raises
-    ------
-    TypeError
-        `name` is neither None nor a string.
-    ValueError
-        `name` is none of the three targets.
-    RuntimeError
-        The device is absent, or the process already runs on another one. The context is left as found.
+    Raises:
+        TypeError: `name` is neither None nor a string.
+        ValueError: `name` is none of the three targets.
+        RuntimeError: the device is absent, or the process already runs on another one. The context is left as found.
     """
     import mindspore
 
@@ -176,19 +170,14 @@ def synchronize() -> None:
 def supported_dtype(dtype):
     """The dtype to compute in on the current device when `dtype` was asked for.
 
-    Parameters
-    ----------
-    dtype : mindspore.float32, float16 or bfloat16, or one of these names as a string.
+    Args:
+        dtype: mindspore.float32, float16 or bfloat16, or one of these names as a string.
 
-    Returns
-    -------
-    (dtype, reason) : a mindspore dtype, and None where it is the one asked for, else a sentence saying why
-        it is another.
+    Returns:
+        A mindspore dtype, and None where it is the one asked for, else a sentence that says why it is another.
 
-    Raises
-    ------
-    ValueError
-        Any other dtype.
+    Raises:
+        ValueError: any other dtype.
     """
     import mindspore
 

@@ -49,12 +49,13 @@ __all__ = ["KERNELS", "Kernel", "missing_kernels", "portable_kernels"]
 class Kernel:
     """One name that may be missing, or inaccurate, on a device.
 
-    name : dotted path of the original; 'mint' stands for 'mindspore.mint'. A class means its `construct`, a
-        method stands after a colon.
-    replacement : function with the signature of the original.
-    probe : calls the original on tiny input; it raises where the kernel is missing or inaccurate.
-    reason : what is missing or wrong, and so when this entry can go.
-    improves : whether the original would do, with more memory.
+    Attributes:
+        name: dotted path of the original; 'mint' stands for 'mindspore.mint'. A class means its `construct`, a method
+            stands after a colon.
+        replacement: function with the signature of the original.
+        probe: calls the original on tiny input; it raises where the kernel is missing or inaccurate.
+        reason: what is missing or wrong, and so when this entry can go.
+        improves: whether the original would do, with more memory.
     """
 
     name: str

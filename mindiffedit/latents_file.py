@@ -27,8 +27,13 @@ __all__ = ["read_latents", "write_latents"]
 def write_latents(path, latents: np.ndarray, clean: np.ndarray, made: Dict[str, Any]) -> None:
     """Write latents and how they were made as a safetensors file, whole or not at all.
 
-    `latents` is float32 (1, T, C, h, w), noisiest first, `clean` (1, C, h, w), where the inversion began; `made` holds
-    the values that `read_latents` returns.
+    Args:
+        latents: float32 (1, T, C, h, w), noisiest first.
+        clean: float32 (1, C, h, w), where the inversion began.
+        made: the values that `read_latents` returns.
+
+    Raises:
+        NumericalError: NaN or infinity in one of the two.
     """
     for values in (latents, clean):
         options.check_finite(values, "inversion")
@@ -42,17 +47,14 @@ def write_latents(path, latents: np.ndarray, clean: np.ndarray, made: Dict[str, 
 def read_latents(path) -> Tuple[np.ndarray, Optional[np.ndarray], Dict[str, Any]]:
     """Read what `write_latents` wrote, in this version or the one before.
 
-    Returns
-    -------
-    float32 (1, T, C, h, w); the clean latents, float32 (1, C, h, w), or None in a file of version 1; and a dict:
-    prompt, negative_prompt, scheduler, model, picture_sha256 and picture_size ("WxH") as text, steps and seed as int,
-    strength and guidance as float, working_size as (width, height).
+    Returns:
+        float32 (1, T, C, h, w); the clean latents, float32 (1, C, h, w), or None in a file of version 1; and a dict:
+        prompt, negative_prompt, scheduler, model, picture_sha256 and picture_size ("WxH") as text, steps and seed as
+        int, strength and guidance as float, working_size as (width, height).
 
-    Raises
-    ------
-    ValueError
-        The file is missing, damaged, or of another kind or version, its values do not fit together, or one
-        is NaN.
+    Raises:
+        ValueError: the file is missing, damaged, or of another kind or version, its values do not fit together, or
+            one is NaN or infinite.
     """
     if not os.path.isfile(path):
         raise ValueError(f"there is no latents file {path}; make one with `mindiffedit invert`.")

@@ -36,10 +36,12 @@ _METADATA = "lora_adapter_metadata"
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """What a LoRA adds to one weight: ``ratio * up @ down``, ratio being alpha / rank. Equal only to itself.
+    """What a LoRA adds to one weight: ``ratio * up @ down``. Equal only to itself.
 
-    down : (r, n) float32, n the product of the weight's dimensions but the first.
-    up : (m, r) float32, m the weight's first dimension.
+    Attributes:
+        down: (r, n) float32, n the product of the weight's dimensions but the first.
+        up: (m, r) float32, m the weight's first dimension.
+        ratio: alpha / rank.
     """
 
     down: np.ndarray

@@ -115,10 +115,8 @@ def check_steps(value, name: str = "num_inference_steps", most: int = MAX_STEPS)
 def effective_steps(num_inference_steps: int, strength: float, name: str = "inpaint_strength") -> int:
     """Number of steps that really run: int(steps · strength), as in the reference.
 
-    Raises
-    ------
-    ValueError
-        No step would run. The message names a strength and a number of steps that work.
+    Raises:
+        ValueError: no step would run. The message names a strength and a number of steps that work.
     """
     steps = min(int(num_inference_steps * strength), num_inference_steps)
     if steps >= 1:
@@ -343,26 +341,21 @@ def check_prompt_inputs(
 ) -> int:
     """Check one prompt, given as text or as embeddings, and its negative.
 
-    Parameters
-    ----------
-    prompt : str or list of str; the empty string is a prompt.
-    negative_prompt : None, or of the same type and length as `prompt`.
-    prompt_embeds, negative_prompt_embeds : None, or float (B, tokens, width); in place of the texts.
-    prefix : what the names of the four have in front in messages, such as "target_".
-    guided : False where there is no guidance and negatives are ignored, as the reference ignores them; then
-        only what cannot be meant at all is an error.
+    Args:
+        prompt: str or list of str; the empty string is a prompt.
+        negative_prompt: None, or of the same type and length as `prompt`.
+        prompt_embeds, negative_prompt_embeds: None, or float (B, tokens, width); in place of the texts.
+        prefix: what the names of the four have in front in messages, such as "target_".
+        guided: False where there is no guidance and negatives are ignored, as the reference ignores them; then only
+            what cannot be meant at all is an error.
 
-    Returns
-    -------
-    The batch size.
+    Returns:
+        The batch size.
 
-    Raises
-    ------
-    ValueError
-        Both or neither of text and embeddings, an empty list, a prompt or an entry that is no string, counts
-        or shapes that do not fit, NaN or inf.
-    TypeError
-        `negative_prompt` is not of `prompt`'s type; embeddings are not floating-point numbers.
+    Raises:
+        ValueError: both or neither of text and embeddings, an empty list, a prompt or an entry that is no string,
+            counts or shapes that do not fit, NaN or inf.
+        TypeError: `negative_prompt` is not of `prompt`'s type; embeddings are not floating-point numbers.
     """
     if prefix and not prefix.endswith("_"):
         prefix += "_"
@@ -461,24 +454,18 @@ def check_image_latents(
 ) -> np.ndarray:
     """Check the latents of an inversion against what the edit needs.
 
-    Parameters
-    ----------
-    array : float (B, T, C, h, w), or (B · T, C, h, w) with the steps of one picture in a row, as array or
-        tensor.
-    batch_size : number of prompts, B.
-    steps : number of steps that the edit runs, T.
-    latent_shape : (C, h, w), with h and w those of the mask.
+    Args:
+        array: float (B, T, C, h, w), or (B · T, C, h, w) with the steps of one picture in a row, as array or tensor.
+        batch_size: number of prompts, B.
+        steps: number of steps that the edit runs, T.
+        latent_shape: (C, h, w), with h and w those of the mask.
 
-    Returns
-    -------
-    float array (B, T, C, h, w).
+    Returns:
+        float array (B, T, C, h, w).
 
-    Raises
-    ------
-    ValueError
-        Rank, shape, batch or length do not fit, or a value is NaN or infinite.
-    TypeError
-        The values are not floating-point numbers.
+    Raises:
+        ValueError: rank, shape, batch or length do not fit, or a value is NaN or infinite.
+        TypeError: the values are not floating-point numbers.
     """
     array = to_numpy(array)
     latent_shape = tuple(int(n) for n in latent_shape)
@@ -532,10 +519,8 @@ def _wrong_count(name: str, batch_size: int, steps: int, got: str) -> str:
 def check_attention_kwargs(given) -> dict:
     """`cross_attention_kwargs` as a dict of plain values, which can be compiled into a graph.
 
-    Raises
-    ------
-    TypeError
-        Not a dict, or a value that is no number, string, boolean or None.
+    Raises:
+        TypeError: not a dict, or a value that is no number, string, boolean or None.
     """
     if given is None:
         return {}

@@ -276,9 +276,15 @@ class Attention:
     """
 
     def math_attention_op(self, query, key, value, attn_mask=None):
-        """(..., tokens, size) query, key and value; some rows of the scores after the others.
+        """softmax(scale * query key^T + mask) value, some rows of the scores after the others.
 
-        attn_mask : None or additive, (..., tokens or 1, keys); a boolean one says where to look.
+        Args:
+            query: (..., tokens, size).
+            key, value: (..., keys, size).
+            attn_mask: None or additive, (..., tokens or 1, keys); a boolean one is True where to look.
+
+        Returns:
+            (..., tokens, size), of `value`'s dtype.
         """
         shape = query.shape
         if attn_mask is not None and attn_mask.dtype == mindspore.bool_:

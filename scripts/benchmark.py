@@ -61,7 +61,13 @@ class Died(Exception):
 def run_job(job: dict, timeout: float, environment: dict | None = None) -> dict:
     """Run one job in a process of its own and return its result.
 
-    timeout : seconds. The process, and all that it started, are killed after that, and when we are interrupted.
+    Args:
+        job: what the worker reads, with `threads`.
+        timeout: seconds. The process, and all that it started, are killed after that, and when we are interrupted.
+        environment: variables set for the process beside ours, or None.
+
+    Raises:
+        Died: no result, for whatever reason.
     """
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     surroundings = {**os.environ, **{name: str(job["threads"]) for name in names}}
@@ -154,7 +160,8 @@ def describe_machine() -> dict:
 def measure_machine(args, model: Path, stored: Path | None) -> tuple:
     """(rate of matrix products, operations of one UNet evaluation); None for what could not be had.
 
-    stored : file in which counted operations are kept, or None.
+    Args:
+        stored: file in which counted operations are kept, or None.
     """
     sizes = {}
     if stored is not None and stored.exists():

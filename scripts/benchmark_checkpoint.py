@@ -80,10 +80,11 @@ def is_checkpoint(folder: Path) -> bool:
 def ensure(folder: Path, *, seed: int = SEED, unet=None, vae=None, text=None) -> Path:
     """Make the checkpoint in `folder` unless it is there; returns the folder.
 
-    unet, vae, text : entries of `UNET`, `VAE` and `TEXT` to be changed, for small checkpoints.
-
     It is built in a folder beside the wanted one, which is renamed when it is whole. Where two processes do so
     at once, the first one's is kept.
+
+    Args:
+        unet, vae, text: entries of `UNET`, `VAE` and `TEXT` to be changed, for small checkpoints.
     """
     folder = Path(folder)
     if is_checkpoint(folder):

@@ -26,8 +26,12 @@ def total(seconds: dict):
 def share_of_rate(operations, samples, seconds, rate):
     """Part of the machine's matrix-product rate that `samples` UNet evaluations in `seconds` reach, 0 to 1.
 
-    operations : floating-point operations of one evaluation of one sample; rate : operations a second.
-    None where one of them is not known.
+    Args:
+        operations: floating-point operations of one evaluation of one sample.
+        rate: operations a second.
+
+    Returns:
+        The share; None where one of the four is not known.
     """
     if None in (operations, samples, seconds, rate) or not seconds or not rate:
         return None
@@ -275,7 +279,8 @@ def load_matplotlib():
 def plot_scaling(points: list[dict], path: Path) -> None:
     """Seconds and peak memory against size, maps and batch, as a PNG.
 
-    points : {"axis", "value", "party", "seconds", "peak"}; seconds or peak None where a run died.
+    Args:
+        points: {"axis", "value", "party", "seconds", "peak"}; seconds or peak None where a run died.
     """
     import io
 

@@ -25,16 +25,17 @@ WEIGHTS = Path(__file__).resolve().parent / "scene_classifier.safetensors"
 def object_crop(picture: np.ndarray, mask: np.ndarray, shift=(0, 0), stretch=1.0) -> np.ndarray:
     """The square around a mask's box, one eighth larger, resized for the network.
 
-    Parameters
-    ----------
-    picture : uint8 (H, W, 3).
-    mask : (H, W); the object is where it is above 0.5. An empty mask is an error.
-    shift : (rows, columns) by which the square is moved, in pixels.
-    stretch : factor on the square's side.
+    Args:
+        picture: uint8 (H, W, 3).
+        mask: (H, W); the object is where it is above 0.5.
+        shift: (rows, columns) by which the square is moved, in pixels.
+        stretch: factor on the square's side.
 
-    Returns
-    -------
-    uint8 (CROP_SIZE, CROP_SIZE, 3); black where the square leaves the picture.
+    Returns:
+        uint8 (CROP_SIZE, CROP_SIZE, 3); black where the square leaves the picture.
+
+    Raises:
+        ValueError: the mask is empty.
     """
     rows, columns = np.nonzero(mask > 0.5)
     if rows.size == 0:

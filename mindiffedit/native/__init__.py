@@ -6,11 +6,11 @@ use MindSpore's own operators. All kernels are float32.
 
 Environment variables:
 
-MINDIFFEDIT_NATIVE : '0' leaves the library unused.
-MINDIFFEDIT_NATIVE_ISA : 'baseline', 'avx2' or 'avx512': at most this instruction set. The default is the best
-    that the processor has. Read when the library is first used.
-OMP_NUM_THREADS : the number of threads, as for OpenMP programs; the cores that the process may use without it. It
-    does not change the results.
+- MINDIFFEDIT_NATIVE: '0' leaves the library unused.
+- MINDIFFEDIT_NATIVE_ISA: 'baseline', 'avx2' or 'avx512': at most this instruction set. The default is the best that
+  the processor has. Read when the library is first used.
+- OMP_NUM_THREADS: the number of threads, as for OpenMP programs; the cores that the process may use without it. It
+  does not change the results.
 
 The operators themselves are in `mindiffedit.native.operators`; import it only where `available()` is True.
 """
@@ -67,12 +67,15 @@ def instruction_set() -> str | None:
 def call(name: str, inputs: Sequence[np.ndarray], output: np.ndarray) -> None:
     """Run an operator of the library on NumPy arrays, without MindSpore.
 
-    name : the C function's, such as 'Silu'.
-    inputs : float32 arrays, numbers that are no tensors as the last one; see operators.cpp.
-    output : C-contiguous float32 array that is filled.
+    Args:
+        name: the C function's, such as 'Silu'.
+        inputs: float32 arrays, numbers that are no tensors as the last one; see operators.cpp.
+        output: C-contiguous, writeable float32 array that is filled.
 
-    Raises ValueError where the operator refuses types or shapes, MemoryError, and AttributeError for a name
-    that does not exist.
+    Raises:
+        ValueError: the operator refuses the types or shapes, or `output` is not as above.
+        MemoryError: no memory for its scratch space.
+        AttributeError: the library has no operator of that name.
     """
     if not (output.flags.c_contiguous and output.flags.writeable):
         raise ValueError("call: output expected C-contiguous and writeable")

@@ -110,12 +110,14 @@ _conv2d_bias = _operator("Conv2dPrecise", _convolved)
 def attention(query, key, value, heads, scale):
     """softmax(scale * query key^T) value of each head, without storing the scores.
 
-    query : (batch, queries, heads * size); head h has the columns from h * size on.
-    key, value : (batch, keys, heads * size), at least one key, size at most 1024.
-    heads : int.
-    scale : float other than 0, usually size ** -0.5.
+    Args:
+        query: (batch, queries, heads * size); head h has the columns from h * size on.
+        key, value: (batch, keys, heads * size), at least one key, size at most 1024.
+        heads: int.
+        scale: float other than 0, usually size ** -0.5.
 
-    Returns (batch, queries, heads * size).
+    Returns:
+        (batch, queries, heads * size).
     """
     return _attention(query, key, value, mindspore.tensor([heads, scale], mindspore.float32))
 
@@ -141,11 +143,18 @@ def silu(x):
 
 
 def group_norm(x, groups, weight, bias, eps=1e-5, silu=False, shift=None):
-    """Group norm of (batch, channels, ...).
+    """Group norm, with SiLU and a shift for each channel if asked for.
 
-    weight, bias : (channels,).
-    silu : whether the SiLU of the result is returned.
-    shift : (batch, channels), added to x first; None for nothing.
+    Args:
+        x: (batch, channels, ...).
+        groups: int that divides channels.
+        weight, bias: (channels,).
+        eps: float, added to the variance.
+        silu: whether the SiLU of the result is returned.
+        shift: (batch, channels), added to x first; None for nothing.
+
+    Returns:
+        Of x's shape.
     """
     numbers = mindspore.tensor([groups, eps, 1 if silu else 0], mindspore.float32)
     if shift is None:
@@ -179,10 +188,18 @@ def image_to_tokens(x):
 def conv2d_precise(x, weight, bias=None, stride=1, padding=0):
     """2-D convolution with sums in float64, rounded once.
 
-    x : (batch, channels, height, width).
-    weight : (filters, channels, rows, columns), rows and columns at most 3.
-    bias : (filters,) or None.
-    stride : 1 or 2. padding : 0 or 1. Each for both directions.
+    Args:
+        x: (batch, channels, height, width).
+        weight: (filters, channels, rows, columns), rows and columns at most 3.
+        bias: (filters,) or None.
+        stride: 1 or 2, for both directions.
+        padding: 0 or 1, for both directions.
+
+    Returns:
+        (batch, filters, height', width').
+
+    Raises:
+        ValueError: another stride or padding.
     """
     if stride not in (1, 2) or padding not in (0, 1):
         raise ValueError(f"conv2d_precise: stride {stride} and padding {padding}, expected 1 or 2 and 0 or 1")

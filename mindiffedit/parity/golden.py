@@ -73,12 +73,11 @@ __all__ = [
 class Golden:
     """What a golden file holds.
 
-    Attributes
-    ----------
-    trace : {stage: array}, in the order of the stages.
-    manifest : what was given to `write_golden`, as JSON gives it back: tuples are lists.
-    inputs : {name: array}, the tensors under "input/", by their names without it.
-    sha256 : hash of the manifest, and so of the whole recording.
+    Attributes:
+        trace: {stage: array}, in the order of the stages.
+        manifest: what was given to `write_golden`, as JSON gives it back: tuples are lists.
+        inputs: {name: array}, the tensors under "input/", by their names without it.
+        sha256: hash of the manifest, and so of the whole recording.
     """
 
     trace: Dict[str, np.ndarray]
@@ -93,17 +92,14 @@ class Golden:
 def write_golden(path, trace: Mapping[str, np.ndarray], manifest: Mapping[str, Any]) -> None:
     """Write a trace and how it was made, whole or not at all.
 
-    Parameters
-    ----------
-    trace : {name: array} in the order of the stages; names that begin with "input/" are inputs. Numbers or
-        booleans of any shape, not empty, finite.
-    manifest : anything that JSON can hold, NumPy's numbers and arrays and paths included.
+    Args:
+        trace: {name: array} in the order of the stages; names that begin with "input/" are inputs. Numbers or
+            booleans of any shape, not empty, finite.
+        manifest: anything that JSON can hold, NumPy's numbers and arrays and paths included.
 
-    Raises
-    ------
-    ValueError
-        Nothing but inputs, a name that a file cannot hold, a dtype other than plain numbers, an empty array,
-        NaN or infinity (`options.NumericalError`, which names the stage), or a manifest that is no JSON.
+    Raises:
+        ValueError: nothing but inputs, a name that a file cannot hold, a dtype other than plain numbers, an empty
+            array, NaN or infinity (`options.NumericalError`, which names the stage), or a manifest that is no JSON.
     """
     arrays = {name: _storable(name, array) for name, array in trace.items()}
     if all(name.startswith(INPUTS) for name in arrays):
@@ -177,11 +173,9 @@ def _hash_array(array: np.ndarray) -> str:
 def read_golden(path) -> Golden:
     """Read what `write_golden` wrote, every hash checked.
 
-    Raises
-    ------
-    ValueError
-        The file is missing, cut off, no safetensors file, of another format or another version, or manifest
-        or tensors are not those that were written. The message names the path and says what to do.
+    Raises:
+        ValueError: the file is missing, cut off, no safetensors file, of another format or another version, or
+            manifest or tensors are not those that were written. The message names the path and says what to do.
     """
     if not os.path.isfile(path):
         raise ValueError(f"there is no golden file {path}; make one with `mindiffedit parity record`.")
@@ -275,22 +269,18 @@ def hash_files(
 ) -> Dict[str, str]:
     """Hashes of the files that make a checkpoint what it is.
 
-    Parameters
-    ----------
-    folder : checkpoint folder as diffusers writes it, one folder for each component.
-    components : which of them; others, such as a safety checker, change no tensor.
-    patterns : which files in them, as in `Path.glob`.
+    Args:
+        folder: checkpoint folder as diffusers writes it, one folder for each component.
+        components: which of them; others, such as a safety checker, change no tensor.
+        patterns: which files in them, as in `Path.glob`.
 
-    Returns
-    -------
-    {path relative to `folder`, with slashes: sha256 in hexadecimal}, sorted. Weights and vocabularies are
-    hashed byte by byte; of other .json files the content, without keys that begin with "_" and without the
-    version and dtype of whoever saved it, so that saving a checkpoint anew does not make it another.
+    Returns:
+        {path relative to `folder`, with slashes: sha256 in hexadecimal}, sorted. Weights and vocabularies are hashed
+        byte by byte; of other .json files the content, without keys that begin with "_" and without the version and
+        dtype of whoever saved it, so that saving a checkpoint anew does not make it another.
 
-    Raises
-    ------
-    ValueError
-        A component has no such file, one with weights no safetensors file, or a file cannot be read.
+    Raises:
+        ValueError: a component has no such file, one with weights no safetensors file, or a file cannot be read.
     """
     folder, hashes = Path(folder), {}
     if not folder.is_dir():
@@ -313,16 +303,13 @@ def hash_files(
 def check_files(folder, expected: Mapping[str, str]) -> None:
     """Check that a folder has the model that a trace was recorded with.
 
-    Parameters
-    ----------
-    folder : checkpoint folder.
-    expected : what `hash_files` gave for the recording's. Files that are not in it may be there.
+    Args:
+        folder: checkpoint folder.
+        expected: what `hash_files` gave for the recording's. Files that are not in it may be there.
 
-    Raises
-    ------
-    ValueError
-        A file is missing, which makes it another model; weights or vocabulary differ; or only settings do.
-        The message names the first of these files.
+    Raises:
+        ValueError: a file is missing, which makes it another model; weights or vocabulary differ; or only settings
+            do. The message names the first of these files.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -389,15 +376,12 @@ def _settings(path: Path):
 def check_arguments(recorded: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Check that arguments given on the command line are those of the recording.
 
-    Parameters
-    ----------
-    recorded : arguments by name ("mask_strength" is the option --mask-strength), from the manifest.
-    given : the same names; None was not given and agrees with everything.
+    Args:
+        recorded: arguments by name ("mask_strength" is the option --mask-strength), from the manifest.
+        given: the same names; None was not given and agrees with everything.
 
-    Raises
-    ------
-    ValueError
-        A given argument differs, or the recording has none of that name. All that differ are named.
+    Raises:
+        ValueError: a given argument differs, or the recording has none of that name. All that differ are named.
     """
     different: List[str] = [
         name

@@ -56,21 +56,20 @@ class Limit:
 class Comparison:
     """One tensor against its reference.
 
-    Attributes
-    ----------
-    name, kind : the stage, and how it was compared.
-    shape : the reference's, or ours where the reference has no such stage.
-    max_abs, relative, rms_relative, cosine : largest difference; that over the reference's rms; rms of the
-        difference over the reference's rms; cosine of the angle between the two. NaN where there is nothing
-        to compare. Of a stacked stage: those of `step`.
-    tolerance : what was allowed (at `step`); a mask's is the margin, relative to the rms of its map.
-    ok : whether it is within the tolerance.
-    reason : None, or why it is not, in a sentence without a full stop.
-    step, steps : of a stage that is stacked by step: the first step out of tolerance, or the worst where all
-        are within, counted from 0; and how many there are. None for other stages.
-    counts : "differing" and "total" values of exact and levels stages (over all steps); of masks also
-        "excepted" pixels and "excepted_differing", those of them that differ.
-    by_step : what was held against the tolerance, for each step of a stacked stage; else empty.
+    Attributes:
+        name, kind: the stage, and how it was compared.
+        shape: the reference's, or ours where the reference has no such stage.
+        max_abs, relative, rms_relative, cosine: largest difference; that over the reference's rms; rms of the
+            difference over the reference's rms; cosine of the angle between the two. NaN where there is nothing to
+            compare. Of a stacked stage: those of `step`.
+        tolerance: what was allowed (at `step`); a mask's is the margin, relative to the rms of its map.
+        ok: whether it is within the tolerance.
+        reason: None, or why it is not, in a sentence without a full stop.
+        step, steps: of a stage that is stacked by step: the first step out of tolerance, or the worst where all are
+            within, counted from 0; and how many there are. None for other stages.
+        counts: "differing" and "total" values of exact and levels stages (over all steps); of masks also "excepted"
+            pixels and "excepted_differing", those of them that differ.
+        by_step: what was held against the tolerance, for each step of a stacked stage; else empty.
     """
 
     name: str
@@ -128,26 +127,22 @@ def compare(
 ) -> Comparison:
     """Compare one tensor with its reference.
 
-    Parameters
-    ----------
-    ours, theirs : arrays of numbers or booleans; None where a side does not have the stage.
-    tolerance : number of at least 0, or one for each step of a stacked stage. For kind "mask" the margin
-        around the threshold, relative to the rms of `reference_map`; "exact" has no use for it.
-    kind : one of `KINDS`.
-    stacked : the first axis counts steps. Each step is compared by itself, with its own rms.
-    reference_map, clamp_magnitude : for kind "mask", the reference's map (shape of the mask) and the value it
-        is clamped at, one number. The mask is clip(map, 0, magnitude) / magnitude > 0.5, so the threshold on
-        the map is magnitude / 2. Without them no pixel is excepted.
+    Args:
+        ours, theirs: arrays of numbers or booleans; None where a side does not have the stage.
+        tolerance: number of at least 0, or one for each step of a stacked stage. For kind "mask" the margin around
+            the threshold, relative to the rms of `reference_map`; "exact" has no use for it.
+        kind: one of `KINDS`.
+        stacked: the first axis counts steps. Each step is compared by itself, with its own rms.
+        reference_map, clamp_magnitude: for kind "mask", the reference's map (shape of the mask) and the value it is
+            clamped at, one number. The mask is clip(map, 0, magnitude) / magnitude > 0.5, so the threshold on the map
+            is magnitude / 2. Without them no pixel is excepted.
 
-    Returns
-    -------
-    The comparison. Out of tolerance, with a reason, is also what cannot be compared: a missing or empty side,
-    NaN or infinity, other shapes, integers against floats, a tolerance that is negative or not finite.
+    Returns:
+        The comparison. Out of tolerance, with a reason, is also what cannot be compared: a missing or empty side, NaN
+        or infinity, other shapes, integers against floats, a tolerance that is negative or not finite.
 
-    Raises
-    ------
-    ValueError
-        `kind` is none of `KINDS`.
+    Raises:
+        ValueError: `kind` is none of `KINDS`.
     """
     if kind not in KINDS:
         raise ValueError(f"`kind` has to be one of {', '.join(KINDS)}, but is {kind!r}.")
@@ -373,15 +368,13 @@ def compare_traces(
 ) -> List[Comparison]:
     """Compare all stages of two traces.
 
-    Parameters
-    ----------
-    ours, theirs : traces, {stage: array}.
-    limits : {stage: Limit}, see `tolerances.limits`; a stage without one is out of tolerance.
+    Args:
+        ours, theirs: traces, {stage: array}.
+        limits: {stage: Limit}, see `tolerances.limits`; a stage without one is out of tolerance.
 
-    Returns
-    -------
-    One comparison for each stage of `theirs`, in its order, then one, out of tolerance, for each stage that
-    only `ours` has. The mask of a call is judged with the reference's map of the same call.
+    Returns:
+        One comparison for each stage of `theirs`, in its order, then one, out of tolerance, for each stage that only
+        `ours` has. The mask of a call is judged with the reference's map of the same call.
     """
     found = []
     for name, reference in theirs.items():

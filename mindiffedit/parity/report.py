@@ -136,10 +136,8 @@ def _shown(value) -> str:
 def check_report_path(path) -> Path:
     """Check that a report can be written at `path`, before the long work that will fill it.
 
-    Raises
-    ------
-    ValueError
-        As `pictures.check_output_path`; the extension has to be one of `REPORT_KINDS`.
+    Raises:
+        ValueError: as `pictures.check_output_path`; the extension has to be one of `REPORT_KINDS`.
     """
     return pictures.check_output_path(path, tuple(REPORT_KINDS))
 
@@ -155,16 +153,13 @@ def write_report(path, comparisons: Sequence[Comparison], context: Mapping[str, 
 def render(comparisons: Sequence[Comparison], context: Mapping[str, Any], kind: str) -> str:
     """A report as text.
 
-    Parameters
-    ----------
-    context : what the reader has to know, in the order in which it is shown: golden file, model, mode,
-        device, versions, date, ... Values are text, numbers, booleans, None, or lists and dicts of these.
-    kind : "md", "json" or "html". JSON is strict: NaN and infinity are the strings "nan", "inf" and "-inf".
+    Args:
+        context: what the reader has to know, in the order in which it is shown: golden file, model, mode, device,
+            versions, date, ... Values are text, numbers, booleans, None, or lists and dicts of these.
+        kind: "md", "json" or "html". JSON is strict: NaN and infinity are the strings "nan", "inf" and "-inf".
 
-    Raises
-    ------
-    ValueError
-        Another kind.
+    Raises:
+        ValueError: another kind.
     """
     if kind not in _RENDERERS:
         raise ValueError(f"a report is one of {', '.join(_RENDERERS)}, not {kind!r}.")
@@ -309,25 +304,21 @@ def save_diff(
 ) -> List[Path]:
     """Draw the worst tensors: reference, ours and the absolute difference side by side, one PNG for each.
 
-    Parameters
-    ----------
-    folder : where the PNGs go; made where it is missing. They are numbered from the worst on.
-    comparisons : those out of tolerance come first, in their order, then the nearest to their tolerance.
-        Stages that cannot be drawn (missing on a side, other shapes, single numbers) and such without any
-        difference are left out.
-    ours, theirs : the traces.
-    worst : at most so many.
+    Args:
+        folder: where the PNGs go; made where it is missing. They are numbered from the worst on.
+        comparisons: those out of tolerance come first, in their order, then the nearest to their tolerance. Stages
+            that cannot be drawn (missing on a side, other shapes, single numbers) and such without any difference are
+            left out.
+        ours, theirs: the traces.
+        worst: at most so many.
 
-    Returns
-    -------
-    The paths written. Of stacked stages the step is drawn that the comparison names; of several items, the
-    one with the largest difference; channels side by side, or their mean where they are many or wide. Values
-    that are not finite are magenta.
+    Returns:
+        The paths written. Of stacked stages the step is drawn that the comparison names; of several items, the one
+        with the largest difference; channels side by side, or their mean where they are many or wide. Values that are
+        not finite are magenta.
 
-    Raises
-    ------
-    ValueError
-        `worst` is not at least 1, or `folder` is a file.
+    Raises:
+        ValueError: `worst` is not at least 1, or `folder` is a file.
     """
     worst = options.check_positive_int("worst", worst)
     folder = Path(folder)

@@ -22,17 +22,16 @@ __all__ = ["TABLE", "Tolerance", "floor_of", "for_stage", "limit", "limits", "re
 class Tolerance:
     """One row of the table.
 
-    Attributes
-    ----------
-    pattern : of the stage's name without its call, as in `fnmatch`; the first row that matches counts.
-    kind : how the stage is compared, one of `metrics.KINDS`.
-    factor : the tolerance is this many times the measured floor; 0 where it is `least` whatever the floor.
-    least : the tolerance is never below this.
-    default : the tolerance where no floor was measured.
-    why : one sentence.
-    stacked : the first axis counts steps, each compared by itself.
-    floor_stage : stage of the same call whose floor is meant; None is the stage itself.
-    goal : what the project aims at, for the table; it is not enforced.
+    Attributes:
+        pattern: of the stage's name without its call, as in `fnmatch`; the first row that matches counts.
+        kind: how the stage is compared, one of `metrics.KINDS`.
+        factor: the tolerance is this many times the measured floor; 0 where it is `least` whatever the floor.
+        least: the tolerance is never below this.
+        default: the tolerance where no floor was measured.
+        why: one sentence.
+        stacked: the first axis counts steps, each compared by itself.
+        floor_stage: stage of the same call whose floor is meant; None is the stage itself.
+        goal: what the project aims at, for the table; it is not enforced.
     """
 
     pattern: str
@@ -158,10 +157,8 @@ TABLE = (
 def for_stage(name: str) -> Tolerance:
     """The row for a stage, such as "invert/moments".
 
-    Raises
-    ------
-    ValueError
-        No row matches.
+    Raises:
+        ValueError: no row matches.
     """
     stage = _without_call(name)
     for row in TABLE:
@@ -185,20 +182,16 @@ def floor_of(name: str) -> str:
 def limit(name: str, floor=None) -> Union[float, np.ndarray]:
     """The tolerance of a stage: the larger of `least` and `factor` times the floor.
 
-    Parameters
-    ----------
-    name : the stage.
-    floor : that of `floor_of(name)`, relative as the stage is compared; a number, for a stage that is stacked
-        by step also one for each step, or None where it was not measured.
+    Args:
+        name: the stage.
+        floor: that of `floor_of(name)`, relative as the stage is compared; a number, for a stage that is stacked by
+            step also one for each step, or None where it was not measured.
 
-    Returns
-    -------
-    float, or float64 (T,) where there is a floor for each step.
+    Returns:
+        float, or float64 (T,) where there is a floor for each step.
 
-    Raises
-    ------
-    ValueError
-        No row matches, or the floor is no number of at least 0 (nor a list of them for a stacked stage).
+    Raises:
+        ValueError: no row matches, or the floor is no number of at least 0 (nor a list of them for a stacked stage).
     """
     row = for_stage(name)
     if row.factor == 0:
@@ -221,15 +214,12 @@ def limit(name: str, floor=None) -> Union[float, np.ndarray]:
 def limits(names: Iterable[str], floors: Optional[Mapping[str, object]] = None) -> Dict[str, Limit]:
     """What each stage is allowed, for `metrics.compare_traces`.
 
-    Parameters
-    ----------
-    names : the stages.
-    floors : {stage: floor} as in `limit`; stages that are not in it get the table's default.
+    Args:
+        names: the stages.
+        floors: {stage: floor} as in `limit`; stages that are not in it get the table's default.
 
-    Raises
-    ------
-    ValueError
-        As `limit` and `for_stage`.
+    Raises:
+        ValueError: as `limit` and `for_stage`.
     """
     floors = {} if floors is None else floors
     allowed = {}
