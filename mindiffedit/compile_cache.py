@@ -45,6 +45,7 @@ from typing import Any, Callable, Iterable, Mapping, Optional, Sequence
 import numpy as np
 
 from . import devices
+from .notices import say_once
 
 __all__ = [
     "DEFAULT_LIMIT",
@@ -68,14 +69,6 @@ _FORMAT = 1
 _GRAPH, _MANIFEST = "graph.mindir", "manifest.json"
 _FORCE = "MS_DEV_FORCE_USE_COMPILE_CACHE"
 _STALE = 24 * 3600  # seconds after which an unfinished folder belongs to a process that died
-
-_said: set[str] = set()
-
-
-def _warn_once(message: str) -> None:
-    if message not in _said:
-        _said.add(message)
-        logger.warning(message)
 
 
 # --- which folder --------------------------------------------------------------------------------------------------
@@ -146,7 +139,7 @@ class CompileCache:
             if not os.access(self.folder, os.W_OK | os.X_OK):
                 raise OSError("it cannot be written to")
         except OSError as error:
-            _warn_once(
+            say_once(
                 f"Compiled graphs are not kept: {self.folder} cannot be used ({_reason(error)}). Set {VARIABLE} to a"
                 f" folder of your own, or to 0 to silence this."
             )
@@ -309,9 +302,7 @@ class CompileCache:
                     raise
             return True
         except OSError as error:
-            _warn_once(
-                f"Compiled graphs are not kept: {self.folder} cannot be written to ({_reason(error)})."
-            )
+            say_once(f"Compiled graphs are not kept: {self.folder} cannot be written to ({_reason(error)}).")
             return False
         finally:
             shutil.rmtree(building, ignore_errors=True)

@@ -11,17 +11,9 @@ import numpy as np
 
 from . import compile_cache as compile_caches
 from . import devices, models, tiling
+from .notices import say_once
 
 logger = logging.getLogger(__name__)
-
-_ALREADY_SAID = set()
-
-
-def say_once(message: str) -> None:
-    """A warning the first time in this process, silence afterwards."""
-    if message not in _ALREADY_SAID:
-        _ALREADY_SAID.add(message)
-        logger.warning(message)
 
 
 def loadable_dtype(mindspore_dtype):

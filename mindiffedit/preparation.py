@@ -10,7 +10,7 @@ import numpy as np
 
 from . import devices, options, pictures, randomness
 from .adapters import Adapters
-from .components import say_once
+from .notices import say_once
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import torch
 from diffusers import StableDiffusionDiffEditPipeline as Reference
 
 import mindiffedit
-from mindiffedit import StableDiffusionDiffEditPipeline, devices, options, steps
+from mindiffedit import StableDiffusionDiffEditPipeline, devices, notices, options, steps
 
 CLOSE = 1e-3  # relative to the reference's rms; what was measured is 1e-5 to 1e-4
 PICTURE = parity.picture()
@@ -574,10 +574,8 @@ def test_switches_never_raise(ours, inverted):
         getattr(ours, switch)()
 
 
-def test_half_precision_on_a_cpu_is_float32_with_one_warning(sd1_folder, caplog):
-    from mindiffedit import components
-
-    components._ALREADY_SAID.clear()
+def test_half_precision_on_a_cpu_is_float32_with_one_warning(sd1_folder, caplog, monkeypatch):
+    monkeypatch.setattr(notices, "_said", set())
     for _ in range(2):
         pipe = StableDiffusionDiffEditPipeline.from_pretrained(
             sd1_folder, mindspore_dtype=ms.float16, safety_checker=None, use_safetensors=True

@@ -11,7 +11,7 @@ from diffusers import StableDiffusionDiffEditPipeline as Reference
 from safetensors.numpy import load_file, save_file
 from test_pipeline import TARGET
 
-from mindiffedit import DDIMScheduler, StableDiffusionDiffEditPipeline, load_component, models
+from mindiffedit import DDIMScheduler, StableDiffusionDiffEditPipeline, load_component, models, notices
 
 # Any sizes: the feature extractor crops and scales.
 PICTURES = [parity.picture(48, 40, seed) for seed in (0, 3, 7, 8)]
@@ -144,9 +144,7 @@ def test_saved_and_loaded_again(ours, tmp_path):
 
 
 def test_left_out(folder, ours, caplog, monkeypatch):
-    from mindiffedit import components
-
-    monkeypatch.setattr(components, "_ALREADY_SAID", set())
+    monkeypatch.setattr(notices, "_said", set())
     pipeline = StableDiffusionDiffEditPipeline(**{**ours.components, "safety_checker": None}, mode="pynative")
     assert "The safety checker is off" in caplog.text
     images = as_images(PICTURES)

@@ -301,6 +301,7 @@ GROUND = {
     "masks",
     "lora",
     "models",
+    "notices",
     "options",
     "outputs",
     "parity.case",

@@ -1,0 +1,18 @@
+"""Warnings that a process gives once."""
+
+from __future__ import annotations
+
+import logging
+
+__all__ = ["say_once"]
+
+logger = logging.getLogger(__name__)
+
+_said: set[str] = set()
+
+
+def say_once(message: str) -> None:
+    """A warning the first time in this process, silence afterwards; logged with the caller's file and line."""
+    if message not in _said:
+        _said.add(message)
+        logger.warning("%s", message, stacklevel=2)
