@@ -6,6 +6,7 @@ Errors are max|difference| / rms(reference). Beside each tolerance stands what w
 
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import threading
@@ -629,6 +630,19 @@ def test_table_is_sound():
         elif not name.rpartition(".")[2].islower():
             assert replacement.__name__ == "construct", name
     assert set(kernels.missing_kernels()) <= set(names)
+
+
+def test_the_page_names_what_is_replaced():
+    page = pathlib.Path(__file__).resolve().parent.parent / "docs" / "devices.md"
+
+    def named(headings):
+        """The names between backticks in the last column of the table with these headings."""
+        _, _, rest = page.read_text(encoding="utf-8").partition(f"{headings}\n")
+        rows = rest.partition("\n\n")[0].splitlines()
+        return sorted(re.findall(r"`([^`]+)`", "".join(row.split(" | ")[-1] for row in rows)))
+
+    assert named("| why | names |") == sorted(kernel.name for kernel in kernels.KERNELS)
+    assert named("| | | in place of |") == sorted(name.rpartition(".")[2] for name in kernels.NATIVE)
 
 
 @pytest.mark.skipif(devices.device_target() != "CPU", reason="what the CPU has not")
