@@ -9,7 +9,7 @@ from typing import List, Optional, Tuple
 import numpy as np
 import PIL.Image
 
-from . import masks, options, pictures
+from . import options, pictures
 
 EXTENSIONS = (".gif", ".png", ".webp")
 MOST_MILLISECONDS = 60000
@@ -40,7 +40,8 @@ class AnimatedStrip:
             pipeline.edit(image, source_prompt, target_prompt)
 
     It is also a debugging callback, for ``pipeline.debugging(strip)`` and ``edit(debug_callback=strip)``; ``save()``
-    then writes the file. Of a batch it shows picture 0. Map and mask are missing where none was computed.
+    then writes the file. Of a batch it shows picture 0. Map and mask are missing where none was computed; white in the
+    map is where it is clamped.
 
     Args:
         pipeline: the ``StableDiffusionDiffEditPipeline`` that is watched.
@@ -72,6 +73,7 @@ class AnimatedStrip:
 
     def _forget(self) -> None:
         self._map: Optional[np.ndarray] = None
+        self._clamp: Optional[float] = None  # of the map
         self._mask: Optional[np.ndarray] = None
         self._clean: Optional[Tuple[int, np.ndarray]] = None  # of the step under way
         self._loops: List[List[_Frame]] = []
@@ -88,7 +90,9 @@ class AnimatedStrip:
             step: counts from 0 within a loop, None outside.
         """
         if stage == "map":
-            self._map = np.array(array[0])
+            self._map, self._clamp = np.array(array[0]), None
+        elif stage == "clamp_magnitude":
+            self._clamp = float(np.ravel(array)[0])
         elif stage == "mask":
             self._mask = np.array(array[0])
         elif stage == "clean_predictions":
@@ -149,7 +153,7 @@ class AnimatedStrip:
         width, height = self._tile_size(grid)
         head = []
         if self._map is not None:
-            clamp = masks.clamp_of(self._map[None]) if self._map.any() else 1
+            clamp = self._clamp or float(self._map.max()) or 1
             head.append(("map", np.clip(self._map / clamp, 0, 1)))
         if self._mask is not None:
             head.append(("mask", self._mask))

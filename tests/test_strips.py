@@ -43,6 +43,7 @@ class Pipeline:
         if mask:
             seen = np.stack([np.tile(np.float32([0, 1, 2, 3]), (3, 1)), np.zeros((3, 4), np.float32)])
             self.show("map", seen)
+            self.show("clamp_magnitude", np.float32([2.5, 1]).reshape(2, 1, 1))
             self.show("mask", (seen > 1).astype(np.int64))
         for stage in ("inverted_latents", "edited_latents"):
             self.show("timesteps", np.arange(steps))
@@ -101,8 +102,7 @@ def test_what_the_tiles_show(tmp_path):
     tiles = np.split(last[-192 - 4 : -4, 4:], 4, axis=1)
     assert tiles[0].shape[1] == 260
     columns = [[int(tile[100, 32 + 64 * i, 0]) for i in range(4)] for tile in tiles]
-    clamp = 3 * 1.5
-    assert columns[0] == [round(255 * value / clamp) for value in range(4)]
+    assert columns[0] == [round(255 * min(value / 2.5, 1)) for value in range(4)]
     assert columns[1] == [0, 0, 255, 255]
     # 0.3 over a scaling factor of 0.5 is 0.6: from [-1, 1] to bytes.
     assert columns[2] == [round(255 * 0.8)] * 4 and columns[3] == [round(255 * 0.2)] * 4
