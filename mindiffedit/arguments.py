@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from typing import Any, Dict
 
 from . import __version__, demo
 from .devices import DEVICE_TARGETS
@@ -26,6 +27,7 @@ __all__ = [
     "SCHEDULERS",
     "as_options",
     "build_parser",
+    "defaults_of",
     "option",
 ]
 
@@ -54,6 +56,26 @@ CORRECTED_DEFAULTS = {
     "mask_combine": "replace",
     "feather": None,  # a latent
 }
+
+
+
+def defaults_of(command: str, reference: bool, of_demo: bool) -> Dict[str, Any]:
+    """The settings of a command for which nothing is given; an `invert_guidance` of None is the guidance.
+
+    Args:
+        command: "edit", "mask", "invert", "demo", or one of `parity`.
+        reference: with --reference; always for `parity`.
+        of_demo: for the demo model, which has settings that suit it.
+    """
+    settings = {**CORRECTED_DEFAULTS, **DEFAULTS}
+    if not reference:
+        settings.update(CORRECTED_DEFAULTS)
+    if of_demo:
+        settings.update(demo.SETTINGS if reference else demo.EDIT_SETTINGS)
+    if command == "invert" and not reference:
+        settings["guidance"] = settings["invert_guidance"]  # latents for `edit`, so what that inverts with
+    return settings
+
 
 # Options that say how a map becomes a mask, and the fields of `MaskOptions`.
 MASK_FIELDS = {
@@ -172,7 +194,7 @@ def build_parser() -> argparse.ArgumentParser:
                       help="also write an animation of every step (.gif, .png or .webp), to debug")
     edit.add_argument("--latents", metavar="FILE", help="what `invert` wrote (default: computed)")
     edit.add_argument("--negative", metavar="TEXT", help="what not to show (default: the source text)")
-    _add_numbers(edit, *_EDIT_NUMBERS, reference=True)
+    _add_numbers(edit, *_EDIT_NUMBERS)
     _add_mask_options(edit)
     _add_own_mask(edit, "change what is white here; of any size (default: computed)")
     _add_edit_options(edit)
@@ -188,7 +210,7 @@ def build_parser() -> argparse.ArgumentParser:
     mask.add_argument("--map", metavar="FILE",
                       help="also write the map that the mask is made of; white is the clamp, --mask-threshold times "
                            "the mean")
-    _add_numbers(mask, "steps", "guidance", *MASK_NUMBERS, reference=True)
+    _add_numbers(mask, "steps", "guidance", *MASK_NUMBERS)
     _add_mask_options(mask)
     _add_own_mask(mask, "a mask to combine the computed one with")
     _add_sweep(mask, "masks over mask strength and threshold", "strengths", "thresholds")
@@ -198,11 +220,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_picture(invert)
     _add_source(invert, "default with --caption-model: the caption")
     _add_output(invert, "the .safetensors file to write")
-    invert.add_argument("--negative", metavar="TEXT", help="negative text of the inversion (default: none)")
-    _add_numbers(invert, "steps", "strength")
-    invert.add_argument("--guidance", type=float, metavar="F",
-                        help="weight of the text; 1 or less: no guidance (default: 1; with --reference: "
-                             f"{DEFAULTS['guidance']:g})")
+    invert.add_argument("--negative", metavar="TEXT",
+                        help="negative text of the inversion, with --guidance above 1 (default: none)")
+    _add_numbers(invert, "steps", "strength", "guidance")
     _add_iterations(invert)
     invert.add_argument("--reference", action="store_true", help=_REFERENCE)
     _add_common(invert)
@@ -215,7 +235,7 @@ def build_parser() -> argparse.ArgumentParser:
     show.add_argument("--target", metavar="TEXT", default=demo.SAMPLE_PROMPTS["target"],
                       help="what it shall show (default: %(default)s)")
     show.set_defaults(negative=None, model="demo", offline=True, no_safety_checker=False)
-    _add_numbers(show, *_EDIT_NUMBERS, reference=True)
+    _add_numbers(show, *_EDIT_NUMBERS)
     _add_mask_options(show)
     _add_edit_options(show)
     _add_common(show, model=False)
@@ -345,8 +365,8 @@ def _add_parity(commands) -> None:
 _CASE = {
     "images_per_prompt": (int, "N", 1, "pictures for each prompt"),
     "eta": (float, "F", 0.0, "DDIM's eta, 0 to 1"),
-    "clip_skip": (int, "N", None, "layers of the text encoder to leave out"),
-    "solver_order": (int, "N", None, "order of --scheduler dpm, 1 or 2"),
+    "clip_skip": (int, "N", None, "last layers of the text encoder to leave out (default: none)"),
+    "solver_order": (int, "N", None, "order of --scheduler dpm, 1 or 2 (default: the model's)"),
     "reg_steps": (int, "N", 0, "regularisation steps of each inversion step"),
     "lambda_auto_corr": (float, "F", 20.0, "weight of their first term"),
     "lambda_kl": (float, "F", 20.0, "weight of their second term"),
@@ -394,7 +414,8 @@ def _add_case(command, needed: bool) -> None:
     _add_numbers(group, *_EDIT_NUMBERS)
     group.add_argument("--scheduler", choices=sorted(SCHEDULERS),
                        help="solver (default: the model's own if it is one of these, else ddim)")
-    group.add_argument("--size", type=int, metavar="N", help="work on at most N x N pixels")
+    group.add_argument("--size", type=int, metavar="N",
+                       help="work on at most N x N pixels (default: about the model's own size)")
     for name, (kind, metavar, default, text) in _CASE.items():
         shown = "" if default is None else f" (default: {default:g})"
         group.add_argument(option(name), type=kind, metavar=metavar, help=text + shown)
@@ -435,19 +456,25 @@ _NUMBERS = {
 }
 
 
-def _add_numbers(command, *names: str, reference: bool = False) -> None:
-    """Numbers with their defaults; with `reference`, for commands that have --reference, those of `edit()` first."""
+def _add_numbers(command, *names: str) -> None:
     for name in names:
         kind, metavar, text = _NUMBERS[name]
-        default = DEFAULTS[name]
-        shown = "that of --guidance" if default is None else f"{default:g}"
-        if reference and CORRECTED_DEFAULTS.get(name, default) != default:
-            default = CORRECTED_DEFAULTS[name]
-            shown = f"{default:g}; with --reference: {shown}"
-        for_demo = (demo.EDIT_SETTINGS if reference else demo.SETTINGS).get(name, default)
-        if for_demo != default:
-            shown += f"; demo model: {for_demo:g}"
+        shown = _shown_default(command.get_default("command"), name)
         command.add_argument(option(name), type=kind, metavar=metavar, help=f"{text} (default: {shown})")
+
+
+def _shown_default(command: str, name: str) -> str:
+    """The defaults of a number, as the help says them: alone, with --reference, and for the demo model."""
+
+    def shown(of_demo: bool) -> str:
+        values = [defaults_of(command, which, of_demo)[name] for which in (command.startswith("parity"), True)]
+        own, reference = ("that of --guidance" if value is None else f"{value:g}" for value in values)
+        return own if own == reference else f"{own}, {reference} with --reference"
+
+    usual, of_demo = shown(False), shown(True)
+    if command == "demo":
+        return of_demo
+    return usual if usual == of_demo else f"{usual}; demo model: {of_demo}"
 
 
 def _add_common(command, model: bool = True) -> None:
@@ -478,9 +505,10 @@ def _add_common(command, model: bool = True) -> None:
             group.add_argument("--prompt-model", metavar="MODEL",
                                help="a Flan-T5 (folder or hub id): --source and --target are concepts, such as 'bowl', "
                                     "for which it writes prompts")
+        use = "for the inversion, and " if command.get_default("command") == "edit" else ""
         group.add_argument("--caption-model", metavar="MODEL",
-                           help="a BLIP (folder or hub id), which says what the picture shows: for the inversion, and "
-                                "in place of --source where that is missing")
+                           help=f"a BLIP (folder or hub id), which says what the picture shows: {use}in place of --source "
+                                "where that is missing")
     group = command.add_argument_group("running and output")
     _add_device(group)
     group.add_argument("--dtype", choices=_DTYPES, default="float32",

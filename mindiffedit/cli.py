@@ -123,7 +123,7 @@ def _demo(args):
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"the folder {folder} cannot be made: {error.strerror or error}.") from error
-    jobs.check_outputs(args, names)
+    jobs.check_outputs(job, names)
     done = _whole_edit(job, jobs.load(job))
     pictures.save_images_atomically(
         {

@@ -25,7 +25,7 @@ import numpy as np
 import PIL.Image
 
 from . import demo, devices, editing, masks, models, options, pictures
-from .arguments import CORRECTED_DEFAULTS, CORRECTIONS, DEFAULTS, MASK_FIELDS, SCHEDULERS, option
+from .arguments import CORRECTIONS, MASK_FIELDS, MASK_NUMBERS, SCHEDULERS, defaults_of, option
 from .generator import check_seed
 from .latents_file import read_latents
 from .outputs import DiffEditInversionPipelineOutput
@@ -119,6 +119,7 @@ def begin(args: Namespace, extensions: Optional[Dict[str, Sequence[str]]] = None
 
     `outputs` are options and their paths, `extensions` what some of these have to end in (others: any picture's).
     """
+    _check_emptiness(args)
     check_numbers(vars(args))
     check_seed(args.seed, "--seed")
     job = Job(args, {}, _mask_options(args))
@@ -127,12 +128,18 @@ def begin(args: Namespace, extensions: Optional[Dict[str, Sequence[str]]] = None
     _take_texts(job)
     if args.output is None and not given(args, "sweep"):
         raise ValueError("--output is missing: give -o FILE, or --sweep FILE for a sheet to choose from.")
-    check_outputs(args, outputs, extensions)
+    check_outputs(job, outputs, extensions)
     if given(args, "latents"):
         _take_latents(job)
     if job.source is None and not given(args, "caption_model"):
         raise ValueError("--source is missing: say what the picture shows.")
     _settle(job)
+    guidance = job.settings["guidance"]
+    if given(args, "negative") and guidance <= 1 and not given(args, "sweep"):
+        raise ValueError(
+            f"--negative is what guidance leads away from, and --guidance {guidance:g} is without; give --guidance above "
+            f"1, or leave --negative out."
+        )
     steps, strength = job.settings["steps"], job.settings["strength"]
     if args.command != "mask":
         options.effective_steps(steps, strength, "--strength")
@@ -141,6 +148,14 @@ def begin(args: Namespace, extensions: Optional[Dict[str, Sequence[str]]] = None
         if job.source == job.target:
             raise ValueError("--source and --target are the same text: there is nothing to change.")
     return job
+
+
+def _check_emptiness(args: Namespace) -> None:
+    """Names of files and models with nothing in them, as an unset variable of a shell makes them; texts may be empty."""
+    for name, value in vars(args).items():
+        empty = "" in value if isinstance(value, list) else value == ""
+        if empty and name not in ("source", "target", "negative", "caption"):
+            raise ValueError(f"{'PICTURE' if name == 'picture' else option(name)} is empty; give it a value.")
 
 
 def check_numbers(values: Dict[str, Any]) -> None:
@@ -196,6 +211,7 @@ def _check_contradictions(args: Namespace) -> None:
     shaping = [name for name in MASK_FIELDS if name != "soft_mask"]
     combines = getattr(args, "mask_combine", None) not in (None, "replace")
     replaces = given(args, "mask") and not combines
+    instead = "" if args.reference else ", or give --mask-combine union, subtract or intersection"
     inverts = args.command != "mask" and getattr(args, "inversion", None) != "noise"
     caption_serves = not given(args, "source") or (
         inverts and args.command != "invert" and not args.reference
@@ -204,18 +220,19 @@ def _check_contradictions(args: Namespace) -> None:
     rules = [
         (args.reference, CORRECTIONS,
          "--reference runs the reference's own calls, which do not know {}; leave one of the two out."),
+        (args.reference and args.command == "mask", ("mask",),
+         "--reference runs the reference's own call, which combines no masks; leave {} or --reference out."),
         (not inverts, ("latents", "iterations", "invert_guidance", "caption"),
          "--inversion noise inverts nothing, so {} means nothing with it; leave one of the two out."),
-        (given(args, "latents") and not args.reference,
+        (given(args, "latents"),
          ("inversion", "iterations", "invert_guidance", "caption", "caption_model", "sweep_strengths"),
          "--latents is a finished inversion, so {} means nothing with it; leave one of the two out."),
         (not given(args, "mask"), ("mask_combine",),
          "{} says what becomes of --mask, which is missing; give --mask FILE."),
         (args.command == "mask" and replaces, ("mask",),
          "{} is combined with the computed mask; give --mask-combine union, subtract or intersection."),
-        (replaces, (*shaping, "outliers"),
-         "{} shapes the computed mask, and with --mask none is computed; leave it out, or give --mask-combine union, "
-         "subtract or intersection."),
+        (replaces, (*shaping, "outliers", *MASK_NUMBERS),
+         f"{{}} is for the computed mask, and with --mask none is computed; leave it out{instead}."),
         (given(args, "no_paste_back"), ("feather",),
          "{} is the seam of what --no-paste-back switches off; leave one of the two out."),
         (given(args, "caption"), ("caption_model",), "--caption is there already, so {} has nothing to do; leave one out."),
@@ -273,12 +290,14 @@ def _encodable(value: str, name: str) -> str:
     return value
 
 
-def check_outputs(args: Namespace, outputs: Dict[str, Any], extensions=None) -> None:
+def check_outputs(job: Job, outputs: Dict[str, Any], extensions=None) -> None:
     """Paths that will be written: each can be, no two are one file, none is an input."""
+    args = job.args
     inputs = {"the picture": [args.picture], "--model": [args.model]}
-    for name in ("mask", "latents", "lora", "embedding"):
+    for name in ("mask", "latents", "embedding"):
         paths = getattr(args, name, None)
         inputs[option(name)] = paths if isinstance(paths, list) else [paths]
+    inputs["--lora"] = [path for path, _ in job.loras]
     seen: Dict[str, str] = {}
     for name, path in outputs.items():
         if path is None:
@@ -335,19 +354,11 @@ def model_name(model: str) -> str:
 def _settle(job: Job) -> None:
     """Settings: what was given, what the latents were made with, the demo model's, the defaults."""
     args = job.args
-    defaults = dict(DEFAULTS) if args.reference else {**DEFAULTS, **CORRECTED_DEFAULTS}
-    for_demo = demo.SETTINGS if args.reference else demo.EDIT_SETTINGS
-    suited = dict(for_demo) if args.model == "demo" else {}
-    if args.command == "invert" and not args.reference:
-        # Latents for `edit`, so what that inverts with.
-        for source in (defaults, suited):
-            if "invert_guidance" in source:
-                source["guidance"] = source["invert_guidance"]
-    for name, default in {**CORRECTED_DEFAULTS, **defaults}.items():
+    for name, default in defaults_of(args.command, args.reference, args.model == "demo").items():
         value = getattr(args, name, None)
         if value is None and job.made is not None and name in ("steps", "strength"):
             value = job.made[name]
-        job.settings[name] = suited.get(name, default) if value is None else value
+        job.settings[name] = default if value is None else value
     if job.settings["invert_guidance"] is None:
         job.settings["invert_guidance"] = job.settings["guidance"]
     if job.settings["outliers"] == "none":

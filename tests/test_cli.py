@@ -292,6 +292,19 @@ def test_help_names_every_option(capsys):
     assert "default: 50" in steps and f"demo model: {demo.SETTINGS['steps']}" in steps
 
 
+def test_help_says_the_defaults_that_count(capsys):
+    def said(command, option):
+        assert cli.main([command, "--help"]) == 0
+        text = " ".join(capsys.readouterr().out.partition("options:")[2].split())
+        return re.search(rf"{option} \w .*?\(default: (.*?)\)", text)[1]
+
+    assert said("edit", "--maps") == "4, 10 with --reference"
+    assert said("edit", "--mask-strength") == "0.5; demo model: 0.7, 0.8 with --reference"
+    assert said("edit", "--invert-guidance") == "1, that of --guidance with --reference; demo model: 1"
+    assert said("invert", "--guidance") == "1, 7.5 with --reference; demo model: 1, 5 with --reference"
+    assert said("demo", "--steps") == "20"  # the demo has one model
+
+
 def test_the_parser_says_which_command():
     for name in ("edit", "mask", "invert"):
         texts = ["--source", SOURCE, *(["--target", TARGET] if name != "invert" else [])]
@@ -859,11 +872,11 @@ def edit_with_latents(*more):
 
 
 def test_invert_writes_what_edit_reads(work, capsys):
-    line = invert(capsys, "--steps", "10", "--strength", "0.6", "--guidance", "1", "--seed", "9",
+    line = invert(capsys, "--steps", "10", "--strength", "0.6", "--guidance", "2", "--seed", "9",
                   "--scheduler", "dpm", "--negative", "blurred")
     assert "1 x 6 x 4 x 11 x 14" in line and "seed 9" in line
     asked = arguments("invert")
-    assert (asked["guidance_scale"], asked["negative_prompt"], asked["generator"]) == (1.0, "blurred", 9)
+    assert (asked["guidance_scale"], asked["negative_prompt"], asked["generator"]) == (2.0, "blurred", 9)
     latents, clean, made = read_latents("l.safetensors")
     assert (made["prompt"], made["negative_prompt"], made["working_size"]) == (SOURCE, "blurred", (112, 88))
     assert (made["steps"], made["strength"], made["scheduler"], made["seed"]) == (10, 0.6, "dpm", 9)
@@ -1048,6 +1061,12 @@ def test_demo_writes_four_pictures(work, capsys):
     assert arguments("edit")["num_inference_steps"] == demo.SETTINGS["steps"]
 
 
+def test_empty_names_are_refused(work, capsys):
+    refused(capsys, ["demo", "-o", ""], "--output is empty")
+    refused(capsys, edit(picture=""), "PICTURE is empty")
+    assert not os.path.exists("edited.png")
+
+
 def test_demo_refuses_a_file_as_its_folder(work, capsys):
     refused(capsys, ["demo", "-o", "p.png"], "is a file")
     refused(capsys, ["demo", "-o", "p.png/sub"], "cannot be made")
@@ -1095,6 +1114,8 @@ def test_an_incomplete_installation_is_said(work, capsys, monkeypatch):
         (["--target", "\udcff"], "UTF-8"),
         (["--unknown"], "--unknown"),
         (["--stren", "0.5"], "--stren"),
+        (["-o", ""], "--output is empty"),
+        (["--lora", ""], "--lora is empty"),
         (["-o", "out.xyz"], "out.xyz"),
         (["-o", "nowhere/out.png"], "nowhere"),
         (["-o", "model"], "folder"),
@@ -1184,6 +1205,11 @@ NOISE, LATENTS, MASK = ["--inversion", "noise"], ["--latents", "l.safetensors"],
         (["--mask-combine", "union"], ["--mask-combine", "--mask FILE"]),
         ([*MASK, "--mask-smoothing", "1"], ["--mask-smoothing", "--mask-combine union"]),
         ([*MASK, "--mask-combine", "replace", "--outliers", "0.9"], ["--outliers"]),
+        ([*MASK, "--maps", "2"], ["--maps", "--mask-combine union"]),
+        ([*MASK, "--mask-strength", "0.5"], ["--mask-strength"]),
+        ([*MASK, "--mask-threshold", "2", "--reference"], ["--mask-threshold", "leave it out."]),
+        ([*LATENTS, "--invert-guidance", "2", "--reference"], ["--latents", "--invert-guidance"]),
+        (["--guidance", "1", "--negative", "blurred"], ["--negative", "--guidance 1"]),
         (["--no-paste-back", "--feather", "3"], ["--feather", "--no-paste-back"]),
         (["--caption", "a", "--caption-model", "model"], ["--caption", "--caption-model"]),
         (["--reference", "--caption-model", "model"], ["--caption-model", "--source"]),
@@ -1203,6 +1229,7 @@ def test_contradictions(work, capsys, more, words):
 def test_contradictions_of_the_other_commands(work, capsys):
     texts = ["--source", SOURCE, "--target", TARGET, "--model", "model"]
     refused(capsys, ["mask", "p.png", *texts, "-o", "m.png", *MASK], "--mask-combine")
+    refused(capsys, ["mask", "p.png", *texts, "-o", "m.png", *MASK, "--reference"], "leave --mask or --reference out")
     refused(capsys, ["mask", "p.png", *texts, "-o", "m.png", "--caption-model", "model"], "--source does already")
     refused(capsys, ["mask", "p.png", *texts, "--sweep", "s.png", "--map", "map.png"], "--map", "-o")
     refused(capsys, ["mask", "p.png", *texts], "--output", "--sweep")
@@ -1215,6 +1242,10 @@ def test_contradictions_of_the_other_commands(work, capsys):
     refused(capsys, [*invert, "--caption-model", "model"], "--source does already")
     refused(capsys, [*invert, "--reference", "--iterations", "1"], "--reference", "--iterations")
     refused(capsys, [*invert, "--source", ""], "--source is empty")
+    refused(capsys, [*invert, "--negative", "blurred"], "--negative", "--guidance 1")
+    (work / "lora.safetensors").touch()
+    for lora in ("lora.safetensors", "lora.safetensors=0.5"):
+        refused(capsys, [*invert, "--lora", lora, "-o", "lora.safetensors"], "overwrite --lora lora.safetensors")
 
 
 def test_source_is_needed_without_latents(work, capsys):

@@ -22,7 +22,7 @@ import numpy as np
 import PIL.Image
 
 from .. import __version__, demo, devices, jobs, models, options, pictures
-from ..arguments import CASE_DEFAULTS, CASE_OPTIONS, DEFAULTS, SCHEDULERS
+from ..arguments import CASE_DEFAULTS, CASE_OPTIONS, SCHEDULERS, defaults_of
 from ..cli import FAILED, OK
 from ..generator import check_seed
 from . import golden, metrics, report, tolerances
@@ -105,12 +105,11 @@ def record(args: Namespace):
 
 def _settings(args: Namespace) -> Dict[str, Any]:
     """Every option of the case with its value, checked as far as that goes without a model."""
-    suited = demo.SETTINGS if args.model == "demo" else {}
+    defaults = {**defaults_of(args.command, True, args.model == "demo"), **CASE_DEFAULTS}
     settings: Dict[str, Any] = {}
     for name in CASE_OPTIONS:
         given = getattr(args, name)
-        default = suited.get(name, {**DEFAULTS, **CASE_DEFAULTS}.get(name))
-        settings[name] = default if given is None else given
+        settings[name] = defaults.get(name) if given is None else given
     if settings["invert_guidance"] is None:
         settings["invert_guidance"] = settings["guidance"]
     settings["seed"] = settings["seed"] or [0]
