@@ -63,10 +63,9 @@ def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
         return _conv2d_float64(input, weight, bias, stride, padding, dilation)
     if isinstance(padding, str):
         mode, pads = padding, 0
-    elif isinstance(padding, int):
-        mode, pads = "pad", padding
     else:
-        mode, pads = "pad", (padding[0], padding[0], padding[-1], padding[-1])
+        rows, columns = pair(padding)
+        mode, pads = "pad", (rows, rows, columns, columns)
     convolve = ops.Conv2D(
         out_channel=weight.shape[0],
         kernel_size=weight.shape[2:],
@@ -97,18 +96,21 @@ def goes_through_float64(input, weight, stride, padding, groups):
         return True
     # The VAE encoder's downsampling, which pads by itself and runs once for a picture. The UNet's runs at
     # every step, has padding, and gains too little.
-    strides = stride if isinstance(stride, (tuple, list)) else (stride,)
-    pads = padding if isinstance(padding, (tuple, list)) else (padding,)
-    return max(strides) > 1 and max(pads) == 0
+    return max(pair(stride)) > 1 and max(pair(padding)) == 0
+
+
+def pair(size):
+    """A convolution's stride, padding or dilation as (height, width): one int stands for both."""
+    if isinstance(size, int):
+        return (size, size)
+    return (size[0], size[-1])
 
 
 def _conv2d_float64(input, weight, bias, stride, padding, dilation):
     """The convolution as a matrix product in float64, in which there is no `ops.Conv2D`."""
     batch, filters = input.shape[0], weight.shape[0]
     kernel = weight.shape[2:]
-    strides = (stride, stride) if isinstance(stride, int) else stride
-    pads = (padding, padding) if isinstance(padding, int) else padding
-    gaps = (dilation, dilation) if isinstance(dilation, int) else dilation
+    strides, pads, gaps = pair(stride), pair(padding), pair(dilation)
     height = (input.shape[2] + 2 * pads[0] - gaps[0] * (kernel[0] - 1) - 1) // strides[0] + 1
     width = (input.shape[3] + 2 * pads[1] - gaps[1] * (kernel[1] - 1) - 1) // strides[1] + 1
     patches = ops.unfold(input, kernel, gaps, pads, strides).astype(mindspore.float64)
@@ -216,6 +218,14 @@ def chunk(input, chunks, dim=0):
     return ops.chunk(input, chunks, dim)
 
 
+def convolved(layer, input, convolve):
+    """What a `mint.nn.Conv2d` gives, `convolve` being the function of that signature to compute it by."""
+    padding = layer.padding
+    if layer.padding_mode != "zeros":
+        input, padding = pad(input, layer._reversed_padding, mode=layer.padding_mode), 0
+    return convolve(input, layer.weight, layer.bias, layer.stride, padding, layer.dilation, layer.groups)
+
+
 # The layers' `construct`. Classes only because the function has to be called `construct`: a layer that was
 # compiled on its own in graph mode is otherwise not found again by a later `jit`.
 
@@ -224,12 +234,7 @@ class Conv2d:
     """For `mint.nn.Conv2d`, while Conv2DExt is registered for Ascend only."""
 
     def construct(self, input):
-        if self.padding_mode == "zeros":
-            return conv2d(
-                input, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups
-            )
-        padded = pad(input, self._reversed_padding, mode=self.padding_mode)
-        return conv2d(padded, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+        return convolved(self, input, conv2d)
 
 
 class LayerNorm:

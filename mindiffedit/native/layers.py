@@ -51,9 +51,8 @@ def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
 
 def _both_ways(size):
     """One number for height and width; -1 where they differ."""
-    if isinstance(size, int):
-        return size
-    return size[0] if size[0] == size[-1] else -1
+    rows, columns = portable.pair(size)
+    return rows if rows == columns else -1
 
 
 def cat(tensors, dim=0):
@@ -95,12 +94,7 @@ class Conv2d:
     """For `mint.nn.Conv2d`."""
 
     def construct(self, input):
-        if self.padding_mode == "zeros":
-            return conv2d(
-                input, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups
-            )
-        padded = portable.pad(input, self._reversed_padding, mode=self.padding_mode)
-        return conv2d(padded, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+        return portable.convolved(self, input, conv2d)
 
 
 class GEGLU:
@@ -209,9 +203,8 @@ class AttnProcessor2_0:
             if attention_mask is not None:
                 attention_mask = attn.prepare_attention_mask(attention_mask, key.shape[1], batch)
                 attention_mask = attention_mask.view(batch, attn.heads, -1, attention_mask.shape[-1])
-            query = query.reshape(batch, -1, attn.heads, size).swapaxes(1, 2)
-            key = key.reshape(batch, -1, attn.heads, size).swapaxes(1, 2)
-            value = value.reshape(batch, -1, attn.heads, size).swapaxes(1, 2)
+            query, key = _by_heads(query, attn.heads, size), _by_heads(key, attn.heads, size)
+            value = _by_heads(value, attn.heads, size)
             if attn.norm_q is not None:
                 query = attn.norm_q(query)
             if attn.norm_k is not None:
@@ -230,6 +223,11 @@ class AttnProcessor2_0:
         if attn.rescale_output_factor != 1.0:
             hidden_states = hidden_states / attn.rescale_output_factor
         return hidden_states
+
+
+def _by_heads(tokens, heads, size):
+    """(batch, tokens, heads * size) as (batch, heads, tokens, size)."""
+    return tokens.reshape(tokens.shape[0], -1, heads, size).swapaxes(1, 2)
 
 
 class Transformer2DModel:
