@@ -14,14 +14,12 @@ from .outputs import DiffEditInversionPipelineOutput, DiffEditOutput, EditReport
 
 INVERSIONS = ("ddim", "noise")
 
-EDIT_MASK = masks.MaskOptions(
-    smoothing=1.5, edges=6, threshold=0.55, fill_holes=True, smallest_region=8, soft=True
-)
+EDIT_MASK = masks.MaskOptions(smoothing=1.5, edges=6, threshold=0.6, fill_holes=True, smallest_region=8)
 """How ``edit`` makes a mask of its map, where nothing else is said.
 
 With a clamp at twice the mean much of the map is cut to one of two values, and the smoothing lets neighbours vote: most
 of a latent's surroundings have to differ. So a few maps do what ten do without. Then the border moves to the picture's
-edges, and is soft. Chosen on drawn scenes, see ``docs/quality.md``.
+edges. Chosen on drawn scenes, see ``docs/quality.md``.
 """
 
 MOST_FEATHER = 10000  # pixels

@@ -36,7 +36,7 @@ CORRECTIONS = {
 
 EXTRAS = {
     "inverse steps refined twice (C6)": dict(inversion_iterations=2),
-    "hard mask in place of the soft one (C7)": dict(mask_options="hard"),
+    "soft mask in place of the hard one (C7)": dict(mask_options="soft"),
     "noise in place of the inversion (C8)": dict(inversion="noise"),
 }
 """What is off by default, and what switches it on."""
@@ -71,7 +71,7 @@ def one_call(editor, edits, pictures, settings, seed, **changes):
         "reference": MaskOptions(),
         # With what suits it: smoothing alone needs a higher threshold under a lower clamp.
         "blurred": dataclasses.replace(editing.EDIT_MASK, edges=0, threshold=0.84),
-        "hard": dataclasses.replace(editing.EDIT_MASK, soft=False),
+        "soft": dataclasses.replace(editing.EDIT_MASK, soft=True),
     }
     for name, value in changes.items():
         if name == "mask_options":
