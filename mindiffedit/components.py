@@ -15,17 +15,6 @@ from .notices import say_once
 
 logger = logging.getLogger(__name__)
 
-
-def loadable_dtype(mindspore_dtype):
-    """The dtype to load models in: what was asked for, or float32 with one warning where the device has not got it."""
-    if mindspore_dtype is None:
-        return None
-    dtype, reason = devices.supported_dtype(mindspore_dtype)
-    if reason:
-        say_once(reason)
-    return dtype
-
-
 Observer = Callable[[str, np.ndarray, Optional[int]], np.ndarray]
 """What ``pipeline.observer`` can be: a function called as ``observer(stage, array, step)`` with every array that
 crosses from one stage to the next, a NumPy array on the host. The pipeline goes on with the array that it returns.
@@ -273,7 +262,7 @@ class PipelineComponents:
             logger.warning(
                 "Ignored arguments of %s that mean nothing here: %s.", method, ", ".join(sorted(kwargs))
             )
-        dtype = loadable_dtype(mindspore_dtype)
+        dtype = devices.loadable_dtype(mindspore_dtype)
         requires_safety_checker = overrides.pop("requires_safety_checker", None)
         own = {} if requires_safety_checker is None else {"requires_safety_checker": requires_safety_checker}
         return overrides, own, dtype

@@ -10,6 +10,8 @@ import contextlib
 import logging
 import threading
 
+from .notices import say_once
+
 DEVICE_TARGETS = ("CPU", "GPU", "Ascend")
 
 __all__ = [
@@ -18,6 +20,8 @@ __all__ = [
     "compile_count",
     "device_target",
     "eager",
+    "float_type",
+    "loadable_dtype",
     "mindspore_version",
     "require_device",
     "supported_dtype",
@@ -167,6 +171,33 @@ def synchronize() -> None:
     _pynative_executor.sync()
 
 
+# --- dtypes ----------------------------------------------------------------------------------------
+
+
+def float_type(dtype):
+    """The mindspore dtype that is meant by mindspore.float32, float16 or bfloat16, or by one of these names.
+
+    Raises:
+        ValueError: anything else.
+    """
+    return _floats()[_float_name(dtype)]
+
+
+def _floats() -> dict:
+    import mindspore
+
+    return {"float32": mindspore.float32, "float16": mindspore.float16, "bfloat16": mindspore.bfloat16}
+
+
+def _float_name(dtype) -> str:
+    floats = _floats()
+    wanted = floats.get(dtype) if isinstance(dtype, str) else dtype
+    name = next((n for n, known in floats.items() if known is wanted or known == wanted), None)
+    if wanted is None or name is None:
+        raise ValueError(f"dtype: expected one of {', '.join(floats)}, got {dtype!r}")
+    return name
+
+
 def supported_dtype(dtype):
     """The dtype to compute in on the current device when `dtype` was asked for.
 
@@ -181,13 +212,7 @@ def supported_dtype(dtype):
     """
     import mindspore
 
-    floats = {"float32": mindspore.float32, "float16": mindspore.float16, "bfloat16": mindspore.bfloat16}
-    wanted = floats.get(dtype) if isinstance(dtype, str) else dtype
-    name = next((n for n, known in floats.items() if known is wanted or known == wanted), None)
-    if wanted is None or name is None:
-        raise ValueError(f"dtype: expected one of {', '.join(floats)}, got {dtype!r}")
-    wanted = floats[name]
-
+    name = _float_name(dtype)
     target = device_target()
     if target == "CPU" and name != "float32":
         return mindspore.float32, (
@@ -200,7 +225,30 @@ def supported_dtype(dtype):
             "bfloat16 was asked for, float32 is used: MindSpore's GPU kernels have no bfloat16, and float16 "
             "has not its range. Ask for float16 by name where the model is known to fit it."
         )
-    return wanted, None
+    return float_type(name), None
+
+
+def loadable_dtype(dtype):
+    """The dtype to load models in: what was asked for, or float32 with one warning where the device has not got it.
+
+    Args:
+        dtype: as for `supported_dtype`, or None.
+
+    Returns:
+        A mindspore dtype; None for None, which models take for float32.
+
+    Raises:
+        ValueError: any other dtype.
+    """
+    if dtype is None:
+        return None
+    dtype, reason = supported_dtype(dtype)
+    if reason:
+        say_once(reason)
+    return dtype
+
+
+# --- the mode --------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import functools
 import json
-import logging
 import math
 import os
 import re
@@ -33,6 +32,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from . import devices
 
 __all__ = [
     "CheckpointError",
@@ -50,8 +51,6 @@ __all__ = [
     "resolve_language_folder",
     "save_components",
 ]
-
-logger = logging.getLogger(__name__)
 
 
 class CheckpointError(ValueError):
@@ -792,7 +791,7 @@ def load_component(
             and weights), or the hub id of either.
         name: 'vae', 'unet', 'text_encoder', 'tokenizer', 'scheduler', 'inverse_scheduler', 'safety_checker' or
             'feature_extractor'.
-        mindspore_dtype: dtype of a model; None is float32. What the device has not becomes float32 with a warning.
+        mindspore_dtype: dtype of a model; None is float32. What the device has not becomes float32 with one warning.
         variant: 'fp16' picks ``*.fp16.safetensors`` where there is one.
         cache_dir: as in huggingface_hub, whose environment variables count, too.
         force_download: as in huggingface_hub.
@@ -839,14 +838,7 @@ def load_component(
     source, is_variant = _Source.in_folder(part, name, variant)
     if not is_variant:
         raise _no_variant(part, variant)
-    dtype = mindspore_dtype
-    if dtype is not None:
-        from mindiffedit import devices
-
-        dtype, reason = devices.supported_dtype(dtype)
-        if reason:
-            logger.warning(reason)
-    return _load_models({name: source}, dtype)[name]
+    return _load_models({name: source}, devices.loadable_dtype(mindspore_dtype))[name]
 
 
 def _place_of(folder: Path, name: str) -> tuple[Path, str]:
@@ -1177,27 +1169,9 @@ def _load_models(sources: Mapping[str, _Source], dtype: Any) -> dict[str, Any]:
     """Build the models and give them the files' values. Nothing is read before all names and shapes fit."""
     if not sources:
         return {}
-    dtype = _float_type(dtype)
+    dtype = devices.float_type("float32" if dtype is None else dtype)
     models = {name: _build(source) for name, source in sources.items()}
     return _give_weights(sources, models, dtype)
-
-
-def _float_type(dtype: Any) -> Any:
-    """The mindspore dtype that a name or None (float32) means."""
-    import mindspore
-
-    if isinstance(dtype, str):
-        dtype = {
-            "float32": mindspore.float32,
-            "float16": mindspore.float16,
-            "bfloat16": mindspore.bfloat16,
-        }.get(dtype)
-    elif dtype is None:
-        dtype = mindspore.float32
-    if dtype not in (mindspore.float32, mindspore.float16, mindspore.bfloat16):
-        raise ValueError(f"dtype: expected float32, float16 or bfloat16, got {dtype!r}")
-
-    return dtype
 
 
 def _give_weights(sources: Mapping[str, _Source], models: dict[str, Any], dtype: Any) -> dict[str, Any]:
@@ -1552,7 +1526,7 @@ def load_language_model(source: _Source, *, dtype: Any = None) -> Any:
     WeightsError
         Weights are missing, extra, misshapen, not finite, or differ though they are one: all of them are listed.
     """
-    dtype = _float_type(dtype)
+    dtype = devices.float_type("float32" if dtype is None else dtype)
     model = _build(source)
     canonical = _shared_names(model)
     tensors: dict[str, _Stored] = {}

@@ -17,8 +17,7 @@ import numpy as np
 import PIL.Image
 
 from . import compile_cache as compile_caches
-from . import models, options, pictures, randomness
-from .components import loadable_dtype
+from . import devices, models, options, pictures, randomness
 
 __all__ = ["Captioner", "PromptGenerator", "average_embeddings"]
 
@@ -93,7 +92,7 @@ class _Writer:
         )
         source = models.find_language_model(cls.KIND, folder)
         preparation = cls._preparation(folder, source.config)
-        model = models.load_language_model(source, dtype=loadable_dtype(mindspore_dtype))
+        model = models.load_language_model(source, dtype=devices.loadable_dtype(mindspore_dtype))
         return cls(model, preparation, mode=mode, compile_cache=compile_cache)
 
     @classmethod
