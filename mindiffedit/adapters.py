@@ -8,19 +8,10 @@ from typing import Any, Dict, FrozenSet, List, Optional, Union
 
 from . import lora, options, textual_inversion
 from .components import PipelineComponents
+from .hub import HubOptions
 
 logger = logging.getLogger(__name__)
 
-_PLACE = (
-    "weight_name",
-    "subfolder",
-    "cache_dir",
-    "force_download",
-    "local_files_only",
-    "token",
-    "revision",
-    "proxies",
-)
 _UNUSED = ("low_cpu_mem_usage", "unet_config", "mirror")  # they choose how diffusers loads, not what
 
 
@@ -336,7 +327,8 @@ def _place(method: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
             "`use_safetensors=False` asks for pickled weights, which can run code when they are read; only safetensors"
             " files are loaded."
         )
-    place = {name: kwargs.pop(name) for name in _PLACE if name in kwargs}
+    place = {name: kwargs.pop(name) for name in ("weight_name", "subfolder") if name in kwargs}
+    place["options"] = HubOptions.taken_from(kwargs)
     _warn_of_unused(method, {name: value for name, value in kwargs.items() if name not in _UNUSED})
     return place
 

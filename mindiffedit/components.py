@@ -10,7 +10,7 @@ from typing import Any, Callable, Dict, Optional
 import numpy as np
 
 from . import compile_cache as compile_caches
-from . import devices, models, tiling
+from . import devices, hub, models, saving, survey, tiling
 from .notices import say_once
 
 logger = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ class PipelineComponents:
         """ValueError where the components cannot work together; asked before every call, since each can be replaced."""
         parts = (self.unet, self.vae, self.text_encoder, self.tokenizer)
         if len(self._fitting) != len(parts) or any(a is not b for a, b in zip(parts, self._fitting)):
-            models.check_fit(self.components)
+            survey.check_fit(self.components)
             self._fitting = parts
 
     @staticmethod
@@ -172,17 +172,8 @@ class PipelineComponents:
                 " safetensors files are loaded. Leave the argument out and use a folder that holds them."
             )
         overrides, own, dtype = cls._loading("from_pretrained", mode, mindspore_dtype, kwargs)
-        folder = models.resolve_folder(
-            pretrained_model_name_or_path,
-            cache_dir=cache_dir,
-            force_download=force_download,
-            local_files_only=local_files_only,
-            token=token,
-            revision=revision,
-            proxies=proxies,
-            variant=variant,
-            skip=overrides,
-        )
+        options = hub.HubOptions(cache_dir, force_download, local_files_only, token, revision, proxies)
+        folder = hub.resolve_folder(pretrained_model_name_or_path, options, variant=variant, skip=overrides)
         parts = models.load_components(
             folder, overrides=overrides, dtype=dtype, variant=variant, use_safetensors=True
         )
@@ -242,12 +233,7 @@ class PipelineComponents:
             config=config,
             overrides=overrides,
             dtype=dtype,
-            cache_dir=cache_dir,
-            force_download=force_download,
-            local_files_only=local_files_only,
-            token=token,
-            revision=revision,
-            proxies=proxies,
+            options=hub.HubOptions(cache_dir, force_download, local_files_only, token, revision, proxies),
         )
         return cls(**{**parts, **own}, mode=mode, compile_cache=compile_cache)
 
@@ -277,7 +263,7 @@ class PipelineComponents:
         Raises:
             ValueError: for a folder that holds something other than a checkpoint.
         """
-        models.save_components(
+        saving.save_components(
             save_directory,
             self.components,
             requires_safety_checker=self.requires_safety_checker,

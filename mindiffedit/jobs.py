@@ -24,7 +24,7 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 import numpy as np
 import PIL.Image
 
-from . import demo, devices, editing, masks, models, options, pictures
+from . import demo, devices, editing, hub, masks, options, pictures, survey
 from .arguments import CORRECTIONS, MASK_FIELDS, MASK_NUMBERS, SCHEDULERS, defaults_of, option
 from .generator import check_seed
 from .latents_file import read_latents
@@ -441,7 +441,7 @@ def _check_name(model: str, name: str) -> bool:
 
 def _check_folder(job: Job) -> None:
     """Find an unusable folder before MindSpore is imported, and fit the pictures to what it says."""
-    job.configs = models.check_folder(job.folder, _skipped(job.args), getattr(job.args, "variant", None))
+    job.configs = survey.check_folder(job.folder, _skipped(job.args), getattr(job.args, "variant", None))
     _fit(job)
 
 
@@ -561,9 +561,8 @@ def _load_pipeline(job: Job):
             str(job.single_file), config=args.config, local_files_only=True if args.offline else None, **how
         )
     if job.folder is None:
-        job.folder = models.resolve_folder(
-            args.model, revision=args.revision, local_files_only=args.offline, skip=_skipped(args), **variant
-        )
+        options = hub.HubOptions(revision=args.revision, local_files_only=args.offline)
+        job.folder = hub.resolve_folder(args.model, options, skip=_skipped(args), **variant)
         _check_folder(job)
     return pipeline.from_pretrained(str(job.folder), local_files_only=True, **how, **variant)
 

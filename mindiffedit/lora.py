@@ -19,7 +19,11 @@ from typing import Any, Tuple
 
 import numpy as np
 
-from . import devices, models, options
+from . import devices, options
+from .checkpoints import CheckpointError, WeightsError
+from .hub import resolve_file
+from .models import parameters_by_name
+from .weight_files import read_tensors
 
 __all__ = ["COMPONENTS", "Adapted", "LowRank", "adapted", "parse", "read"]
 
@@ -59,21 +63,21 @@ _Term = Tuple[float, LowRank]
 def read(source, **place) -> tuple[dict[str, np.ndarray], dict[str, Any] | None, str]:
     """The tensors of a LoRA, peft's configuration if there is one, and what to call it in messages.
 
-    ``source`` is a file, folder or hub id, for which ``place`` has further arguments of ``models.resolve_file``; or a
+    ``source`` is a file, folder or hub id, for which ``place`` has further arguments of ``hub.resolve_file``; or a
     dict from name to array or tensor.
     """
     from .pictures import to_numpy
 
     if isinstance(source, Mapping):
         return {name: to_numpy(value) for name, value in source.items()}, None, "the given LoRA"
-    path = models.resolve_file(source, default=FILE_NAME, **place)
-    tensors, notes = models.read_tensors(path)
+    path = resolve_file(source, default=FILE_NAME, **place)
+    tensors, notes = read_tensors(path)
     if _METADATA not in notes:
         return tensors, None, str(path)
     try:
         return tensors, dict(json.loads(notes[_METADATA])), str(path)
     except (ValueError, TypeError) as error:
-        raise models.CheckpointError(f"{path}: its {_METADATA} is no JSON object: {error}.") from error
+        raise CheckpointError(f"{path}: its {_METADATA} is no JSON object: {error}.") from error
 
 
 def parse(
@@ -95,7 +99,7 @@ def parse(
         what: the file, for messages.
 
     Raises:
-        models.WeightsError: it is no LoRA, or does not fit the models; all misfits are counted, the first are named.
+        WeightsError: it is no LoRA, or does not fit the models; all misfits are counted, the first are named.
     """
     tensors, alphas = _diffusers_names(tensors, what)
     parts: dict[str, dict[str, np.ndarray]] = {component: {} for component in COMPONENTS}
@@ -115,7 +119,7 @@ def parse(
             found[component] = matrices
             misfits += [f"{component}.{problem}" for problem in problems]
     if misfits:
-        raise models.WeightsError(
+        raise WeightsError(
             f"{what} does not fit this pipeline, and nothing of it was loaded; {len(misfits)} misfits:"
             f" {_some(misfits)}. It was made for another model, or is of a kind that is not supported."
         )
@@ -144,13 +148,13 @@ def _diffusers_names(tensors: Mapping[str, np.ndarray], what: str):
             tensors, alphas = {**tensors, **outer}, {**alphas, **outer_alphas}
         except (KeyError, ValueError) as error:  # what is left over cannot be converted
             missing = [str(error.args[0])] if isinstance(error, KeyError) else []
-            raise models.WeightsError(
+            raise WeightsError(
                 f"{what} has weights that belong to no plain LoRA ({_some(missing or sorted(left))}): of kohya's formats"
                 " lora_down, lora_up and alpha can be loaded; LoHa, LoKr and others have to be converted first."
             ) from error
     others = [name for name in tensors if "lora" not in name]
     if others or not tensors:
-        raise models.WeightsError(
+        raise WeightsError(
             f"{what} is no LoRA: {_some(others) if others else 'it holds nothing'}. Expected weights such as"
             " unet.….lora_A.weight or lora_unet_….lora_down.weight."
         )
@@ -231,7 +235,7 @@ def _peft_names(component: str, part: Mapping[str, np.ndarray], what: str) -> di
     try:
         return convert.convert_state_dict_to_peft(convert.convert_state_dict_to_diffusers(part))
     except ValueError as error:
-        raise models.WeightsError(
+        raise WeightsError(
             f"{what} has names for the text encoder that are of no known format, such as {next(iter(part))}."
         ) from error
 
@@ -307,7 +311,7 @@ class Adapted:
         }
         return {
             name.removesuffix(".weight"): parameter
-            for name, parameter in models.parameters_by_name(model).items()
+            for name, parameter in parameters_by_name(model).items()
             if name.endswith(".weight") and name not in tables and len(parameter.shape) in (2, 4)
         }
 

@@ -17,7 +17,10 @@ import numpy as np
 import PIL.Image
 
 from . import compile_cache as compile_caches
-from . import devices, models, options, pictures, randomness
+from . import devices, language_models, options, pictures, randomness
+from .checkpoints import CheckpointError
+from .hub import HubOptions
+from .models import load_tokenizer
 
 __all__ = ["Captioner", "PromptGenerator", "average_embeddings"]
 
@@ -82,17 +85,14 @@ class _Writer:
         """
         if mode not in MODES:
             raise ValueError(f"`mode` has to be one of {MODES}, but is {mode!r}.")
-        folder = models.resolve_language_folder(
+        folder = language_models.resolve_folder(
             cls.KIND,
             path_or_id,
-            revision=revision,
-            local_files_only=local_files_only,
-            cache_dir=cache_dir,
-            token=token,
+            HubOptions(cache_dir, local_files_only=local_files_only, token=token, revision=revision),
         )
-        source = models.find_language_model(cls.KIND, folder)
+        source = language_models.find(cls.KIND, folder)
         preparation = cls._preparation(folder, source.config)
-        model = models.load_language_model(source, dtype=devices.loadable_dtype(mindspore_dtype))
+        model = language_models.load(source, dtype=devices.loadable_dtype(mindspore_dtype))
         return cls(model, preparation, mode=mode, compile_cache=compile_cache)
 
     @classmethod
@@ -111,21 +111,11 @@ class _Writer:
 
 def _tokenizer(folder: Path, class_name: str, size: int):
     """A tokenizer of transformers, with no id that the model's table of ``size`` embeddings has not."""
-    import transformers
-
-    try:
-        tokenizer = getattr(transformers, class_name).from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # whatever a broken vocabulary makes transformers raise
-        reason = (
-            str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
-        )
-        raise models.CheckpointError(f"{folder}: the tokenizer cannot be read: {reason}.") from error
+    tokenizer = load_tokenizer(folder, class_name)
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest >= size:
         # Past the end of its table an embedding gives zeros on some devices, and no error.
-        raise models.CheckpointError(
-            f"{folder}: the tokenizer has ids up to {largest}, the model knows {size}."
-        )
+        raise CheckpointError(f"{folder}: the tokenizer has ids up to {largest}, the model knows {size}.")
     return tokenizer
 
 
@@ -297,9 +287,7 @@ class Captioner(_Writer):
             # Not the fast one, which is torchvision's.
             image_processor = BlipImageProcessor.from_json_file(str(settings))
         except Exception as error:  # whatever a broken config makes transformers raise
-            raise models.CheckpointError(
-                f"{settings}: no image processor can be made of it: {error}."
-            ) from error
+            raise CheckpointError(f"{settings}: no image processor can be made of it: {error}.") from error
         size = (config.get("text_config") or {}).get("vocab_size", 30524)
         return BlipProcessor(image_processor, _tokenizer(folder, "BertTokenizerFast", size))
 

@@ -26,7 +26,9 @@ from typing import Any
 from urllib.parse import unquote
 
 from . import models
-from .models import CheckpointError
+from .checkpoints import MODELS, CheckpointError, first_line, some
+from .hub import HubOptions, Repository, resolve_folder
+from .weight_files import PICKLES, Stored, read_header
 
 __all__ = ["SingleFile", "load_components"]
 
@@ -68,33 +70,29 @@ def load_components(
     config: str | os.PathLike | None = None,
     overrides: Mapping[str, Any] | None = None,
     dtype: Any = None,
-    **hub_options: Any,
+    options: HubOptions = HubOptions(),
 ) -> dict[str, Any]:
     """What `models.load_components` returns, with the weights of a single file.
 
-    Parameters
-    ----------
-    path_or_url : a `.safetensors` file, or its address on the hub
-        (https://huggingface.co/<owner>/<name>/blob/<revision>/<file>).
-    config : folder or hub id in diffusers' layout that has configs, tokenizer and scheduler; its weights are not
-        read. None takes the one of the file's kind (v1, v2) from the hub or its cache.
-    overrides, dtype : as for `models.load_components`. A safety checker is only ever given.
-    hub_options : cache_dir, force_download, local_files_only, token, revision, proxies, as for
-        `models.resolve_folder`. `revision` is the file's.
+    Args:
+        path_or_url: a `.safetensors` file, or its address on the hub
+            (https://huggingface.co/<owner>/<name>/blob/<revision>/<file>).
+        config: folder or hub id in diffusers' layout that has configs, tokenizer and scheduler; its weights are not
+            read. None takes the one of the file's kind (v1, v2) from the hub or its cache.
+        overrides: as for `models.load_components`. A safety checker is only ever given.
+        dtype: as for `models.load_components`.
+        options: how the hub is asked. The revision is the file's.
 
-    Raises
-    ------
-    CheckpointError (a ValueError)
-        The file is missing, pickled, damaged or of another kind of model, or there is no configuration for it.
-    WeightsError (a CheckpointError)
-        Weights that do not fit the configuration: all are listed.
+    Raises:
+        CheckpointError: the file is missing, pickled, damaged or of another kind of model, or there is no configuration
+            for it; a ValueError.
+        WeightsError: weights that do not fit the configuration: all are listed; a CheckpointError.
     """
     overrides = {"safety_checker": None, **(overrides or {})}
-    file = _resolve_file(path_or_url, hub_options)
+    file = _resolve_file(path_or_url, options)
     weights = SingleFile(file)
     kind = weights.kind([name for name in _PREFIXES if name not in overrides])
-    hub_options = {**hub_options, "revision": None}
-    folder = _config_folder(file, config, kind, hub_options)
+    folder = _config_folder(file, config, kind, dataclasses.replace(options, revision=None))
     return models.load_components(folder, overrides=overrides, dtype=dtype, weights=weights)
 
 
@@ -105,7 +103,7 @@ _ADDRESS = re.compile(
 )
 
 
-def _resolve_file(path_or_url: str | os.PathLike, hub_options: Mapping[str, Any]) -> Path:
+def _resolve_file(path_or_url: str | os.PathLike, options: HubOptions) -> Path:
     """The file on this machine, fetched from the hub where it is an address there."""
     if not isinstance(path_or_url, (str, os.PathLike)):
         raise TypeError(f"checkpoint: expected a .safetensors file or its address, got {path_or_url!r}")
@@ -115,7 +113,7 @@ def _resolve_file(path_or_url: str | os.PathLike, hub_options: Mapping[str, Any]
         raise CheckpointError(
             f"{name} is a folder, expected one .safetensors file; a folder is loaded with from_pretrained."
         )
-    if Path(name.partition("?")[0]).suffix.lower() in models._PICKLES:
+    if Path(name.partition("?")[0]).suffix.lower() in PICKLES:
         raise CheckpointError(
             f"{name} is pickled, and is not read because a pickle can run code: look for the .safetensors file of the"
             f" same model."
@@ -128,12 +126,12 @@ def _resolve_file(path_or_url: str | os.PathLike, hub_options: Mapping[str, Any]
             f"{name}: there is no such file (looked in {Path.cwd()}); give a .safetensors file, or an address such as"
             f" https://huggingface.co/<owner>/<name>/blob/main/<file>.safetensors."
         )
-    wanted, revision = unquote(address["file"]), hub_options.get("revision") or address["revision"]
-    hub = models._Hub(address["id"], {**hub_options, "revision": revision})
-    found = hub.fetch([glob.escape(wanted)]) / wanted
+    wanted, revision = unquote(address["file"]), options.revision or address["revision"]
+    repository = Repository(address["id"], dataclasses.replace(options, revision=revision))
+    found = repository.fetch([glob.escape(wanted)]) / wanted
     if not found.is_file():
         raise CheckpointError(
-            f"{address['id']} {'in the local cache' if hub.offline else 'on the hub'} has no file {wanted}."
+            f"{address['id']} {'in the local cache' if repository.offline else 'on the hub'} has no file {wanted}."
         )
     return found
 
@@ -150,9 +148,9 @@ class SingleFile:
 
     def __init__(self, file: Path):
         self.file = file
-        self._stored = models._read_header(file)
+        self._stored = read_header(file)
 
-    def _part(self, name: str) -> dict[str, models._Stored]:
+    def _part(self, name: str) -> dict[str, Stored]:
         """The weights of one component, by their names in the file."""
         for prefix in _PREFIXES[name]:
             part = {key: stored for key, stored in self._stored.items() if key.startswith(prefix)}
@@ -176,12 +174,12 @@ class SingleFile:
             raise CheckpointError(
                 f"{self.file} has no weights of {', '.join(lacking)} under the original names"
                 f" ({', '.join(_PREFIXES[name][0] + '*' for name in lacking)}); it holds"
-                f" {models._some(sorted(self._stored), 3)}. Expected a whole Stable Diffusion checkpoint, or"
+                f" {some(sorted(self._stored), 3)}. Expected a whole Stable Diffusion checkpoint, or"
                 f" {', '.join(name + '=...' for name in lacking)} besides."
             )
         return found
 
-    def tensors(self, name: str, config: Mapping[str, Any]) -> dict[str, models._Stored]:
+    def tensors(self, name: str, config: Mapping[str, Any]) -> dict[str, Stored]:
         """Where the weights of a component lie, by its parameters' names.
 
         What has no translation keeps its name in the file, and is then found to be extra.
@@ -196,7 +194,7 @@ class SingleFile:
         except Exception as error:  # whatever a layout that the conversion does not know makes it raise
             raise CheckpointError(
                 f"{self.file}: the weights of {name} cannot be given diffusers' names by this configuration"
-                f" ({type(error).__name__}: {models._first_line(error)}). Give the config= that belongs to the file."
+                f" ({type(error).__name__}: {first_line(error)}). Give the config= that belongs to the file."
             ) from error
         used = {id(stored) for stored in converted.values()}
         extra = {
@@ -222,7 +220,7 @@ def _conversions():
     return single_file_utils
 
 
-def _pieces(key: str, stored: models._Stored) -> dict[str, models._Stored]:
+def _pieces(key: str, stored: Stored) -> dict[str, Stored]:
     """One weight of the file as the weights that the models have.
 
     mindone's functions would cut and squeeze values, of which there are none yet; and both are only another look at
@@ -236,17 +234,12 @@ def _pieces(key: str, stored: models._Stored) -> dict[str, models._Stored]:
         rows = stored.shape[0] // 3
         views = {}
         for i, name in enumerate(("q_proj", "k_proj", "v_proj")):
-            size = models._SIZES.get(stored.dtype, 0) * rows
-            for length in stored.shape[1:]:
-                size *= length
-            views[f"{joined[1]}.{name}.{joined[2]}"] = dataclasses.replace(
-                stored, shape=(rows, *stored.shape[1:]), offset=stored.offset + i * size
-            )
+            views[f"{joined[1]}.{name}.{joined[2]}"] = stored.rows(i * rows, rows)
         return views
     return {key: stored}
 
 
-def _convert(name: str, part: dict[str, models._Stored], config: Mapping[str, Any]) -> dict[str, Any]:
+def _convert(name: str, part: dict[str, Stored], config: Mapping[str, Any]) -> dict[str, Any]:
     """mindone's translation of names."""
     convert = _conversions()
     if name == "unet":
@@ -262,16 +255,14 @@ def _convert(name: str, part: dict[str, models._Stored], config: Mapping[str, An
 # --- what belongs to it ----------------------------------------------------------------------------
 
 
-def _config_folder(
-    file: Path, config: str | os.PathLike | None, kind: str, hub_options: Mapping[str, Any]
-) -> Path:
+def _config_folder(file: Path, config: str | os.PathLike | None, kind: str, options: HubOptions) -> Path:
     """The folder with configs, tokenizer and scheduler for a file of a kind; none of its weights are fetched."""
     if config is not None:
-        return models.resolve_folder(config, skip=models._MODELS, **hub_options)
+        return resolve_folder(config, options, skip=MODELS)
     name = _conversions().DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"]
     for candidate in filter(None, (name, _MIRRORS.get(name))):
         try:
-            folder = models.resolve_folder(candidate, skip=models._MODELS, **hub_options)
+            folder = resolve_folder(candidate, options, skip=MODELS)
         except CheckpointError as error:
             failed = error
             continue

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from . import models
+from .hub import resolve_file
 from .pictures import is_tensor, to_numpy
+from .weight_files import read_tensors
 
 __all__ = ["add", "check", "generation", "read", "remove"]
 
@@ -25,15 +26,15 @@ FILE_NAME = "learned_embeds.safetensors"
 def read(source, **place) -> tuple[Any, str]:
     """The embeddings that a user means, an array or a dict of arrays, and what to call them in messages.
 
-    ``source`` is a file, folder or hub id, for which ``place`` has further arguments of ``models.resolve_file``; a
+    ``source`` is a file, folder or hub id, for which ``place`` has further arguments of ``hub.resolve_file``; a
     tensor or array; or a dict from token to tensor, or of A1111's form.
     """
     if isinstance(source, np.ndarray) or is_tensor(source):
         return to_numpy(source), "the given embedding"
     if isinstance(source, Mapping):
         return dict(source), "the given embedding"
-    path = models.resolve_file(source, default=FILE_NAME, **place)
-    return models.read_tensors(path)[0], str(path)
+    path = resolve_file(source, default=FILE_NAME, **place)
+    return read_tensors(path)[0], str(path)
 
 
 def check(contents: Sequence[tuple[Any, str]], tokens: Sequence[Any], tokenizer, text_encoder):

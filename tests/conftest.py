@@ -1,7 +1,9 @@
 """Fixtures and options shared by the tests."""
 
 import os
+import shutil
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -44,6 +46,36 @@ def sd2_folder(tmp_path_factory):
     from checkpoints import make_sd2
 
     return make_sd2(tmp_path_factory.mktemp("sd2") / "checkpoint")
+
+
+@pytest.fixture(scope="session")
+def checked_folder(tmp_path_factory):
+    """An SD-1.x-like checkpoint with a safety checker and its feature extractor. Read-only, as the others."""
+    from checkpoints import make_sd1
+
+    return make_sd1(tmp_path_factory.mktemp("checked") / "checkpoint", safety_checker=True)
+
+
+@pytest.fixture
+def copy(sd1_folder, tmp_path):
+    """A copy of the SD-1.x-like checkpoint, to be damaged."""
+    return Path(shutil.copytree(sd1_folder, tmp_path / "copy"))
+
+
+@pytest.fixture(scope="session")
+def checked(checked_folder):
+    """The components of `checked_folder`, not to be changed."""
+    from mindiffedit.models import load_components
+
+    return load_components(checked_folder)
+
+
+@pytest.fixture(scope="session")
+def sd2(sd2_folder):
+    """The components of `sd2_folder`, not to be changed."""
+    from mindiffedit.models import load_components
+
+    return load_components(sd2_folder)
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ from diffusers import StableDiffusionDiffEditPipeline as Reference
 from test_pipeline import CLOSE, PICTURE, SOURCE, TARGET, our_pipeline, their_pipeline
 
 from mindiffedit import StableDiffusionDiffEditPipeline, compile_cache, devices, lora, models, options
+from mindiffedit.survey import check_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 ROUNDING = (
@@ -755,4 +756,4 @@ def test_the_page_runs(ours, parts, tmp_path, monkeypatch):
     for block in code:
         exec(compile(block, "docs/adapters.md", "exec"), names)
     assert ours.get_list_adapters() == {} and bits(ours) == weights
-    assert models.check_folder(tmp_path / "fused-checkpoint")
+    assert check_folder(tmp_path / "fused-checkpoint")

@@ -1299,7 +1299,7 @@ def test_bad_model_folders(work, capsys):
         refused(capsys, edit("--model", "bad"), *words)
 
     unet, vae, text_encoder = WEIGHTS
-    # One of each kind: tests/test_models.py has them all.
+    # One of each kind: tests/test_survey.py has them all.
     broken(lambda f: (f / "model_index.json").unlink(), "has no model_index.json")
     broken(lambda f: (f / "vae" / "config.json").unlink(), "vae/config.json is missing")
     broken(lambda f: (f / "vae" / "config.json").write_text("{"), "vae/config.json", "JSON")
@@ -1395,17 +1395,17 @@ def test_a_full_disk_leaves_no_file(work, capsys, monkeypatch):
 def test_hub_models_are_fetched_after_the_cheap_checks(work, capsys, monkeypatch):
     asked = []
 
-    def resolve(name, **kwargs):
-        asked.append((name, kwargs))
+    def resolve(name, options, **kwargs):
+        asked.append((name, options, kwargs))
         return work / "model"
 
-    monkeypatch.setattr("mindiffedit.models.resolve_folder", resolve)
+    monkeypatch.setattr("mindiffedit.hub.resolve_folder", resolve)
     hub = [word if word != "model" else "maker/model" for word in edit("--revision", "v1", "--offline")]
     refused(capsys, [*hub, "--steps", "0"])
     assert asked == []
     line, _ = ran(capsys, [*hub, "--json", "--no-safety-checker"])
-    (name, kwargs), = asked
-    assert name == "maker/model" and kwargs["revision"] == "v1" and kwargs["local_files_only"] is True
+    (name, options, kwargs), = asked
+    assert name == "maker/model" and options.revision == "v1" and options.local_files_only is True
     assert kwargs["skip"] == ("safety_checker",)
     assert arguments("load") == str(work / "model")
     assert json.loads(line)["model"] == "maker/model"

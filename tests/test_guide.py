@@ -191,7 +191,7 @@ def adapters_page(stands):
 
 def single_file(stands):
     """A tiny checkpoint as one file, as Python source."""
-    from test_models import write_tensors
+    from checkpoint_files import write_tensors
     from test_single_file import original
 
     file = stands.folder / "finetune.safetensors"

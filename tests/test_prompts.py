@@ -20,11 +20,13 @@ from mindiffedit import (
     average_embeddings,
     decoding,
     devices,
-    models,
+    language_models,
     options,
     prompts,
     randomness,
 )
+from mindiffedit.checkpoints import CheckpointError, WeightsError
+from mindiffedit.hub import HubOptions
 
 # max|difference| / rms of the logits. These models multiply every rounding: transformers' own float32 logits are 1.5e-5
 # from its float64 ones, ours 2.1e-5; of captions, 1e-5 and 1e-5.
@@ -486,8 +488,8 @@ def rewritten(folder, target, change):
 @pytest.mark.parametrize("kind", ["prompt model", "caption model"])
 def test_every_parameter_has_the_files_value(kind, t5_folder, blip_folder):
     folder = t5_folder if kind == "prompt model" else blip_folder
-    model = models.load_language_model(models.find_language_model(kind, folder))
-    stored, names = values_of(folder), models._shared_names(model)
+    model = language_models.load(language_models.find(kind, folder))
+    stored, names = values_of(folder), language_models._shared_names(model)
     canonical = {names[name]: value for name, value in stored.items()}
     parameters = dict(model.parameters_and_names())
     assert parameters.keys() == canonical.keys()
@@ -499,7 +501,7 @@ def test_every_parameter_has_the_files_value(kind, t5_folder, blip_folder):
 def test_shards_are_read(tmp_path, t5_folder, writer):
     folder = language_checkpoints.make_t5(tmp_path / "t5", max_shard_size="20KB")
     assert len(list(folder.glob("model-*.safetensors"))) > 2
-    one = models.load_language_model(models.find_language_model("prompt model", folder))
+    one = language_models.load(language_models.find("prompt model", folder))
     for name, parameter in one.parameters_and_names():
         assert np.array_equal(parameter.asnumpy(), dict(writer.model.parameters_and_names())[name].asnumpy())
 
@@ -519,7 +521,7 @@ def test_a_shared_weight_may_have_any_of_its_names(tmp_path, t5_folder):
     expected = values_of(t5_folder)["shared.weight"]
     for name, change in (("one", only_the_encoders), ("all", all_three)):
         folder = rewritten(t5_folder, tmp_path / name, change)
-        model = models.load_language_model(models.find_language_model("prompt model", folder))
+        model = language_models.load(language_models.find("prompt model", folder))
         assert np.array_equal(model.shared.weight.asnumpy(), expected)
         assert np.array_equal(model.decoder.embed_tokens.weight.asnumpy(), expected)
 
@@ -529,9 +531,7 @@ def test_names_of_one_weight_that_differ_are_refused(tmp_path, t5_folder):
         values["encoder.embed_tokens.weight"] = values["shared.weight"] + 1
 
     folder = rewritten(t5_folder, tmp_path / "torn", torn)
-    with pytest.raises(
-        models.WeightsError, match=r"encoder\.embed_tokens\.weight differs from shared\.weight"
-    ):
+    with pytest.raises(WeightsError, match=r"encoder\.embed_tokens\.weight differs from shared\.weight"):
         PromptGenerator.from_pretrained(folder)
 
 
@@ -542,7 +542,7 @@ def test_misfits_are_listed(tmp_path, t5_folder, blip_folder):
         values["decoder.final_layer_norm.weight"] = np.ones(7, "f4")
 
     folder = rewritten(t5_folder, tmp_path / "t5", change)
-    with pytest.raises(models.WeightsError) as caught:
+    with pytest.raises(WeightsError) as caught:
         PromptGenerator.from_pretrained(folder)
     for words in (
         "extra: extra.weight",
@@ -555,14 +555,14 @@ def test_misfits_are_listed(tmp_path, t5_folder, blip_folder):
         values["vision_model.post_layernorm.bias"] = np.full(24, np.nan, "f4")
 
     folder = rewritten(blip_folder, tmp_path / "blip", poison)
-    with pytest.raises(models.WeightsError, match="vision_model.post_layernorm.bias: 24 of 24"):
+    with pytest.raises(WeightsError, match="vision_model.post_layernorm.bias: 24 of 24"):
         Captioner.from_pretrained(folder)
 
 
 def test_in_float16_the_layers_that_need_it_stay_wide(t5_folder):
     import mindspore
 
-    model = models.load_language_model(models.find_language_model("prompt model", t5_folder), dtype="float16")
+    model = language_models.load(language_models.find("prompt model", t5_folder), dtype="float16")
     kinds = {name: parameter.dtype for name, parameter in model.parameters_and_names()}
     wide = {name for name, dtype in kinds.items() if dtype == mindspore.float32}
     assert wide == {name for name in kinds if name.endswith("DenseReluDense.wo.weight")} and len(wide) == 5
@@ -644,26 +644,26 @@ FOLDERS = {
 def test_folders_that_cannot_be_read_are_refused(case, t5_folder, tmp_path):
     change, words = FOLDERS[case]
     folder = broken(t5_folder, tmp_path / "t5", change)
-    with pytest.raises(models.CheckpointError, match=words) as caught:
+    with pytest.raises(CheckpointError, match=words) as caught:
         PromptGenerator.from_pretrained(folder)
     assert "Traceback" not in str(caught.value)
 
 
 def test_each_loads_its_own_kind(t5_folder, blip_folder, tmp_path):
-    with pytest.raises(models.CheckpointError, match="T5For.*expected a BlipForConditionalGeneration"):
+    with pytest.raises(CheckpointError, match="T5For.*expected a BlipForConditionalGeneration"):
         Captioner.from_pretrained(t5_folder)
-    with pytest.raises(models.CheckpointError, match="BlipFor.*expected a T5ForConditionalGeneration"):
+    with pytest.raises(CheckpointError, match="BlipFor.*expected a T5ForConditionalGeneration"):
         PromptGenerator.from_pretrained(str(blip_folder))
     folder = broken(blip_folder, tmp_path / "blip", lambda f: (f / "preprocessor_config.json").unlink())
-    with pytest.raises(models.CheckpointError, match="preprocessor_config.json is missing"):
+    with pytest.raises(CheckpointError, match="preprocessor_config.json is missing"):
         Captioner.from_pretrained(folder)
 
 
 @pytest.mark.parametrize(
     "name, kind, words",
     [
-        ("./nowhere", models.CheckpointError, "no such folder"),
-        ("", models.CheckpointError, "empty name"),
+        ("./nowhere", CheckpointError, "no such folder"),
+        ("", CheckpointError, "empty name"),
         (7, TypeError, "folder or a hub id, got 7"),
         (None, TypeError, "folder or a hub id"),
     ],
@@ -675,7 +675,7 @@ def test_names_of_nothing_are_refused(name, kind, words):
 
 
 def test_a_file_is_not_a_folder(t5_folder):
-    with pytest.raises(models.CheckpointError, match="is a file, expected a folder"):
+    with pytest.raises(CheckpointError, match="is a file, expected a folder"):
         PromptGenerator.from_pretrained(t5_folder / "model.safetensors")
 
 
@@ -690,7 +690,9 @@ def test_a_hub_id_is_fetched_without_pickles(t5_folder, monkeypatch):
         return str(t5_folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    folder = models.resolve_language_folder("prompt model", "google/flan-t5-large", revision="r", token="t")
+    folder = language_models.resolve_folder(
+        "prompt model", "google/flan-t5-large", HubOptions(revision="r", token="t")
+    )
     assert folder == t5_folder
     assert [name for name, _, _ in asked] == ["google/flan-t5-large"] * 2
     assert all(options_["revision"] == "r" and options_["token"] == "t" for _, _, options_ in asked)
@@ -704,8 +706,8 @@ def test_a_hub_without_safetensors_is_refused_with_a_way_out(t5_folder, tmp_path
 
     folder = broken(t5_folder, tmp_path / "t5", lambda f: (f / "model.safetensors").unlink())
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(folder))
-    with pytest.raises(models.CheckpointError, match="no safetensors weights.*revision"):
-        models.resolve_language_folder("prompt model", "google/flan-t5-large")
+    with pytest.raises(CheckpointError, match="no safetensors weights.*revision"):
+        language_models.resolve_folder("prompt model", "google/flan-t5-large")
 
 
 def test_what_the_device_lacks_is_loaded_in_float32(t5_folder):

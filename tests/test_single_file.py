@@ -7,10 +7,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_models import COMMIT, MODEL_FILES, assert_same, make_cache, parameters, read_tensors, write_tensors
+from checkpoint_files import (
+    COMMIT,
+    MODEL_FILES,
+    assert_same,
+    make_cache,
+    parameters,
+    read_tensors,
+    write_tensors,
+)
 
 from mindiffedit import StableDiffusionDiffEditPipeline, models, single_file
-from mindiffedit.models import CheckpointError, WeightsError
+from mindiffedit.checkpoints import CheckpointError, WeightsError
+from mindiffedit.hub import HubOptions
 
 # --- diffusers' names to the original ones -------------------------------------------------------------------------
 
@@ -370,7 +379,7 @@ def test_the_usual_configuration_comes_from_the_cache(kind, sd1_file, sd1_folder
     write_tensors(tmp_path / "file.safetensors", tensors)
     weights = single_file.SingleFile(tmp_path / "file.safetensors")
     assert weights.kind(["unet"]) == kind
-    options = dict(cache_dir=tmp_path, local_files_only=True)
+    options = HubOptions(tmp_path, local_files_only=True)
     assert single_file._config_folder(weights.file, None, kind, options) == snapshot
     assert ("predicts v or epsilon" in caplog.text) == (kind == "v2")
 
@@ -387,7 +396,7 @@ def test_a_file_of_the_hub_by_its_address(sd1_file, sd1_folder, tmp_path):
     (tmp_path / "repository" / "some folder").mkdir(parents=True)
     shutil.copy(sd1_file, tmp_path / "repository" / "some folder" / "v1[pruned].safetensors")
     snapshot = make_cache(tmp_path / "cache", tmp_path / "repository", repo="someone/anime")
-    options = dict(cache_dir=tmp_path / "cache", local_files_only=True)
+    options = HubOptions(tmp_path / "cache", local_files_only=True)
     expected = snapshot / "some folder" / "v1[pruned].safetensors"
     for address in ("https://huggingface.co/someone/anime/blob/main", "hf.co/someone/anime/resolve/main"):
         found = single_file._resolve_file(f"{address}/some%20folder/v1[pruned].safetensors", options)

@@ -293,10 +293,13 @@ def test_the_rule_lets_pass_what_it_should(source):
 GROUND = {
     "__init__",
     "arguments",
+    "checkpoints",
     "cli",
     "devices",
     "generator",
+    "hub",
     "jobs",
+    "language_models",
     "latents_file",
     "masks",
     "lora",
@@ -315,12 +318,15 @@ GROUND = {
     "randomness",
     "regularisers",
     "runs",
+    "saving",
     "schedules",
     "single_file",
     "strips",
+    "survey",
     "sweeps",
     "tiling",
     "textual_inversion",
+    "weight_files",
 }
 # The half of the parity tool that runs the reference; imported by `parity record` alone.
 RECORDING = {"parity/reference.py", "parity/floors.py", "parity/command.py"}

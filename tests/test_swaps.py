@@ -9,14 +9,14 @@ import mindspore as ms
 import numpy as np
 import parity
 import pytest
+from checkpoint_files import MODEL_FILES, assert_same, make_cache, read_tensors, write_tensors
 from checkpoints import make_sd1, make_text_encoder, make_unet
 from diffusers import StableDiffusionDiffEditPipeline as Reference
-from test_models import MODEL_FILES, assert_same, make_cache, read_tensors, write_tensors
 from test_pipeline import CLOSE, PICTURE, SOURCE, TARGET, our_pipeline, their_pipeline
 
 import mindiffedit
 from mindiffedit import StableDiffusionDiffEditPipeline, devices, load_component, notices
-from mindiffedit.models import CheckpointError, WeightsError
+from mindiffedit.checkpoints import CheckpointError, WeightsError
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from typing import Any, Dict, List, Optional
 import numpy as np
 import PIL.Image
 
-from .. import __version__, demo, devices, jobs, models, options, pictures
+from .. import __version__, demo, devices, jobs, options, pictures, survey
 from ..arguments import CASE_DEFAULTS, CASE_OPTIONS, SCHEDULERS, defaults_of
 from ..cli import FAILED, OK
 from ..generator import check_seed
@@ -51,7 +51,7 @@ def record(args: Namespace):
         raise ValueError(
             f"{args.output} is among the files of the model {folder}; give a name outside of it."
         )
-    configs = models.check_folder(folder, ("safety_checker",))
+    configs = survey.check_folder(folder, ("safety_checker",))
     _check_with_model(settings, configs, folder)
     images = _fitted(args, settings, configs)
     case = _case(settings, images, folder)
@@ -304,7 +304,7 @@ def _case(settings: Dict[str, Any], images: List[PIL.Image.Image], folder: Path)
 
 def _own_scheduler(folder: Path) -> str:
     """The model's own solver where the command line has a name for it, else ddim."""
-    own = models.scheduler_class(folder)
+    own = survey.scheduler_class(folder)
     return next((name for name, (forward, _) in SCHEDULERS.items() if forward == own), "ddim")
 
 
@@ -335,7 +335,7 @@ def check(args: Namespace):
     folder = _folder(args.model)
     golden.check_files(folder, manifest["weights"])
     if args.image is not None:
-        _check_pictures(args, settings, models.check_folder(folder, ("safety_checker",)), recording)
+        _check_pictures(args, settings, survey.check_folder(folder, ("safety_checker",)), recording)
 
     started = time.perf_counter()
     with jobs.hushed():
