@@ -344,9 +344,7 @@ class Editing:
                     f"`mask_combination` is {combination!r}, but there is no `mask_image` to combine with."
                 )
             return None
-        own = masks.user_mask(mask_image, grid, batch)
-        own = np.broadcast_to(own, (batch, *grid))
-        return own if mask_options.soft else (own >= 0.5).astype(np.float32)
+        return np.broadcast_to(masks.user_mask(mask_image, grid, batch, soft=mask_options.soft), (batch, *grid))
 
     @staticmethod
     def _check_inverted(given, shape) -> None:

@@ -485,14 +485,13 @@ def _on_grid(job: Job, grid: Tuple[int, int]) -> np.ndarray:
             f"--mask is {job.mask.width} x {job.mask.height}, not of the shape of the picture, {width} x {height}; it is "
             f"stretched."
         )
-    own = _user_mask(job, (grid[1], grid[0]))
-    return own if job.mask_options.soft else (own >= 0.5).astype(np.float32)
+    return _user_mask(job, (grid[1], grid[0]))
 
 
 def _user_mask(job: Job, size: Tuple[int, int]) -> np.ndarray:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of its shape, which is judged by the picture's
-        return masks.user_mask(job.mask, size, name="--mask")
+        return masks.user_mask(job.mask, size, name="--mask", soft=job.mask_options.soft)
 
 
 def working_limits(configs: Mapping[str, Mapping[str, Any]], size: Optional[int]) -> Tuple[int, int]:

@@ -307,7 +307,9 @@ def mask_coverage(mask) -> List[float]:
 # --- masks of users --------------------------------------------------------------------------------
 
 
-def user_mask(mask, size: Tuple[int, int], batch: int = 1, name: str = "mask") -> np.ndarray:
+def user_mask(
+    mask, size: Tuple[int, int], batch: int = 1, name: str = "mask", soft: bool = True
+) -> np.ndarray:
     """A mask drawn by the user, of any size and kind, on the latents' grid.
 
     Args:
@@ -320,11 +322,12 @@ def user_mask(mask, size: Tuple[int, int], batch: int = 1, name: str = "mask") -
         size: (h, w) of the latents.
         batch: number of pictures, B; one mask serves all.
         name: what messages call the mask.
+        soft: keep continuous values; otherwise a latent is 1 from a half on, and 0 below.
 
     Returns:
         float32 (1 or B, h, w) in [0, 1]. Each pixel belongs to the latent that its middle is in, and a latent has the
         largest value of its pixels, so nothing thin is lost. A mask smaller than the grid is enlarged to the nearest.
-        Continuous values are kept. A mask that `enlarged` made comes back as it was.
+        A mask that `enlarged` made comes back as it was.
 
     Raises:
         ValueError: Values outside [0, 1] or NaN, more than one channel, another count than 1 or `batch`,
@@ -344,7 +347,8 @@ def user_mask(mask, size: Tuple[int, int], batch: int = 1, name: str = "mask") -
             f"stretched to them; give a mask of the shape of its picture.",
             stacklevel=2,
         )
-    return _resampled(values.astype(np.float32), (height, width))
+    resampled = _resampled(values.astype(np.float32), (height, width))
+    return resampled if check_switch(soft, "soft") else (resampled >= 0.5).astype(np.float32)
 
 
 def _user_values(mask, name: str):

@@ -462,10 +462,10 @@ def test_a_mask_of_any_size(work, capsys, size):
 
 def test_soft_values_of_a_mask_are_kept_for_soft_masks_alone(work, capsys):
     PIL.Image.new("L", (117, 91), 153).save("mask.png")
-    ran(capsys, edit("--mask", "mask.png", "--no-soft-mask"))
+    ran(capsys, edit("--mask", "mask.png"))
     assert (arguments("whole")["mask_image"] == 1).all()
     FakePipeline.calls.clear()
-    line, _ = ran(capsys, edit("--mask", "mask.png", "--json"))
+    line, _ = ran(capsys, edit("--mask", "mask.png", "--soft-mask", "--json"))
     np.testing.assert_allclose(arguments("whole")["mask_image"], 0.6)
     result = json.loads(line)
     assert "mask_threshold" not in result  # nothing was computed with it

@@ -415,6 +415,9 @@ def test_continuous_values_are_kept():
     np.testing.assert_array_equal(
         masks.user_mask(mask, (2, 2))[0], np.array([[0.7, 0], [0, 0.125]], np.float32)
     )
+    np.testing.assert_array_equal(masks.user_mask(mask, (2, 2), soft=False)[0], [[1, 0], [0, 0]])
+    text = message(TypeError, masks.user_mask, mask, (2, 2), soft="no")
+    assert "`soft`" in text
 
 
 def test_masks_survive_the_way_to_the_picture_and_back():
