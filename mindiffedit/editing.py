@@ -135,18 +135,12 @@ class Editing:
             caption = dict(prompt=source_prompt, prompt_embeds=source_prompt_embeds)
         options.check_guidance_scale(guidance_scale)
         options.check_guidance_scale(inversion_guidance_scale, "inversion_guidance_scale")
-        batch = self._check_prompts(source_prompt, None, source_prompt_embeds, None, False, "source_")
-        counts = {
-            "target": self._check_prompts(target_prompt, None, target_prompt_embeds, None, False, "target_"),
-            "inversion": self._check_prompts(caption["prompt"], None, caption["prompt_embeds"], None, False),
-        }
-        for name, count in counts.items():
-            if count != batch:
-                raise ValueError(
-                    f"There are {count} {name} prompts for {batch} source prompts; give as many of each."
-                )
-        self._check_prompts(
-            target_prompt, negative_prompt, target_prompt_embeds, negative_prompt_embeds, guidance_scale > 1.0
+        batch = self._count_prompts(
+            (source_prompt, source_prompt_embeds),
+            (target_prompt, target_prompt_embeds),
+            tuple(caption.values()),
+            (negative_prompt, negative_prompt_embeds),
+            guidance_scale > 1.0,
         )
         schedule = dict(num_inference_steps=num_inference_steps, inpaint_strength=inpaint_strength)
         options.check_steps(num_inference_steps)
@@ -336,6 +330,21 @@ class Editing:
             clean_latents=self._tensor(clean, self.unet.dtype),
         )
 
+    def _count_prompts(self, source, target, caption, negative, is_guided: bool) -> int:
+        """The number of source prompts, B, as many as there are of each; all are (texts, embeddings), one of them None."""
+        batch = self._check_prompts(source[0], None, source[1], None, False, "source_")
+        counts = {
+            "target": self._check_prompts(target[0], None, target[1], None, False, "target_"),
+            "inversion": self._check_prompts(caption[0], None, caption[1], None, False),
+        }
+        for name, count in counts.items():
+            if count != batch:
+                raise ValueError(
+                    f"There are {count} {name} prompts for {batch} source prompts; give as many of each."
+                )
+        self._check_prompts(target[0], negative[0], target[1], negative[1], is_guided)
+        return batch
+
     def _own_mask(self, mask_image, combination, mask_options, grid, batch) -> Optional[np.ndarray]:
         """The user's mask on the latents' grid, (B, h, w) float32; 0 and 1 unless masks are soft."""
         if mask_image is None:
@@ -344,7 +353,9 @@ class Editing:
                     f"`mask_combination` is {combination!r}, but there is no `mask_image` to combine with."
                 )
             return None
-        return np.broadcast_to(masks.user_mask(mask_image, grid, batch, soft=mask_options.soft), (batch, *grid))
+        return np.broadcast_to(
+            masks.user_mask(mask_image, grid, batch, soft=mask_options.soft), (batch, *grid)
+        )
 
     @staticmethod
     def _check_inverted(given, shape) -> None:
