@@ -286,7 +286,7 @@ def _add_edit_options(command) -> None:
                             f"in the mask to chance (default: {CORRECTED_DEFAULTS['inversion']})")
     _add_iterations(group)
     group.add_argument("--caption", metavar="TEXT", help="text of the inversion (default: the source text)")
-    group.add_argument("--no-paste-back", action="store_true",
+    group.add_argument("--no-paste-back", action="store_true", default=None,
                        help="keep what the model made of the outside of the mask, not the picture's own pixels")
     group.add_argument("--feather", type=float, metavar="N",
                        help="width of the seam in pixels of the model's size (default: one latent)")

@@ -106,9 +106,8 @@ class Job:
 
 
 def given(args: Namespace, name: str) -> bool:
-    """Whether an option was given; switches count when they are on."""
-    value = getattr(args, name, None)
-    return value is not None and value is not False
+    """Whether an option was given, be it as --no-..."""
+    return getattr(args, name, None) is not None
 
 
 # --- checks that need no model ---------------------------------------------------------------------
@@ -251,7 +250,9 @@ def _check_contradictions(args: Namespace) -> None:
     for holds, names, sentence in rules:
         for name in names:
             if holds and given(args, name):
-                raise ValueError(sentence.format(option(name)))
+                raise ValueError(
+                    sentence.format(option(f"no_{name}" if getattr(args, name) is False else name))
+                )
     for name, what in (("revision", "models on the hub"), ("variant", "folders and models on the hub")):
         here = (
             args.model == "demo"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -900,7 +901,7 @@ def check_output_path(path, extensions: Optional[Sequence[str]] = None) -> Path:
         The path.
 
     Raises:
-        ValueError: The folder is missing or read-only, the path is a folder, or the extension is none of the
+        ValueError: The folder is missing or no file can be written there, the path is a folder, or the extension is none of the
             accepted.
     """
     path = Path(path)
@@ -912,9 +913,21 @@ def check_output_path(path, extensions: Optional[Sequence[str]] = None) -> Path:
     folder = path.parent
     if not folder.is_dir():
         raise ValueError(f"the folder {folder} of the output {path.name} does not exist; create it first.")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise ValueError(f"the folder {folder} of the output {path.name} is read-only.")
+    check_writable(folder, f"the output {path.name}")
     return path
+
+
+def check_writable(folder: Path, what: str) -> None:
+    """Raise a ValueError, naming what is to be written, where no file can be made in an existing folder."""
+    try:
+        # Tried, not asked for: a read-only file system or a full one refuses those as well who may write everywhere.
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise ValueError(
+            f"no file can be written in the folder {folder} of {what} ({reason}); give another place."
+        ) from error
 
 
 @contextlib.contextmanager

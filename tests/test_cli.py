@@ -1172,6 +1172,7 @@ def test_bad_options(work, capsys, more, words):
 
 CORRECTED = [
     *(["--mask-smoothing", "1"], ["--mask-dilation", "1"], ["--mask-erosion", "1"], ["--fill-holes"]),
+    *(["--no-fill-holes"], ["--no-soft-mask"]),
     *(["--mask-edges", "2"], ["--edge-contrast", "0.1"]),
     *(["--smallest-region", "2"], ["--mask-level", "0.4"], ["--soft-mask"], ["--outliers", "none"]),
     *(["--inversion", "noise"], ["--iterations", "0"], ["--no-paste-back"], ["--feather", "2"]),

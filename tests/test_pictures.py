@@ -369,8 +369,14 @@ def test_pil_pictures_equal_the_reference_s(both, height, width):
 @pytest.mark.parametrize("height, width", SIZES)
 def test_arrays_equal_the_reference_s(both, height, width, dtype):
     array = np.random.default_rng(3).random((height, width, 3)).astype(dtype)
-    for image in (array, array[None], np.stack([array, 1 - array]), [array, array * array],
-                  [array[None], 1 - array[None]], array - dtype(0.5)):
+    for image in (
+        array,
+        array[None],
+        np.stack([array, 1 - array]),
+        [array, array * array],
+        [array[None], 1 - array[None]],
+        array - dtype(0.5),
+    ):
         assert_same(*both, image)
 
 
@@ -379,8 +385,15 @@ def test_tensors_equal_the_reference_s(both, height, width):
     import torch
 
     tensor = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(4))
-    for image in (tensor, tensor[0], [tensor[0], tensor[1]], [tensor, tensor * tensor], tensor.double(),
-                  tensor.half(), tensor - 0.5):
+    for image in (
+        tensor,
+        tensor[0],
+        [tensor[0], tensor[1]],
+        [tensor, tensor * tensor],
+        tensor.double(),
+        tensor.half(),
+        tensor - 0.5,
+    ):
         assert_same(*both, image)
 
 
@@ -712,13 +725,13 @@ def test_a_labelled_grid_shows_every_picture_and_caption():
         tile = np.asarray(picture.convert("RGB"))
         for top in range(strip + 1):
             for left in range(grid.shape[1] - 400 + 1):
-                if np.array_equal(grid[top, left: left + 400], tile[0]) and np.array_equal(
-                    grid[top: top + 300, left: left + 400], tile
+                if np.array_equal(grid[top, left : left + 400], tile[0]) and np.array_equal(
+                    grid[top : top + 300, left : left + 400], tile
                 ):
                     found.append((top, left))
     assert len(found) == 3 and found == sorted(found)
     for top, left in found:
-        assert (grid[:top, left: left + 400] < 128).any(), "no caption above a picture"
+        assert (grid[:top, left : left + 400] < 128).any(), "no caption above a picture"
 
 
 def test_small_pictures_are_enlarged_for_their_captions():
@@ -757,9 +770,18 @@ def test_paths_that_cannot_be_written(tmp_path, name, words):
         pictures.check_output_path(tmp_path / name)
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a folder that nobody can write into")
+def test_a_folder_that_nobody_can_write_into():
+    with pytest.raises(
+        ValueError, match=r"no file can be written in the folder /proc/self of the output a.png \(.+\)"
+    ):
+        pictures.check_output_path("/proc/self/a.png")
+
+
 def test_other_extensions_can_be_asked_for(tmp_path):
     path = tmp_path / "a.safetensors"
     assert pictures.check_output_path(path, (".safetensors",)) == path
+    assert not os.listdir(tmp_path), "nothing is left of the attempt to write"
     with pytest.raises(ValueError, match="end in .safetensors"):
         pictures.check_output_path(tmp_path / "a.png", (".safetensors",))
 

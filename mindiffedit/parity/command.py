@@ -407,8 +407,7 @@ def _check_output_folder(folder: Path) -> None:
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():
         raise ValueError(f"--save-diff {folder}: {there} is a file; give the name of a folder.")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"--save-diff {folder}: the folder {there} is read-only.")
+    pictures.check_writable(there, f"--save-diff {folder}")
 
 
 def _alone(given: Dict[str, Any]) -> Dict[str, Any]:
