@@ -298,7 +298,7 @@ def test_help_says_the_defaults_that_count(capsys):
         text = " ".join(capsys.readouterr().out.partition("options:")[2].split())
         return re.search(rf"{option} \w .*?\(default: (.*?)\)", text)[1]
 
-    assert said("edit", "--maps") == "4, 10 with --reference; demo model: 3, 10 with --reference"
+    assert said("edit", "--maps") == "4, 10 with --reference; demo model: 2, 10 with --reference"
     assert said("edit", "--mask-strength") == "0.5; demo model: 0.7, 0.8 with --reference"
     assert said("edit", "--invert-guidance") == "1, that of --guidance with --reference; demo model: 1"
     assert said("invert", "--guidance") == "1, 7.5 with --reference; demo model: 1, 5 with --reference"

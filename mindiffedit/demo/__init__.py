@@ -36,7 +36,7 @@ of the mask and the edit, ``invert_guidance`` that of ``invert`` (the paper inve
 ``mask_encode_strength`` and ``mask_thresholding_ratio`` of ``generate_mask``.
 """
 
-EDIT_SETTINGS = {**SETTINGS, "maps": 3, "mask_strength": 0.7, "mask_threshold": 2.0}
+EDIT_SETTINGS = {**SETTINGS, "maps": 2, "mask_strength": 0.7, "mask_threshold": 2.0}
 """The same for ``edit``, whose masks are smoothed and follow the edges: fewer maps at a lower noise level do."""
 
 
