@@ -58,7 +58,6 @@ CORRECTED_DEFAULTS = {
 }
 
 
-
 def defaults_of(command: str, reference: bool, of_demo: bool) -> Dict[str, Any]:
     """The settings of a command for which nothing is given; an `invert_guidance` of None is the guidance.
 

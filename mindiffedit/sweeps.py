@@ -82,13 +82,15 @@ def mask_sheet(
 
     A map is computed once for each strength; `known` has some already, (1, h, w) by strength.
     """
-    guides, rows = None, []
+    guides = None
+    if job.mask_options.edges:
+        pixels = pictures.preprocess_image(job.fitted, job.factor)
+        guides = edges.guides_of(pixels, tuple(side // job.factor for side in pixels.shape[2:]))
+    rows = []
     for strength in sweep.strengths:
         seen = (known or {}).get(strength)
         if seen is None:
             _, seen = runs.find_mask(job, pipe, strength)
-        if job.mask_options.edges:
-            guides = edges.guides_of(pictures.preprocess_image(job.fitted, job.factor), seen.shape[1:])
         found = [
             masks.mask_of(seen, threshold, job.mask_options, per_image=True, guides=guides)
             for threshold in sweep.others
