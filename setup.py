@@ -45,6 +45,8 @@ REQUIRES = [
     # transformers 4.57 does not work with the 1.0 series.
     "huggingface_hub>=0.34,<1.0",
     "safetensors>=0.4.3",
+    # Tells weights that have changed, at the speed of the memory; 3.0 is the first with one call for a digest.
+    "xxhash>=3",
     # Not used by us: mindone asks for it without a bound, and from 4.12 on it wants NumPy 2. Without this
     # line pip downloads four or five releases, 70 MB each, before it finds one that fits.
     "opencv-python<4.12",

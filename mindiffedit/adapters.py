@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any, Dict, FrozenSet, List, Optional, Union
 
-from . import lora, options, textual_inversion
+from . import lora, options, textual_inversion, turns
 from .components import PipelineComponents
 from .hub import HubOptions
 
@@ -26,6 +26,7 @@ class Adapters(PipelineComponents):
 
     # --- LoRA ----------------------------------------------------------------------------------------------------
 
+    @turns.turn()
     def load_lora_weights(
         self,
         pretrained_model_name_or_path_or_dict,
@@ -71,11 +72,13 @@ class Adapters(PipelineComponents):
             elif layers is not None:
                 adapted.add(adapter_name or _free_name(adapted.layers), layers)
 
+    @turns.turn()
     def unload_lora_weights(self) -> None:
         """Takes all LoRAs out: the weights are, bit by bit, what they were. What is fused stays in them for good."""
         for model in self._lora_models().values():
             lora.adapted(model).unload()
 
+    @turns.turn()
     def set_adapters(
         self,
         adapter_names: Union[List[str], str],
@@ -123,6 +126,7 @@ class Adapters(PipelineComponents):
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(f"`adapter_weights` {weight} do not fit this UNet: {error}") from error
 
+    @turns.turn()
     def delete_adapters(self, adapter_names: Union[List[str], str]) -> None:
         """Forgets LoRAs; the weights are, bit by bit, what they are without them.
 
@@ -136,16 +140,19 @@ class Adapters(PipelineComponents):
             for model in self._lora_models().values():
                 lora.adapted(model).delete(name)
 
+    @turns.turn()
     def disable_lora(self) -> None:
         """Runs without LoRAs until ``enable_lora()``; fused ones are unfused, as in diffusers."""
         for model in self._lora_models().values():
             lora.adapted(model).enable(False)
 
+    @turns.turn()
     def enable_lora(self) -> None:
         """Uses the active LoRAs again."""
         for model in self._lora_models().values():
             lora.adapted(model).enable(True)
 
+    @turns.turn()
     def fuse_lora(
         self,
         components: List[str] = ["unet", "text_encoder"],  # noqa: B006 (the reference's; it is not changed)
@@ -173,6 +180,7 @@ class Adapters(PipelineComponents):
         for model in self._chosen_models(components):
             self._fused |= lora.adapted(model).fuse(scale, names)
 
+    @turns.turn()
     def unfuse_lora(
         self, components: List[str] = ["unet", "text_encoder"], **kwargs  # noqa: B006 (as above)
     ) -> None:
@@ -234,6 +242,7 @@ class Adapters(PipelineComponents):
 
     # --- textual inversion ---------------------------------------------------------------------------------------
 
+    @turns.turn()
     def load_textual_inversion(
         self,
         pretrained_model_name_or_path,
@@ -270,6 +279,7 @@ class Adapters(PipelineComponents):
         checked = textual_inversion.check(contents, tokens, tokenizer, text_encoder)
         textual_inversion.add(*checked, tokenizer, text_encoder)
 
+    @turns.turn()
     def unload_textual_inversion(
         self, tokens: Optional[Union[str, List[str]]] = None, tokenizer=None, text_encoder=None
     ) -> None:
@@ -303,6 +313,7 @@ class Adapters(PipelineComponents):
 
     # --- saving --------------------------------------------------------------------------------------------------
 
+    @turns.turn()
     def save_pretrained(self, save_directory, variant: Optional[str] = None) -> None:
         """Writes a folder that this class and diffusers load; safetensors, written whole or not at all.
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import threading
 from typing import Any, Callable, Dict, Optional
 
 import numpy as np
 
 from . import compile_cache as compile_caches
-from . import devices, hub, models, saving, survey, tiling
+from . import devices, hub, models, saving, survey, tiling, turns
 from .notices import say_once
 
 logger = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ class PipelineComponents:
         self._fitting: tuple = ()
         self.check_components()
         self.observer: Optional[Observer] = None
-        self._viewer: Optional[Viewer] = None
+        self._viewers: Dict[int, Viewer] = {}  # by thread
         self.unet_batch_size = 2  # samples in one UNet evaluation: a guided step of one picture
         self._progress_bar_config: Dict[str, Any] = {}
         self.compile_cache = compile_caches.open_cache(compile_cache) if mode == "graph" else None
@@ -118,6 +119,7 @@ class PipelineComponents:
     # --- loading and saving --------------------------------------------------------------------------------------
 
     @classmethod
+    @turns.turn()
     def from_pretrained(
         cls,
         pretrained_model_name_or_path,
@@ -180,6 +182,7 @@ class PipelineComponents:
         return cls(**{**parts, **own}, mode=mode, compile_cache=compile_cache)
 
     @classmethod
+    @turns.turn()
     def from_single_file(
         cls,
         pretrained_model_link_or_path,
@@ -253,6 +256,7 @@ class PipelineComponents:
         own = {} if requires_safety_checker is None else {"requires_safety_checker": requires_safety_checker}
         return overrides, own, dtype
 
+    @turns.turn()
     def save_pretrained(self, save_directory, variant: Optional[str] = None) -> None:
         """Writes a folder that this class and diffusers load; safetensors, written whole or not at all.
 
@@ -366,6 +370,7 @@ class PipelineComponents:
             if self._stages_built is not None:
                 self._stages_built.forget()
 
+    @turns.turn()
     def enable_freeu(self, s1: float, s2: float, b1: float, b2: float) -> None:
         """FreeU (arXiv 2309.11497): other weights for what the UNet's decoder joins. For all three calls.
 
@@ -384,6 +389,7 @@ class PipelineComponents:
 
         freeu.enable(self.unet, s1, s2, b1, b2)
 
+    @turns.turn()
     def disable_freeu(self) -> None:
         """Switches FreeU off; results are again the same bits as before it was switched on."""
         from . import freeu
@@ -428,17 +434,20 @@ class PipelineComponents:
     def _crosses(self, stage: str, array: np.ndarray, step: Optional[int] = None) -> np.ndarray:
         """Shows an array that crosses a stage to the observer, if there is one; returns what to go on with."""
         if self.observer is not None:
-            array = self.observer(stage, array, step)
+            with turns.turn_given_up():
+                array = self.observer(stage, array, step)
         self._shows(stage, array, step)
         return array
 
     def _shows(self, stage: str, array: np.ndarray, step: Optional[int] = None) -> None:
-        if self._viewer is not None:
-            self._viewer(stage, array, step)
+        viewer = self._viewers.get(threading.get_ident())
+        if viewer is not None:
+            with turns.turn_given_up():
+                viewer(stage, array, step)
 
     @contextlib.contextmanager
     def debugging(self, callback: Viewer):
-        """While this context is open ``callback(stage, array, step)`` sees every intermediate of all calls.
+        """While this context is open ``callback(stage, array, step)`` sees every intermediate of this thread's calls.
 
         Arrays are float32 on the host, not to be written to; ``step`` counts from 0 within a loop and is None outside.
         Stages, in the order of their coming: "map" (B, h, w), "mask" (B, h, w), "inverted_latents" and
@@ -448,18 +457,21 @@ class PipelineComponents:
         Args:
             callback: a ``Viewer``.
         """
-        outer = self._viewer
+        thread = threading.get_ident()
+        outer = self._viewers.get(thread)
 
         def both(stage, array, step):
             if outer is not None:
                 outer(stage, array, step)
             callback(stage, array, step)
 
-        self._viewer = both
+        self._viewers[thread] = both
         try:
             yield self
         finally:
-            self._viewer = outer
+            self._viewers.pop(thread)
+            if outer is not None:
+                self._viewers[thread] = outer
 
     @staticmethod
     def _tensor(array: np.ndarray, dtype=None):

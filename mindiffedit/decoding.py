@@ -18,8 +18,9 @@ import mindspore as ms
 import numpy as np
 from mindspore import ops
 
-from . import devices, native, options, randomness
-from .kernels import portable_kernels
+from . import options, randomness
+from .graphs import Graphs
+from .kernels import eagerly
 
 __all__ = ["BlipDecoder", "Decoder", "Sampler", "T5Decoder", "likeliest", "write"]
 
@@ -172,25 +173,14 @@ class Decoder:
         self.model, self.dtype = model, model.dtype
         step = self._step()
         if mode == "pynative":
-            compiled = step
-        elif cache is None:
-            compiled = ms.jit(step)
+            self.step = eagerly()(step)
         else:
             key = (type(self).__name__, self.layers, self.heads, self.size)
-            compiled = cache.compiled(step, key, models=(model,), extra=native.identity())
-
-        def run(*arguments):
-            with portable_kernels():  # a call with new shapes compiles
-                if mode != "pynative":
-                    return compiled(*arguments)
-                with devices.eager():
-                    return compiled(*arguments)
-
-        self.step = run
+            self.step = Graphs(cache).compiled(step, key, models=(model,))
 
     def encode(self, given: np.ndarray) -> np.ndarray:
         """What is to be written about, (tokens, width) float32."""
-        with portable_kernels(), devices.eager():
+        with eagerly():
             return self._encode(given).astype(ms.float32).asnumpy()[0]
 
     def read(self, source: np.ndarray) -> Tuple[List[np.ndarray], np.ndarray]:
@@ -198,7 +188,7 @@ class Decoder:
         slots = -(-len(source) // CHUNK) * CHUNK
         mask = np.where(np.arange(slots) < len(source), 0, HIDDEN).astype(np.float32)
         parts = []
-        with portable_kernels(), devices.eager():
+        with eagerly():
             states = ms.Tensor(source).astype(self.dtype)
             for projection in self._projections():
                 part = projection(states).astype(ms.float32).asnumpy()
@@ -305,7 +295,7 @@ class T5Decoder(Decoder):
     def bias(self, length: int) -> np.ndarray:
         """T5 knows positions only by this bias; its first layer has it for all of them."""
         first = self.model.decoder.block[0].layer[0].SelfAttention
-        with portable_kernels(), devices.eager():
+        with eagerly():
             return first.compute_bias(length, length).astype(ms.float32).asnumpy()[0]
 
     def _encode(self, given: np.ndarray) -> ms.Tensor:

@@ -9,7 +9,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Union
 
 import numpy as np
 
-from . import masks, options, pictures, randomness, schedules
+from . import masks, options, pictures, randomness, schedules, turns
 from .outputs import DiffEditInversionPipelineOutput, DiffEditOutput, EditReport
 
 INVERSIONS = ("ddim", "noise")
@@ -31,6 +31,7 @@ LARGE_ERROR = 1.0
 class Editing:
     """The one call and what it is made of, over the three mirrored ones."""
 
+    @turns.turn()
     def edit(
         self,
         image,
@@ -177,22 +178,13 @@ class Editing:
         if image_latents is not None:
             self._check_inverted(image_latents, (batch, steps, self.vae.config.latent_channels, *grid))
 
-        seen: Dict[str, np.ndarray] = {}
         seconds: Dict[str, float] = {}
-
-        def view(stage, array, step):
-            seen[stage] = array
-            if stage == "predictions" and step == 0:
-                seen["first_predictions"] = array
-            if debug_callback is not None:
-                debug_callback(stage, array, step)
-
-        with self.debugging(view):
+        with contextlib.nullcontext() if debug_callback is None else self.debugging(debug_callback):
             # 2. The mask
             with _timed(seconds, "mask"):
-                mask = own
+                mask, mask_map = own, None
                 if own is None or mask_combination != "replace":
-                    mask = self.generate_mask(
+                    mask, mask_map = self.generate_mask(
                         image=image,
                         target_prompt=target_prompt,
                         target_prompt_embeds=target_prompt_embeds,
@@ -209,6 +201,7 @@ class Editing:
                         corrected_guidance=corrected_guidance,
                         outlier_quantile=outlier_quantile,
                         mask_options=mask_options,
+                        return_map=True,
                     )
                 if own is not None and mask is not own:
                     mask = masks.combine(mask, own, mask_combination)
@@ -231,13 +224,12 @@ class Editing:
             latents = dict(
                 image_latents=inverted.latents,
                 clean_latents=inverted.clean_latents if aligned_background else None,
-                output_type="latent",
                 cross_attention_kwargs=cross_attention_kwargs,
                 **schedule,
             )
             decoded = flags = None
             with _timed(seconds, "edit"):
-                edited = self(
+                edited, first_predictions = self._edited_latents(
                     prompt=target_prompt,
                     prompt_embeds=target_prompt_embeds,
                     negative_prompt=negative_prompt,
@@ -251,13 +243,13 @@ class Editing:
                     callback_on_step_end=callback_on_step_end,
                     callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
                     **latents,
-                ).images
+                )
                 if output_type != "latent":
-                    decoded, flags = self.run_safety_checker(self._decoded(seen["edited_latents"]))
+                    decoded, flags = self.run_safety_checker(self._decoded(edited))
 
         # 5. The pictures, and what can be said about them
         report = EditReport(mask_coverage=masks.mask_coverage(mask), seconds=seconds)
-        images = edited
+        images = edited = self._tensor(edited, self.unet.dtype)
         if decoded is not None:
             originals = pictures.originals(image, batch) if of_pixels else None
             images = _finished(decoded, flags, originals, mask, feather, paste_back, report)
@@ -270,7 +262,7 @@ class Editing:
             with _timed(seconds, "report"):
                 report.inversion_error = self._inversion_error(
                     inverted,
-                    seen["first_predictions"][:batch] if free and "first_predictions" in seen else None,
+                    first_predictions[:batch] if free and first_predictions is not None else None,
                     caption,
                     inversion_guidance_scale,
                     cross_attention_kwargs,
@@ -279,14 +271,15 @@ class Editing:
             if measure_reconstruction:
                 with _timed(seconds, "reconstruction"):
                     everywhere = np.ones((batch, *grid), np.float32)
-                    rebuilt = self(
+                    rebuilt, _ = self._edited_latents(
                         **caption, guidance_scale=inversion_guidance_scale, mask_image=everywhere, **latents
-                    ).images
-                    rebuilt = self._decoded(pictures.to_numpy(rebuilt).astype(np.float32))
+                    )
+                    rebuilt = self._decoded(rebuilt)
                 report.reconstruction_psnr = _psnr(rebuilt, pixels) if of_pixels else None
         report.warnings = _warnings(report, source_prompt, target_prompt, own is not None)
-        return DiffEditOutput(images, mask, seen.get("map"), inverted.latents, edited, report, flags)
+        return DiffEditOutput(images, mask, mask_map, inverted.latents, edited, report, flags)
 
+    @turns.turn()
     def noise_image(
         self,
         image,

@@ -37,9 +37,9 @@ import mindspore
 import numpy as np
 from mindspore import mint
 
-from mindiffedit import devices, native, portable, quick_imports
+from mindiffedit import devices, native, portable, quick_imports, turns
 
-__all__ = ["KERNELS", "Kernel", "missing_kernels", "portable_kernels"]
+__all__ = ["KERNELS", "Kernel", "eagerly", "missing_kernels", "portable_kernels"]
 
 
 # --- the table -------------------------------------------------------------------------------------
@@ -327,8 +327,16 @@ def portable_kernels():
         _leave()
 
 
+@contextlib.contextmanager
+def eagerly():
+    """What runs a model operator by operator: the thread's turn, MindSpore's PyNative mode, the portable kernels."""
+    with turns.turn(), portable_kernels(), devices.eager():
+        yield
+
+
 def _enter() -> None:
     global _depth
+    turns.require_own_process()
     with _lock:
         if _depth == 0:
             try:

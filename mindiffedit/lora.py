@@ -23,6 +23,7 @@ from . import devices, options
 from .checkpoints import CheckpointError, WeightsError
 from .hub import resolve_file
 from .models import parameters_by_name
+from .reuse import digest
 from .weight_files import read_tensors
 
 __all__ = ["COMPONENTS", "Adapted", "LowRank", "adapted", "parse", "read"]
@@ -297,7 +298,9 @@ class Adapted:
         self.fused: dict[str, dict[str, _Term]] = {}
         self._strengths: dict[tuple[str, str], float] = {}
         self._original: dict[str, np.ndarray] = {}
-        self._written: dict[str, tuple[_Term, ...]] = {}
+        self._written: dict[str, tuple[_Term, ...] | None] = {}
+        self._digests: dict[str, tuple] = {}  # of the values written
+        self._changes = 0  # so often has something changed of what should be in the weights
         self._state: Any = None  # of the weights as they are; None where it has to be found out
 
     @property
@@ -331,21 +334,21 @@ class Adapted:
     def activate(self, names: Sequence[str]) -> None:
         """These adapters are in use and no others; names of adapters of other models are allowed."""
         self.active = list(names)
-        self._state = None
+        self._changed()
 
     def set_strength(self, name: str, strength) -> None:
         """A number for all modules of an adapter, or a dict with numbers for attention blocks, see ``_of_block``."""
         for module in self.layers.get(name, ()):
             value = _of_block(strength, module) if isinstance(strength, Mapping) else strength
             self._strengths[name, module] = float(value)
-        self._state = None
+        self._changed()
 
     def enable(self, on: bool) -> None:
         """Switches all adapters on or off; fused ones are unfused by the latter, as peft does it."""
         self.enabled = on
         if not on:
             self.unfuse()
-        self._state = None
+        self._changed()
 
     def fuse(self, lora_scale: float, names: Sequence[str] | None = None) -> set[str]:
         """Fixes adapters, by default the active ones, in the weights; returns the names of all that are fused."""
@@ -357,14 +360,14 @@ class Adapted:
         for name in self.active if names is None else names:
             for module in self.layers.get(name, ()):
                 self.fused.setdefault(module, {}).setdefault(name, self._term(name, module))
-        self._state = None
+        self._changed()
         return {name for terms in self.fused.values() for name in terms}
 
     def unfuse(self) -> set[str]:
         """Takes all fused adapters out again; returns their names."""
         names = {name for terms in self.fused.values() for name in terms}
         self.fused.clear()
-        self._state = None
+        self._changed()
         return names
 
     def delete(self, name: str) -> None:
@@ -377,7 +380,7 @@ class Adapted:
         del self.layers[name]
         if name in self.active:
             self.active = [other for other in self.active if other != name] or sorted(self.layers)[:1]
-        self._state = None
+        self._changed()
 
     def unload(self) -> None:
         """Forgets all adapters: the weights are the original ones, with what is fused."""
@@ -386,13 +389,17 @@ class Adapted:
             self._settle(module)
         self.layers.clear()
         self._strengths.clear()
-        self.active, self.enabled, self._state = [], True, None
+        self.active, self.enabled = [], True
+        self._changed()
 
     def _settle(self, module: str) -> None:
         """What is in a weight now is its own from now on."""
         self.fused.pop(module, None)
         self._original.pop(module, None)
         self._written.pop(module, None)
+
+    def _changed(self) -> None:
+        self._changes, self._state = self._changes + 1, None
 
     # --- into the weights ----------------------------------------------------------------------------------------
 
@@ -404,7 +411,7 @@ class Adapted:
         Raises:
             options.NumericalError: a sum is beyond the weights' dtype; no weight is changed then.
         """
-        if not self.layers or self._state == scale:
+        if not self.layers or self._state == (self._changes, scale):
             return
         weights = self.weights
         changes = {}
@@ -420,9 +427,20 @@ class Adapted:
                 self._add(module, weights[module], terms)
         except options.NumericalError:
             for module in changes:
-                self._add(module, weights[module], before.get(module, ()))
+                self._add(module, weights[module], before.get(module) or ())
             raise
-        self._state = scale
+        self._state = (self._changes, scale)
+
+    @property
+    def written(self) -> Any:
+        """What of the adapters is in the weights, for comparing with another time; None where there are none."""
+        return self._state if self.layers else None
+
+    def look_again(self) -> None:
+        """Somebody may have given the model other weights: those have to be written to as well."""
+        self._changed()
+        for module in self._written:
+            self._written[module] = None  # not known, so that it is written anew
 
     def _term(self, name: str, module: str, scale: float = 1.0) -> _Term:
         matrices = self.layers[name][module]
@@ -440,14 +458,21 @@ class Adapted:
         return tuple(term for term in terms if term[0] != 0)
 
     def _add(self, module: str, parameter, terms: tuple[_Term, ...]) -> None:
-        """Writes original + terms into a weight; the original itself, bit by bit, where there are none."""
+        """Writes original + terms into a weight; the original itself, bit by bit, where there are none.
+
+        A weight that is not as it was written last has been given other values by somebody, which are then the original.
+        """
+        if module in self._original:
+            values = _values(parameter)
+            if digest(values) != self._digests[module]:
+                self._original[module] = values
+        elif terms:
+            self._original[module] = _values(parameter)
         if not terms:
             if module in self._original:
                 _put(parameter, self._original.pop(module))
             self._written.pop(module, None)
             return
-        if module not in self._original:
-            self._original[module] = _values(parameter)
         original = self._original[module]
         total = original.astype(np.float32).reshape(len(original), -1)
         for factor, matrices in terms:
@@ -460,7 +485,7 @@ class Adapted:
                 " the models in float32."
             )
         _put(parameter, total)
-        self._written[module] = terms
+        self._written[module], self._digests[module] = terms, digest(_values(parameter))
 
 
 def _of_block(strengths: Mapping[str, float], module: str) -> float:

@@ -7,14 +7,15 @@ of ``docs/differences.md``.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import logging
-from typing import Any, Callable, Dict, List, Optional, Sequence, Union
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
-from . import devices, edges, masks, options, pictures, randomness, regularisers, schedules
+from . import edges, masks, options, pictures, randomness, regularisers, schedules, turns
 from .editing import Editing
 from .outputs import DiffEditInversionPipelineOutput, StableDiffusionPipelineOutput
 from .preparation import Preparation, as_its_own
@@ -40,6 +41,10 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
 
     Input is checked before any model runs: a wrong value is a ValueError, a wrong type a TypeError. A NaN that
     arises on the way is a ``NumericalError`` that names stage and step.
+
+    Any number of threads may call pipelines, of the same models too: their calls run one after the other, as if each
+    were alone, and a callback may wait for another thread's call. A process that was forked after models were loaded
+    cannot use them; every call there is a RuntimeError.
 
     Args:
         vae: mindone's AutoencoderKL of a Stable Diffusion 1.x or 2.x checkpoint.
@@ -70,6 +75,7 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
 
     # --- generate_mask -------------------------------------------------------------------------------------------
 
+    @turns.turn()
     def generate_mask(
         self,
         image=None,
@@ -94,6 +100,7 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
         corrected_guidance: bool = False,
         outlier_quantile: Optional[float] = None,
         mask_options: Optional[masks.MaskOptions] = None,
+        return_map: bool = False,
     ):
         """Where the picture has to change: the thresholded difference of noise predictions for two prompts.
 
@@ -135,6 +142,7 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
             outlier_quantile: before the mean over maps, bring each map's values beyond this quantile of them, in
                 (0, 1], down to it (section 3.2 of the paper: extreme values are removed); None leaves them.
             mask_options: how the map becomes a mask (``MaskOptions``); None is the reference's threshold.
+            return_map: return the pair of the mask and the map that it was made of, float32 (B, h, w), at least 0.
 
         Returns:
             With "np" an int64 array (B, h, w) of 0 and 1 on the latents' grid, float32 in [0, 1] with soft masks; with
@@ -177,6 +185,7 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
         options.check_output_type(output_type, ("np", "pil"))
         options.check_switch(per_image_clamp, "per_image_clamp")
         options.check_switch(corrected_guidance, "corrected_guidance")
+        options.check_switch(return_map, "return_map")
         options.check_quantile(outlier_quantile)
         mask_options = masks.checked_options(mask_options)
         same_negatives = _texts(target_negative_prompt, batch) == _texts(source_negative_prompt, batch) and (
@@ -235,7 +244,8 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
         mask = self._crosses("mask", masks.mask_of(maps, options=mask_options, clamp=clamp, guides=guides))
 
         # 9. Convert
-        return pictures.mask_to_pil(mask) if output_type == "pil" else mask
+        converted = pictures.mask_to_pil(mask) if output_type == "pil" else mask
+        return (converted, maps) if return_map else converted
 
     def _mask_map(
         self,
@@ -325,6 +335,7 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
 
     # --- invert --------------------------------------------------------------------------------------------------
 
+    @turns.turn()
     def invert(
         self,
         prompt: Optional[Union[str, List[str]]] = None,
@@ -457,7 +468,7 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
                 num_auto_corr_rolls,
             )
 
-        inverted = self._run(
+        inverted, _ = self._run(
             "inverted_latents",
             scheduler,
             timesteps,
@@ -537,10 +548,15 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
         iterations=0,
         step_callback=None,
         tensor_inputs=(),
-    ) -> List[np.ndarray]:
-        """The loop of ``invert`` (no mask) and of the edit: latents after every step, each (B, C, h, w) float32.
+    ) -> Tuple[List[np.ndarray], Optional[np.ndarray]]:
+        """The loop of ``invert`` (no mask) and of the edit.
 
-        ``stage`` is "inverted_latents" or "edited_latents".
+        Args:
+            stage: "inverted_latents" or "edited_latents".
+
+        Returns:
+            The latents after every step, each (B, C, h, w) float32; and the UNet's outputs in the first step, negatives
+            first with guidance, None where it ran with the scheduler's own ``step``.
         """
         is_guided = guidance_scale > 1.0
         predict = self._stages.predictor(embeds, attention_kwargs, self.unet_batch_size)
@@ -568,10 +584,11 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
                 regularise,
             )
         warmup = len(timesteps) - steps * scheduler.order
-        results = []
+        results, first_predictions = [], None
         with self.progress_bar(total=steps) as bar:
             for i, t in enumerate(timesteps):
-                latents, clean = advance(i, t, latents)
+                latents, clean, predictions = advance(i, t, latents)
+                first_predictions = predictions if i == 0 else first_predictions
                 options.check_finite(latents, "edit" if stage == "edited_latents" else "inversion", i)
                 latents = self._crosses(stage, latents, i)
                 if step_callback is not None:
@@ -583,8 +600,10 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
                 if i == len(timesteps) - 1 or ((i + 1) > warmup and (i + 1) % scheduler.order == 0):
                     bar.update()
                     if callback is not None and i % callback_steps == 0:
-                        callback(i // scheduler.order, t, self._tensor(latents, self.unet.dtype))
-        return results
+                        given = self._tensor(latents, self.unet.dtype)
+                        with turns.turn_given_up():
+                            callback(i // scheduler.order, t, given)
+        return results, first_predictions
 
     def _step_ended(self, callback, i, t, tensors, names, latents, embeds, predict):
         """Calls ``callback_on_step_end``; returns the latents and embeddings to go on with."""
@@ -592,7 +611,8 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
             name: None if tensors[name] is None else self._tensor(tensors[name], self.unet.dtype)
             for name in names
         }
-        changed = callback(self, i, t, given)
+        with turns.turn_given_up():
+            changed = callback(self, i, t, given)
         if changed is None:
             return latents, embeds
         if not isinstance(changed, dict):
@@ -641,7 +661,7 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
                 previous_clean = self._crosses("clean_predictions", previous_clean, i)
             else:
                 self._shows("clean_predictions", previous_clean, i)
-            return updated, previous_clean
+            return updated, previous_clean, predictions
 
         return advance
 
@@ -687,10 +707,11 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
         """The compiled UNet with guidance, then the scheduler's own ``step``: any scheduler, any option."""
         import mindspore as ms
 
-        from .kernels import portable_kernels
+        from .kernels import eagerly
 
         from .steps import guided
 
+        scheduler = copy.deepcopy(scheduler)  # it keeps what it has seen from step to step, and may be shared
         accepted = inspect.signature(scheduler.step).parameters
         extra = {"eta": eta} if "eta" in accepted else {}
         wants_noise = "variance_noise" in accepted
@@ -717,7 +738,7 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
                 output = regularise(output, doubled, t)
             if wants_noise and stochastic:
                 extra["variance_noise"] = ms.Tensor(draw(latents.shape))
-            with portable_kernels(), devices.eager():
+            with eagerly():
                 done = scheduler.step(
                     ms.Tensor(output),
                     as_its_own(scheduler, t),
@@ -731,12 +752,13 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
                 self._shows("clean_predictions", clean, i)
             if mask is not None:
                 updated = updated * mask + backgrounds[i] * (1 - mask)
-            return updated, clean
+            return updated, clean, None
 
         return advance
 
     # --- the edit ------------------------------------------------------------------------------------------------
 
+    @turns.turn()
     def __call__(
         self,
         prompt: Optional[Union[str, List[str]]] = None,
@@ -810,6 +832,66 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
             TypeError: for a wrong type, before any model runs.
             NumericalError: for NaN or inf, naming stage and step.
         """
+        options.check_output_type(output_type, ("pil", "np", "latent"))
+        edited, _ = self._edited_latents(
+            prompt,
+            mask_image,
+            image_latents,
+            inpaint_strength,
+            num_inference_steps,
+            guidance_scale,
+            negative_prompt,
+            num_images_per_prompt,
+            eta,
+            generator,
+            prompt_embeds,
+            negative_prompt_embeds,
+            callback,
+            callback_steps,
+            cross_attention_kwargs,
+            clip_skip,
+            clean_latents,
+            soft_mask,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+        )
+
+        # 9. Decode, check, convert
+        flags = None
+        if output_type == "latent":
+            images = self._tensor(edited, self.unet.dtype)
+        else:
+            images, flags = self.run_safety_checker(self._decoded(edited))
+            normalised = None if flags is None else [not flag for flag in flags]
+            images = pictures.postprocess_image(images, output_type, normalised)
+        if not return_dict:
+            return images, flags
+        return StableDiffusionPipelineOutput(images=images, nsfw_content_detected=flags)
+
+    def _edited_latents(
+        self,
+        prompt=None,
+        mask_image=None,
+        image_latents=None,
+        inpaint_strength=0.8,
+        num_inference_steps=50,
+        guidance_scale=7.5,
+        negative_prompt=None,
+        num_images_per_prompt=1,
+        eta=0.0,
+        generator=None,
+        prompt_embeds=None,
+        negative_prompt_embeds=None,
+        callback=None,
+        callback_steps=1,
+        cross_attention_kwargs=None,
+        clip_skip=None,
+        clean_latents=None,
+        soft_mask=False,
+        callback_on_step_end=None,
+        callback_on_step_end_tensor_inputs=("latents",),
+    ) -> Tuple[np.ndarray, Optional[np.ndarray]]:
+        """The call up to its latents, (B, C, h, w) float32; and the UNet's outputs in the first step, see ``_run``."""
         # 1. Check inputs
         options.check_guidance_scale(guidance_scale)
         is_guided = guidance_scale > 1.0
@@ -819,7 +901,6 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
         options.effective_steps(num_inference_steps, inpaint_strength, "inpaint_strength")
         options.check_positive_int("num_images_per_prompt", num_images_per_prompt)
         options.check_eta(eta)
-        options.check_output_type(output_type, ("pil", "np", "latent"))
         options.check_callback(callback, callback_steps)
         if clip_skip is not None:
             options.check_clip_skip(clip_skip, self.text_encoder.config.num_hidden_layers)
@@ -876,7 +957,7 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
 
         # 8. Denoising loop. D3: without clean latents the background of step i is image_latents[i], one noise level late,
         # as in the reference.
-        edited = self._run(
+        edited, first_predictions = self._run(
             "edited_latents",
             scheduler,
             timesteps,
@@ -893,19 +974,8 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
             source=source,
             step_callback=callback_on_step_end,
             tensor_inputs=tensor_inputs,
-        )[-1]
-
-        # 9. Decode, check, convert
-        flags = None
-        if output_type == "latent":
-            images = self._tensor(edited, self.unet.dtype)
-        else:
-            images, flags = self.run_safety_checker(self._decoded(edited))
-            normalised = None if flags is None else [not flag for flag in flags]
-            images = pictures.postprocess_image(images, output_type, normalised)
-        if not return_dict:
-            return images, flags
-        return StableDiffusionPipelineOutput(images=images, nsfw_content_detected=flags)
+        )
+        return edited[-1], first_predictions
 
     @staticmethod
     def _latents_array(image_latents) -> np.ndarray:
@@ -921,6 +991,7 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
         array = pictures.to_numpy(image_latents)
         return array[None] if array.ndim == 3 else array
 
+    @turns.turn()
     def run_safety_checker(self, images: np.ndarray):
         """Blackens the pictures that the safety checker flags.
 
@@ -934,10 +1005,10 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
             return images, None
         import mindspore as ms
 
-        from .kernels import portable_kernels
+        from .kernels import eagerly
 
         inputs = self.feature_extractor(pictures.postprocess_image(images, "pil"), return_tensors="np")
-        with portable_kernels(), devices.eager():
+        with eagerly():
             # The checker blackens its second argument; only its flags are used, so a token array does.
             flags = (
                 self.safety_checker(

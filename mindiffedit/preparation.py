@@ -8,7 +8,7 @@ from typing import Any, Dict, List, Optional
 
 import numpy as np
 
-from . import devices, options, pictures, randomness
+from . import options, pictures, randomness, turns
 from .adapters import Adapters
 from .notices import say_once
 
@@ -137,6 +137,7 @@ class Preparation(Adapters):
         mask = inputs.attention_mask if uses_mask else None
         return self._stages.encode_text(token_ids, mask, skip, lora_scale)
 
+    @turns.turn()
     def encode_prompt(
         self,
         prompt,
@@ -352,9 +353,9 @@ class Preparation(Adapters):
             return scale * latents + spread * noise
         import mindspore as ms
 
-        from .kernels import portable_kernels
+        from .kernels import eagerly
 
-        with portable_kernels(), devices.eager():
+        with eagerly():
             result = scheduler.add_noise(
                 ms.Tensor(latents), ms.Tensor(noise), ms.Tensor(np.repeat(timestep, len(latents)))
             )
@@ -367,7 +368,7 @@ class Preparation(Adapters):
             return latents
         import mindspore as ms
 
-        from .kernels import portable_kernels
+        from .kernels import eagerly
 
-        with portable_kernels(), devices.eager():
+        with eagerly():
             return scheduler.scale_model_input(ms.Tensor(latents), as_its_own(scheduler, timestep)).asnumpy()

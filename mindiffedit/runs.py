@@ -126,11 +126,9 @@ def find_mask(job: Job, pipe, strength: Optional[float] = None) -> Tuple[np.ndar
             outlier_quantile=job.settings["outliers"],
             mask_options=job.mask_options,
         )
-    seen: Dict[str, np.ndarray] = {}
     _progress(job, pipe, "mask" if strength is None else f"mask, strength {strength:g}")
-    with job.timed("mask"), pipe.debugging(lambda stage, array, step: seen.__setitem__(stage, array)):
-        mask = pipe.generate_mask(**given, output_type="np")
-    return mask, seen["map"]
+    with job.timed("mask"):
+        return pipe.generate_mask(**given, output_type="np", return_map=True)
 
 
 def whole_mask(job: Job, mask: np.ndarray) -> np.ndarray:

@@ -12,14 +12,15 @@ graph of its own: it takes no time to compile, so that solvers and batch sizes m
 from __future__ import annotations
 
 import collections
-from typing import Callable, Counter, Dict, Iterator, Optional
+from typing import Any, Callable, Counter, Dict, Iterator, List, Optional
 
 import mindspore as ms
 import numpy as np
 from mindspore import ops
 
-from . import devices, freeu, lora, native, reuse, textual_inversion, tiling
-from .kernels import portable_kernels
+from . import freeu, lora, reuse, tiling, turns
+from .graphs import Graphs
+from .kernels import eagerly
 from .schedules import StepPlan
 
 
@@ -38,11 +39,11 @@ class Stages:
 
     def __init__(self, unet, vae, text_encoder, mode: str, cache=None):
         self.unet, self.vae, self.text_encoder, self.mode = unet, vae, text_encoder, mode
-        self.cache = cache
         self.calls: Counter[str] = collections.Counter()
+        self._graphs = Graphs(cache)
         self._built: Dict[tuple, Callable] = {}
+        self._places: Dict[int, list] = {}  # of each model's weights, as its stages know them
         self._texts, self._moments = reuse.Memory(64), reuse.Memory(16)
-        self._table = 0  # generation of the token embeddings that the text stages were built over
 
     def serves(self, unet, vae, text_encoder, mode: str) -> bool:
         """Whether these stages were built over exactly these models, in this mode."""
@@ -50,8 +51,9 @@ class Stages:
         return same and self.mode == mode
 
     def forget(self) -> None:
-        """Drops every built stage and every result; for a change inside a model that its graph would not notice."""
-        self._built.clear()
+        """Drops every built stage and every result; for a change inside a model that nothing else would notice."""
+        for key in list(self._built):
+            self._drop(key)
         self._texts.clear()
         self._moments.clear()
 
@@ -70,14 +72,16 @@ class Stages:
         an earlier one, is not encoded again. ``skip`` takes the output ``skip`` layers before the last, with the final
         layer norm (``clip_skip``). ``lora_scale`` weighs the text encoder's LoRAs, which are part of its weights here.
         """
-        lora.adapted(self.text_encoder).write(lora_scale)
-        if self._table != textual_inversion.generation(self.text_encoder):
-            self._table = textual_inversion.generation(self.text_encoder)
-            self._built = {key: stage for key, stage in self._built.items() if key[0] != "text"}
+        with turns.turn():
+            return self._encode_text(token_ids, attention_mask, skip, lora_scale)
+
+    def _encode_text(self, token_ids, attention_mask, skip, lora_scale) -> np.ndarray:
         stage = self._stage(
             ("text", skip, attention_mask is not None), lambda: _text(self.text_encoder, skip)
         )
-        weights = reuse.fingerprint(self.text_encoder)
+        adapters = lora.adapted(self.text_encoder)
+        adapters.write(lora_scale)
+        weights = reuse.weights_of(self.text_encoder)
 
         def encoded(row, mask):
             self.calls["text"] += 1
@@ -89,7 +93,8 @@ class Stages:
         rows = []
         for i, row in enumerate(token_ids):
             mask = None if attention_mask is None else attention_mask[i]
-            key = (skip, row.tobytes(), None if mask is None else mask.tobytes())
+            # The weights are looked at once in a call, and a call may encode with several scales of its LoRAs.
+            key = (skip, adapters.written, row.tobytes(), None if mask is None else mask.tobytes())
             rows.append(self._texts.get(key, weights, lambda: encoded(row, mask)))
         return np.concatenate(rows)
 
@@ -101,7 +106,7 @@ class Stages:
         ``invert``, is not encoded again.
         """
         stage = self._stage(("encode",), lambda: _encoder(self.vae))
-        weights, tiles = reuse.fingerprint(self.vae), self._tiles(pixels.shape, half=0)
+        weights, tiles = reuse.weights_of(self.vae), self._tiles(pixels.shape, half=0)
 
         def encoded(picture):
             self.calls["encode"] += 1
@@ -143,9 +148,12 @@ class Stages:
         The ``scale`` among ``attention_kwargs`` weighs its LoRAs, which are part of its weights: no graph knows of it.
         """
         constants = {name: value for name, value in attention_kwargs.items() if name != "scale"}
-        # FreeU changes the UNet from inside, where its graph would not notice.
-        choices = ("unet", _key(constants), freeu.factors_of(self.unet))
-        stage = self._stage(choices, lambda: _predictor(self.unet, constants))
+
+        def stage():
+            # FreeU changes the UNet from inside, where its graph would not notice.
+            choices = ("unet", _key(constants), freeu.factors_of(self.unet))
+            return self._stage(choices, lambda: _predictor(self.unet, constants))
+
         return Predictor(self, stage, prompt_embeds, rows, attention_kwargs.get("scale", 1.0))
 
     def update(self, plan: StepPlan, is_guided: bool) -> Callable:
@@ -161,31 +169,45 @@ class Stages:
     # --- building ------------------------------------------------------------------------------------------------
 
     def _stage(self, key: tuple, build: Callable[[], Callable]) -> Callable:
+        model = self._model_of(key)
+        if model is not None:
+            turns.once((self._renew, id(self), id(model)), lambda: self._renew(model))
         if key not in self._built:
             function = build()
-            eager = self.mode == "pynative"
-            self._built[key] = _run_eagerly(function) if eager else self._run_compiled(function, key)
+            if self.mode == "pynative":
+                self._built[key] = eagerly()(function)
+            elif model is None:
+                self._built[key] = self._graphs.compiled(function, key)
+            else:
+                self._built[key] = self._graphs.compiled(function, key, (model,), lambda: self._look_at(model))
         return self._built[key]
 
-    def _run_compiled(self, function: Callable, key: tuple) -> Callable:
-        if self.cache is None:
-            compiled = ms.jit(function)
-        else:
-            # A graph from the cache gets its weights by name: those of the model that the stage reads.
-            models = {
-                "text": (self.text_encoder,),
-                "encode": (self.vae,),
-                "decode": (self.vae,),
-                "unet": (self.unet,),
-                "update": (),
-            }
-            compiled = self.cache.compiled(function, key, models=models[key[0]], extra=native.identity())
+    def _renew(self, model) -> None:
+        """Drops the stages of a model whose weights or layers are others than they were built over.
 
-        def run(*arguments):
-            with portable_kernels():  # a call with new shapes compiles
-                return compiled(*arguments)
+        A graph reads the memory that a weight had when it was compiled. ``ops.assign`` writes there; ``set_data`` and
+        ``load_param_into_net`` give the weight another, which the graph would not notice, and neither would it another
+        layer or attention processor.
+        """
+        before = self._places.get(id(model))
+        self._look_at(model)
+        if before is not None and not _same(before, self._places[id(model)]):
+            lora.adapted(model).look_again()
+            for key in [key for key in self._built if self._model_of(key) is model]:
+                self._drop(key)
 
-        return run
+    def _look_at(self, model) -> None:
+        self._places[id(model)] = _places_of(model)
+
+    def _model_of(self, key: tuple):
+        """The model that a stage runs; None for the update, which has no weights."""
+        models = {"text": self.text_encoder, "encode": self.vae, "decode": self.vae, "unet": self.unet}
+        return models.get(key[0])
+
+    def _drop(self, key: tuple) -> None:
+        stage = self._built.pop(key)
+        if hasattr(stage, "forget"):
+            stage.forget()
 
     @staticmethod
     def _sample(array, model) -> ms.Tensor:
@@ -203,7 +225,12 @@ class Predictor:
     """
 
     def __init__(
-        self, stages: Stages, stage: Callable, prompt_embeds: np.ndarray, rows: int, lora_scale: float = 1.0
+        self,
+        stages: Stages,
+        stage: Callable[[], Callable],
+        prompt_embeds: np.ndarray,
+        rows: int,
+        lora_scale: float = 1.0,
     ):
         self._stages, self._stage, self._lora_scale = stages, stage, lora_scale
         self._embeds = prompt_embeds
@@ -221,20 +248,20 @@ class Predictor:
 
     def stream(self, latents: np.ndarray, timestep) -> Iterator[np.ndarray]:
         """The model's bare outputs, float32, of latents (N, C, h, w) at one timestep, group by group."""
-        lora.adapted(self._stages.unet).write(self._lora_scale)
         for start in range(0, len(latents), self._rows):
             begin = min(start, len(latents) - self._rows)
-            group = slice(begin, begin + self._rows)
-            if begin not in self._tensors:
-                self._tensors[begin] = self._stages._sample(self._embeds[group], self._stages.unet)
-            self._stages.calls["unet"] += 1
-            self._stages.calls["rows"] += self._rows
-            output = self._stage(
-                self._stages._sample(latents[group], self._stages.unet),
-                _timestep(timestep),
-                self._tensors[begin],
-            )
-            yield _host(output)[start - begin :]
+            yield self._evaluate(begin, latents[begin : begin + self._rows], timestep)[start - begin :]
+
+    @turns.turn()
+    def _evaluate(self, begin: int, latents: np.ndarray, timestep) -> np.ndarray:
+        """The outputs of one group of rows, which begins at a sample. Its LoRAs are in the weights that it runs with."""
+        lora.adapted(self._stages.unet).write(self._lora_scale)
+        stage, sample = self._stage(), self._stages._sample
+        if begin not in self._tensors:
+            self._tensors[begin] = sample(self._embeds[begin : begin + self._rows], self._stages.unet)
+        self._stages.calls["unet"] += 1
+        self._stages.calls["rows"] += self._rows
+        return _host(stage(sample(latents, self._stages.unet), _timestep(timestep), self._tensors[begin]))
 
     def __call__(self, latents: np.ndarray, timestep) -> np.ndarray:
         """All outputs, (N, C, h, w) float32."""
@@ -248,12 +275,20 @@ def guided(predictions, guidance_scale):
     return unconditional + guidance_scale * (conditional - unconditional)
 
 
-def _run_eagerly(function: Callable) -> Callable:
-    def run(*arguments):
-        with portable_kernels(), devices.eager():
-            return function(*arguments)
+def _places_of(model) -> List[Any]:
+    """All that a graph over a model is fixed to: its layers, their attention processors, its weights and where they lie."""
+    found: List[Any] = []
+    for cell in model.cells_and_names():
+        found += [cell[1], getattr(cell[1], "processor", None)]
+    for parameter in model.get_parameters():
+        found += [parameter, parameter.data_ptr()]
+    return found
 
-    return run
+
+def _same(places: List[Any], others: List[Any]) -> bool:
+    return len(places) == len(others) and all(
+        a == b if isinstance(a, int) else a is b for a, b in zip(places, others)
+    )
 
 
 def _host(tensor: ms.Tensor) -> np.ndarray:

@@ -6,7 +6,6 @@ The table has one row more for each vector, so the text encoder is compiled agai
 from __future__ import annotations
 
 import logging
-import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from .hub import resolve_file
 from .pictures import is_tensor, to_numpy
 from .weight_files import read_tensors
 
-__all__ = ["add", "check", "generation", "read", "remove"]
+__all__ = ["add", "check", "read", "remove"]
 
 logger = logging.getLogger(__name__)
 
@@ -161,14 +160,6 @@ def remove(tokens: Sequence[str] | None, tokenizer, text_encoder) -> None:
 
 # --- the table -------------------------------------------------------------------------------------------------------
 
-_GENERATIONS: "weakref.WeakKeyDictionary[Any, int]" = weakref.WeakKeyDictionary()
-
-
-def generation(text_encoder) -> int:
-    """How often a text encoder's table was replaced: a graph over an earlier one computes with the old table."""
-    return _GENERATIONS.get(text_encoder, 0)
-
-
 def _table(text_encoder) -> np.ndarray:
     """The token embeddings, (tokens, width) float32."""
     import mindspore
@@ -186,4 +177,3 @@ def _replace_table(text_encoder, table: np.ndarray) -> None:
         values if old.dtype == values.dtype else values.astype(old.dtype), name=old.name, requires_grad=False
     )
     embedding.vocab_size = text_encoder.config.vocab_size = len(table)
-    _GENERATIONS[text_encoder] = generation(text_encoder) + 1
