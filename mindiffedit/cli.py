@@ -249,7 +249,7 @@ def _invert(args):
         "scheduler": job.scheduler,
         "model": jobs.model_name(args.model),
         "seed": args.seed,
-        "picture_sha256": jobs.fingerprint(job.picture),
+        "picture_sha256": jobs.fingerprint(job.original.shown),
         "picture_size": "x".join(map(str, job.picture.size)),
         "working_size": "x".join(map(str, job.fitted.size)),
     }

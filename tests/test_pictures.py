@@ -11,7 +11,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from mindiffedit import pictures
+from mindiffedit import pictures, reading
 
 
 def noise(height, width, seed=0):
@@ -209,7 +209,7 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path, monkeypa
 
 
 def test_the_pixel_limit_itself_is_accepted(tmp_path, monkeypatch):
-    monkeypatch.setattr(pictures, "MAX_PIXELS", 35)
+    monkeypatch.setattr(reading, "MAX_PIXELS", 35)
     path = tmp_path / "p.png"
     noise(5, 7).save(path)
     assert pictures.load_image(path).size == (7, 5)
@@ -289,7 +289,7 @@ def test_urls_that_give_no_picture(server):
 
 
 def test_a_url_may_not_send_too_much(server, monkeypatch):
-    monkeypatch.setattr(pictures, "MAX_DOWNLOAD", 10_000)
+    monkeypatch.setattr(reading, "MAX_DOWNLOAD", 10_000)
     sent = []
 
     def endless(stream):
@@ -317,9 +317,9 @@ def test_a_url_may_not_take_too_long(server, monkeypatch):
     server.pages["/silent"] = (200, {}, silent)
     server.pages["/trickle"] = (200, {}, trickle)
     try:
-        monkeypatch.setattr(pictures, "URL_TIMEOUT", 0.3)
+        monkeypatch.setattr(reading, "URL_TIMEOUT", 0.3)
         refused(server.address + "/silent", "/silent cannot be fetched", "timed out")
-        monkeypatch.setattr(pictures, "DOWNLOAD_TIMEOUT", 0.3)
+        monkeypatch.setattr(reading, "DOWNLOAD_TIMEOUT", 0.3)
         refused(server.address + "/trickle", "/trickle has not sent")
     finally:
         stop.set()
@@ -361,8 +361,11 @@ def assert_same(ours, reference, image):
 def test_pil_pictures_equal_the_reference_s(both, height, width):
     picture = noise(height, width)
     assert_same(*both, picture)
-    # The first picture of a list gives the size of all.
-    assert_same(*both, [picture, noise(width, height, 1)])
+    assert_same(*both, [picture, noise(height, width, 1)])
+
+
+def test_pictures_of_a_list_that_are_worked_on_at_one_size_equal_the_reference_s(both):
+    assert_same(*both, [noise(66, 50), noise(67, 49, 1)])
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
