@@ -75,6 +75,8 @@ class Original:
             )
         to_srgb, self._from_srgb = self._conversions(pixels)
         self.shown = to_srgb(pixels)
+        if self.shown is not pixels:
+            self.shown.info = {key: of for key, of in self.shown.info.items() if key not in ("icc_profile", "gamma")}
         if self._from_srgb is None:
             self._pixels, self._wide, self._from_srgb = self.shown, False, _unchanged
             self._info = {name: value for name, value in self._info.items() if name not in ("icc_profile", "gamma")}
@@ -174,8 +176,9 @@ def fit_format(picture: PIL.Image.Image, format: str) -> Tuple[PIL.Image.Image, 
     losses = []
     if max(picture.size) > _LONGEST_SIDE.get(format, max(picture.size)):
         raise InputError(
-            "a {format} file has at most {most} pixels on a side, and the picture is {width} x {height}; give the "
-            "{output} a name that ends in .png.",
+            "a {format} file has at most {most} pixels on a side, and the picture is {width} x {height}; give the output "
+            "a name that ends in .png.",
+            "output",
             format=format,
             most=_LONGEST_SIDE[format],
             width=picture.width,

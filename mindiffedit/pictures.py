@@ -24,7 +24,8 @@ from .colours import fit_format, grey_levels, to_rgb, to_srgb
 from .errors import InputError, InputTypeError
 from .reading import MAX_DOWNLOAD, MAX_PIXELS, load_image
 
-# Extensions that can be written, with Pillow's name of the format. JPEG and WebP lose values, masks must not.
+# Extensions that can be written, with Pillow's name of the format. JPEG loses values, and many WebP files have; masks must
+# not.
 PICTURE_FORMATS = {
     ".png": "PNG",
     ".bmp": "BMP",
@@ -34,8 +35,8 @@ PICTURE_FORMATS = {
     ".jpeg": "JPEG",
     ".webp": "WEBP",
 }
-# A picture of so many times fewer pixels than a model works at is called small. It is a quarter of what the model was made
-# for where that is scaled down to from one and a half times as much.
+# A picture is called small that has so many times fewer pixels than a model works at, at most: a quarter of what it was
+# made for, as models work at up to one and a half times that.
 SMALL_SHARE = 6
 LOSSLESS_EXTENSIONS = (".png", ".bmp", ".tif", ".tiff")
 
@@ -530,7 +531,7 @@ def fit_picture(
     width, height = picture.size
     small = ""
     if max_pixels is not None and width * height * SMALL_SHARE <= max_pixels:
-        # So that it is no multiple of pixels per latent short, and still not too large.
+        # To a little less than what the model was made for, which is two thirds of the most.
         enlarge = (0.6 * max_pixels / (width * height)) ** 0.5
         small = (
             f", far below what it was made for, and draws little of use there; enlarge the picture first, to about "
@@ -930,11 +931,12 @@ def format_of(path) -> str:
 
 def _options(picture: PIL.Image.Image, kind: str) -> Dict[str, Any]:
     """What goes with a picture into its file."""
-    # JPEG would halve the resolution of colour, WebP would drop the colours under full transparency.
-    options: Dict[str, Any] = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"quality": 95, "exact": True}}.get(
-        kind, {}
-    )
-    if kind == "BMP":
+    options: Dict[str, Any] = {}
+    if kind == "JPEG":
+        options = {"quality": 95, "subsampling": 0}  # colour at the full resolution
+    elif kind == "WEBP":
+        options = {"lossless": True, "exact": True}  # exact: also where it is transparent
+    elif kind == "BMP":
         return options
     info = picture.info
     if info.get("icc_profile"):
@@ -947,7 +949,7 @@ def _options(picture: PIL.Image.Image, kind: str) -> Dict[str, Any]:
             options["exif"] = written
     with contextlib.suppress(TypeError, ValueError):
         dots = tuple(float(number) for number in info.get("dpi", ()))
-        if len(dots) == 2 and all(1 <= number <= 65535 for number in dots):
+        if len(dots) == 2 and all(1 < number <= 65535 for number in dots):
             options["dpi"] = dots
     if kind == "PNG" and info.get("gamma") and "icc_profile" not in options:
         chunks = PIL.PngImagePlugin.PngInfo()

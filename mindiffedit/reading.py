@@ -35,12 +35,12 @@ MAX_REDIRECTS = 20
 _STILL_FORMATS = ("MPO", "PSD")
 # Formats that Pillow hands to another program to draw.
 _REFUSED_FORMATS = ("EPS", "WMF")
-# Rows at the lower end that a JPEG may lack: one row of its largest blocks.
+# Rows at the lower end that a JPEG may lack: one row of its largest blocks, and no more than a tenth of the picture.
 _MOST_ROWS_LOST = 16
 _MAX_PROFILE = 64 * 2**20
 _LONGEST_NAME = 200  # characters of a path or URL in a message
 
-__all__ = ["MAX_DOWNLOAD", "MAX_PIXELS", "load_image"]
+__all__ = ["DamagedPicture", "MAX_DOWNLOAD", "MAX_PIXELS", "load_image"]
 
 
 def load_image(
@@ -83,6 +83,7 @@ def _from_name(name) -> PIL.Image.Image:
         # One slash is what pathlib leaves of two.
         if re.match(r"https?:/", address, re.IGNORECASE):
             address = re.sub(r"[\t\r\n]", "", re.sub(r"^(\w+):/+", r"\1://", address))
+            address = re.sub(r"^[^?#]*", lambda path: path[0].replace("\\", "/"), address)
             return _decode(io.BytesIO(_download(address)), _shown_address(address))
         if re.match(r"(data|file):", address, re.IGNORECASE) and not os.path.exists(name):
             return _of_local_address(address)
@@ -133,8 +134,8 @@ def _load_file(path) -> PIL.Image.Image:
 # --- decoding --------------------------------------------------------------------------------------
 
 
-class _Damaged(InputError):
-    """Raised where another reading of the same bytes may still give the pixels."""
+class DamagedPicture(InputError):
+    """A file whose pixels cannot be read."""
 
 
 def _decode(stream, name: str) -> PIL.Image.Image:
@@ -148,7 +149,8 @@ def _decode(stream, name: str) -> PIL.Image.Image:
         warnings.simplefilter("ignore")
         try:
             picture = _decoded(stream, name)
-        except _Damaged:
+        except DamagedPicture:
+            # Another reading of the same bytes may still give the pixels.
             stream.seek(0)
             if start.startswith(b"\x89PNG\r\n\x1a\n"):
                 cleaned, profile = _pixels_of_png(stream)
@@ -175,7 +177,7 @@ def _decoded(stream, name: str) -> PIL.Image.Image:
                 name=name,
                 brand=brand[8:].decode("ascii", "replace").strip().upper(),
             ) from error
-        raise _Damaged("{name} is not a picture in a format that Pillow reads.", "image", name=name) from error
+        raise DamagedPicture("{name} is not a picture in a format that Pillow reads.", "image", name=name) from error
     except PIL.Image.DecompressionBombError as error:
         raise InputError(
             "{name} claims to be a picture of far more than {most} pixels and was not decoded.",
@@ -184,7 +186,7 @@ def _decoded(stream, name: str) -> PIL.Image.Image:
             most=min(MAX_PIXELS, PIL.Image.MAX_IMAGE_PIXELS or MAX_PIXELS),
         ) from error
     except Exception as error:  # a damaged header makes Pillow raise nearly anything
-        raise _Damaged(
+        raise DamagedPicture(
             "{name} cannot be read as a picture: {why}.", "image", name=name, why=_sentence(error)
         ) from error
     _check_header(picture, name)
@@ -199,7 +201,7 @@ def _load(picture: PIL.Image.Image, name: str) -> None:
     try:
         picture.load()
     except Exception as error:  # a PIL picture may still be an unread, damaged file
-        raise _Damaged("{name} is truncated or damaged: {why}.", "image", name=name, why=_sentence(error)) from error
+        raise DamagedPicture("{name} is truncated or damaged: {why}.", "image", name=name, why=_sentence(error)) from error
 
 
 def _bits_of(picture: PIL.Image.Image) -> int:
@@ -231,7 +233,7 @@ def _check_header(picture: PIL.Image.Image, name: str) -> None:
     try:
         animated = picture.format not in _STILL_FORMATS and getattr(picture, "is_animated", False)
     except Exception as error:  # looking for a second frame reads on, into what may be damaged
-        raise _Damaged("{name} is truncated or damaged: {why}.", "image", name=name, why=_sentence(error)) from error
+        raise DamagedPicture("{name} is truncated or damaged: {why}.", "image", name=name, why=_sentence(error)) from error
     if animated:
         raise InputError("{name} is animated or has several pages; give one still picture.", "image", name=name)
 
@@ -283,14 +285,17 @@ def _chunks_of_png(stream) -> Iterator[Tuple[bytes, bytes, bool]]:
 def _pixels_of_png(stream) -> Tuple[io.BytesIO, Optional[bytes]]:
     """A PNG with the chunks alone that its pixels need, and its colour profile."""
     cleaned, profile = io.BytesIO(), None
+    least = {b"gAMA": 4, b"sRGB": 1, b"pHYs": 9, b"acTL": 8, b"fcTL": 26, b"fdAT": 4}  # bytes of those that serve
     cleaned.write(stream.read(8))
     for name, data, right in _chunks_of_png(stream):
         if name == b"iCCP" and right:
             with contextlib.suppress(zlib.error, IndexError):
                 compressed = data[data.index(b"\0") + 2 :] if b"\0" in data else b""
                 profile = zlib.decompressobj().decompress(compressed, _MAX_PROFILE)
+        if name == b"IHDR" and len(data) == 13:
+            least[b"tRNS"] = {0: 2, 2: 6, 3: 1}.get(data[9], 2**32)  # by the kind of pixels
         needed = name in (b"IHDR", b"PLTE", b"IDAT")
-        if needed or right and name in (b"tRNS", b"gAMA", b"sRGB", b"pHYs", b"acTL", b"fcTL", b"fdAT"):
+        if needed or right and len(data) >= least.get(name, 2**32):
             checksum = zlib.crc32(name + data) if right or name == b"IDAT" else 0
             cleaned.write(struct.pack(">I4s", len(data), name) + data + struct.pack(">I", checksum))
     cleaned.write(struct.pack(">I4sI", 0, b"IEND", zlib.crc32(b"IEND")))
@@ -305,8 +310,8 @@ def _ended_jpeg(data: bytes, name: str) -> PIL.Image.Image:
     # What the lost bytes would say is seen where other bytes in their place make a difference.
     other = _decoded(io.BytesIO(data + bytes(range(1, 255)) * 8 + end), name)
     differs = (np.asarray(picture) != np.asarray(other)).reshape(picture.height, -1).any(axis=1)
-    if differs[: max(0, picture.height - _MOST_ROWS_LOST)].any():
-        raise _Damaged("{name} is truncated or damaged: its lower part is missing.", "image", name=name)
+    if differs[: picture.height - min(_MOST_ROWS_LOST, picture.height // 10)].any():
+        raise DamagedPicture("{name} is truncated or damaged: its lower part is missing.", "image", name=name)
     return picture
 
 
@@ -383,6 +388,7 @@ def _reason(error: BaseException) -> str:
             break
         error = inner
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    text = re.sub(r"//[^/?#\s]*@", "//", text)
     # Some begin with the Python object that they are about.
     return _sentence(re.sub(r"^.*?<[^>]*>[):]*\s*", "", text) or type(error).__name__)
 
