@@ -941,7 +941,8 @@ def _options(picture: PIL.Image.Image, kind: str) -> Dict[str, Any]:
     info = picture.info
     if info.get("icc_profile"):
         options["icc_profile"] = info["icc_profile"]
-    with contextlib.suppress(Exception):  # damaged EXIF data
+    with contextlib.suppress(Exception), warnings.catch_warnings():  # damaged EXIF data
+        warnings.simplefilter("ignore")
         exif = PIL.Image.Exif()
         exif.load(info.get("exif", b""))
         written = exif.tobytes()  # without the preview

@@ -304,14 +304,18 @@ def _pixels_of_png(stream) -> Tuple[io.BytesIO, Optional[bytes]]:
 
 
 def _ended_jpeg(data: bytes, name: str) -> PIL.Image.Image:
-    """A JPEG whose end is cut off, if it lacks a few rows at most: phones and interrupted copies leave such."""
+    """A JPEG whose end is cut off, if it lacks a few rows at most: phones and interrupted copies leave such.
+
+    In a progressive one every part is about the whole picture, so that none can be missing.
+    """
     end = b"\xff\xd9"
     picture = _decoded(io.BytesIO(data + end), name)
     # What the lost bytes would say is seen where other bytes in their place make a difference.
     other = _decoded(io.BytesIO(data + bytes(range(1, 255)) * 8 + end), name)
     differs = (np.asarray(picture) != np.asarray(other)).reshape(picture.height, -1).any(axis=1)
-    if differs[: picture.height - min(_MOST_ROWS_LOST, picture.height // 10)].any():
-        raise DamagedPicture("{name} is truncated or damaged: its lower part is missing.", "image", name=name)
+    lost = differs[: picture.height - min(_MOST_ROWS_LOST, picture.height // 10)].any()
+    if lost or "progressive" in picture.info:
+        raise DamagedPicture("{name} is truncated or damaged: a part of it is missing.", "image", name=name)
     return picture
 
 

@@ -284,7 +284,7 @@ def test_an_edit_gives_pictures_back_as_they_were_given(sd1_folder):
     ours = our_pipeline(sd1_folder, mode="pynative")
     box = np.zeros((8, 10), np.float32)
     box[2:4, 3:6] = 1
-    quick = dict(num_inference_steps=2, num_maps_per_mask=1, generator=0, mask_image=box, feather=4,
+    quick = dict(num_inference_steps=1, inpaint_strength=1.0, generator=0, mask_image=box, feather=4,
                  mask_options=MaskOptions(), inversion="noise")  # fmt: skip
     rgb = photo(83, 70, 1)
     outside = masks.feathered(box, (70, 83), 4)[0] == 0
