@@ -361,7 +361,7 @@ class Editing:
                 )
             return None
         return np.broadcast_to(
-            masks.user_mask(mask_image, grid, batch, soft=mask_options.soft), (batch, *grid)
+            masks.user_mask(mask_image, grid, batch, "mask_image", mask_options.soft), (batch, *grid)
         )
 
     @staticmethod

@@ -70,6 +70,7 @@ class Job:
     grid_mask: Optional[np.ndarray] = None  # `mask` on the latents' grid, (1, h, w) in [0, 1]
     picture: Optional[PIL.Image.Image] = None  # in its own mode and colours
     original: Optional[colours.Original] = None  # the way back to these
+    losses: List[str] = field(default_factory=list)  # sentences: what the result cannot keep of these
     folder: Optional[Path] = None  # the model's, once it is here
     single_file: Optional[Path] = None  # the model's, where it is one
     configs: Dict[str, Mapping[str, Any]] = field(default_factory=dict)  # of its components with weights
@@ -375,7 +376,8 @@ def read_pictures(job: Job) -> None:
     job.original = colours.Original(job.picture)
     if args.command == "edit" and args.output is not None:
         result = job.original.rewritten(job.original.shown)
-        for loss in job.original.losses + colours.fit_format(result, pictures.format_of(args.output))[1]:
+        job.losses = job.original.losses + colours.fit_format(result, pictures.format_of(args.output))[1]
+        for loss in job.losses:
             job.note(loss)
     if job.made is not None and job.made["picture_sha256"] != fingerprint(job.original.shown):
         raise ValueError(

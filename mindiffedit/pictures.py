@@ -163,7 +163,7 @@ def _preprocess_pil(pictures: Sequence[PIL.Image.Image], scale_factor: int) -> n
         check_sizes(pictures)
     rows = []
     for picture in pictures:
-        # B12: the reference takes the numbers of any profile for sRGB's.
+        # B12: the reference takes the numbers of any profile for those of sRGB.
         resized = to_srgb(picture).resize(size, resample=PIL.Image.Resampling.LANCZOS)
         rows.append(np.asarray(resized).astype(np.float32) / 255.0)
     return 2.0 * np.ascontiguousarray(np.stack(rows).transpose(0, 3, 1, 2)) - 1.0

@@ -359,8 +359,9 @@ def test_the_command_says_what_the_output_s_format_cannot_hold(work, capsys):  #
     cut_out = photo(96, 64)
     cut_out.putalpha(cut_out.convert("L"))
     cut_out.save("in.png")
-    _, err = ran(capsys, command(picture="in.png", output="out.jpg"))
+    line, err = ran(capsys, command("--json", picture="in.png", output="out.jpg"))
     assert err.count("transparency") == 1 and "WebP" in err
+    assert "transparency" in json.loads(line)["report"]["warnings"][0]
     assert PIL.Image.open("out.jpg").mode == "RGB"
     for name in ("out.webp", "out.tif", "out.png"):  # the advice
         _, err = ran(capsys, command(picture="in.png", output=name))
