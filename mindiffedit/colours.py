@@ -25,6 +25,7 @@ _SPACES = {"RGB": "RGB ", "L": "GRAY", "CMYK": "CMYK"}
 # Levels out of 255 by which a profile may differ from sRGB and still be taken for it. The common sRGB profiles differ
 # by 1 from one another; taking them all for the same keeps a picture's numbers, and is what the reference does.
 _SAME = 2
+_BLACK_POINT_COMPENSATION = 0x2000  # of lcms2.h; Pillow names it from 10.3 on
 _SRGB_GAMMA, _GAMMA_TOLERANCE = 0.45455, 0.01
 
 # What each format cannot hold, by Pillow's name.
@@ -69,6 +70,8 @@ class Original:
             self.losses.append(f"the picture has a palette; the result has none, it is {self._mode}.")
         elif picture.mode not in (self._mode, self._pixels.mode, "RGBa", "La", "I") and not self._wide:
             self.losses.append(f"the picture is of mode {picture.mode}; the result is {self._mode}.")
+        if self._wide and "transparency" in picture.info:
+            self.losses.append("the picture has a transparent colour; the result has none, it is 16-bit grey.")
         if pixels.mode == "L":
             self.losses.append(
                 "the picture is grey, so what is drawn into it is made grey; give it as RGB to have colours."
@@ -312,7 +315,7 @@ def _transform(source, target, source_mode: str, target_mode: str) -> _Conversio
         source_mode,
         target_mode,
         PIL.ImageCms.Intent.RELATIVE_COLORIMETRIC,
-        PIL.ImageCms.Flags.BLACKPOINTCOMPENSATION,
+        _BLACK_POINT_COMPENSATION,
     )
     return lambda picture: PIL.ImageCms.applyTransform(picture, transform)
 

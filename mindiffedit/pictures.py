@@ -158,7 +158,7 @@ def _preprocess_pil(pictures: Sequence[PIL.Image.Image], scale_factor: int) -> n
                 kind=type(picture).__name__,
             )
     # E13: the reference squeezes all of a list into the size of the first.
-    size, *others = [fitted_size(_not_empty(picture).size, scale_factor) for picture in pictures]
+    size, *others = [fitted_size(_readable(picture).size, scale_factor) for picture in pictures]
     if any(other != size for other in others):
         check_sizes(pictures)
     rows = []
@@ -171,17 +171,23 @@ def _preprocess_pil(pictures: Sequence[PIL.Image.Image], scale_factor: int) -> n
 
 def check_sizes(pictures: Sequence[PIL.Image.Image]) -> None:
     """Raise an InputError where PIL pictures for one call are of different sizes."""
-    sizes = list(dict.fromkeys(f"{picture.width} x {picture.height}" for picture in pictures))
-    if len(sizes) > 1:
+    sizes = [f"{picture.width} x {picture.height}" for picture in pictures]
+    if len(set(sizes)) > 1:
         raise InputError(
             "{parameter} is a list of pictures of different sizes, {sizes}, and one call works at one size; call for "
             "each picture alone, or resize them to one size.",
             "image",
-            sizes=", ".join(sizes[:4]) + (", ..." if len(sizes) > 4 else ""),
+            sizes=_few(sizes),
         )
 
 
-def _not_empty(picture: PIL.Image.Image) -> PIL.Image.Image:
+def _few(items: Sequence) -> str:
+    """The first of the different items, for a message."""
+    texts = list(dict.fromkeys(str(item) for item in items))
+    return ", ".join(texts[:4]) + (", ..." if len(texts) > 4 else "")
+
+
+def _readable(picture: PIL.Image.Image) -> PIL.Image.Image:
     if 0 in picture.size:
         raise InputError(
             "{parameter} is a picture of {width} x {height} pixels: there is nothing in it.",
@@ -189,6 +195,11 @@ def _not_empty(picture: PIL.Image.Image) -> PIL.Image.Image:
             width=picture.width,
             height=picture.height,
         )
+    try:
+        picture.load()
+    except Exception as error:  # of a file that has not been read yet
+        why = " ".join(str(error).split()).rstrip(".")[:300]
+        raise InputError("{parameter} is truncated, damaged or closed: {why}.", "image", why=why) from error
     return picture
 
 
@@ -427,12 +438,14 @@ def mask_values(mask, batch_size: Optional[int] = None, name: str = "mask_image"
             channels=values.shape[1],
         )
     if batch_size is not None and values.shape[0] not in (1, batch_size):
+        channels_last = values.shape[-1] in (1, 3, 4) and values.shape[1] == 1
         raise InputError(
             "{parameter} with batch size {count} cannot be broadcasted to batch size {batch} inferred by prompt inputs; "
-            "give one mask, (h, w), or one for each picture, (B, h, w).",
+            "give one mask, (h, w), or one for each picture, (B, h, w){hint}.",
             name,
             count=values.shape[0],
             batch=batch_size,
+            hint="; of (h, w, channels) give one channel, mask[:, :, 0]" if channels_last else "",
         )
     if values.dtype.kind == "f" and np.isnan(values).any():
         raise InputError("{parameter} has NaN in it; every value has to be in [0, 1].", name)
@@ -476,7 +489,7 @@ def _joined_masks(mask, name: str) -> np.ndarray:
     if any(a.ndim != arrays[0].ndim or a.shape[1:] != arrays[0].shape[1:] for a in arrays) or (
         arrays[0].ndim < 3 and any(a.shape != arrays[0].shape for a in arrays)
     ):
-        shapes = ", ".join(str(a.shape) for a in arrays)
+        shapes = _few([a.shape for a in arrays])
         raise InputError(
             "{parameter} is a list of masks of different shapes: {shapes}; bring them to one size.", name, shapes=shapes
         )
@@ -690,7 +703,7 @@ def contact_sheet(
     if columns == 0:
         raise InputError("there is no picture to put into the contact sheet; give at least one row of one.", "rows")
     if any(len(row) != columns for row in rows):
-        lengths = ", ".join(str(len(row)) for row in rows)
+        lengths = _few([len(row) for row in rows])
         raise InputError(
             "the rows of the contact sheet have {lengths} pictures; give each as many.", "rows", lengths=lengths
         )

@@ -18,6 +18,7 @@ import PIL.PngImagePlugin
 import pytest
 
 from mindiffedit import pictures, reading
+from mindiffedit.errors import InputError
 
 
 def noise(height, width, seed=0):
@@ -680,6 +681,43 @@ def test_the_caller_s_array_is_not_written_to():
 def test_pictures_that_mean_nothing_are_refused(image, error, words):
     with pytest.raises(error, match=words):
         pictures.preprocess_image(image, 8)
+
+
+def test_the_advice_of_messages_helps(tmp_path):
+    """What is refused with advice is taken when the advice has been followed."""
+    image = np.random.default_rng(0).random((16, 16, 3))
+    mask = np.zeros((16, 16), np.uint8)
+    mask[:8] = 255
+    photos = [noise(16, 16), noise(16, 32)]
+    small = noise(5, 40)
+    for words, refused_, taken in (
+        ("divide by 255", lambda: pictures.preprocess_image(image * 255, 8), lambda: pictures.preprocess_image(image, 8)),
+        ("as uint8", lambda: pictures.preprocess_image(image * 255, 8),
+         lambda: pictures.preprocess_image((image * 255).astype(np.uint8), 8)),
+        ("each picture alone", lambda: pictures.preprocess_image(photos, 8),
+         lambda: [pictures.preprocess_image(photo, 8) for photo in photos]),
+        ("resize them", lambda: pictures.preprocess_image(photos, 8),
+         lambda: pictures.preprocess_image([photo.resize((16, 16)) for photo in photos], 8)),
+        ("enlarge it", lambda: pictures.preprocess_image(small, 8),
+         lambda: pictures.preprocess_image(small.resize((320, 40)), 8)),
+        ("by 255", lambda: pictures.preprocess_mask(mask), lambda: pictures.preprocess_mask(mask / 255)),
+        ("mask[:, :, 0]", lambda: pictures.preprocess_mask(np.stack([mask / 255] * 3, -1)),
+         lambda: pictures.preprocess_mask(np.stack([mask / 255] * 3, -1)[:, :, 0])),
+        ("resize it", lambda: pictures.fit_mask(noise(30, 20), (90, 70), (11, 8), 8),
+         lambda: pictures.fit_mask(noise(30, 20).resize((90, 70)), (90, 70), (11, 8), 8)),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=re.escape(words)):
+            refused_()
+        taken()
+    many = [noise(8, 8 + i) for i in range(100)]
+    with pytest.raises(InputError) as caught:
+        pictures.preprocess_image(many, 1)
+    assert len(str(caught.value)) < 250 and caught.value.parameter == "image"
+    path = tmp_path / "p.png"
+    noise(64, 64).save(path)
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(InputError, match="`image` is truncated"):
+        pictures.preprocess_image(PIL.Image.open(path), 8)
 
 
 # --- postprocess_image -----------------------------------------------------------------------------
