@@ -100,8 +100,10 @@ class Original:
             if pixels.mode == "RGB" and _is_unchanging(to_srgb):
                 return _unchanged, _unchanged
             try:
-                return to_srgb, _transform(srgb, profile, "RGB", pixels.mode)
-            except PIL.ImageCms.PyCMSError:  # a scanner's profile leads one way only
+                from_srgb = _transform(srgb, profile, "RGB", pixels.mode)
+                from_srgb(PIL.Image.new("RGB", (1, 1)))
+                return to_srgb, from_srgb
+            except Exception:  # a scanner's profile leads one way only, and with some Pillow fails when they are used
                 self.losses.append("the picture's colour profile cannot be written with; the result is in sRGB.")
                 return to_srgb, None
         gamma = 0 if "icc_profile" in self._info or "srgb" in self._info else self._info.get("gamma", 0)
@@ -301,7 +303,7 @@ def _profile_of(mode: str, data: Optional[bytes]) -> Tuple[Any, Optional[str]]:
         space = profile.profile.xcolor_space
         if space != _SPACES[mode]:
             return None, f"it is for {space.strip()}, the picture is {mode}"
-        _transform(profile, PIL.ImageCms.createProfile("sRGB"), mode, "RGB")
+        _transform(profile, PIL.ImageCms.createProfile("sRGB"), mode, "RGB")(PIL.Image.new(mode, (1, 1)))
         return profile, None
     except Exception as error:  # a damaged profile makes Pillow raise nearly anything
         return None, " ".join(str(error).split())[:100] or type(error).__name__

@@ -42,14 +42,42 @@ def grey_profile(gamma=1.0):
     tags = {
         b"wtpt": b"XYZ \0\0\0\0" + struct.pack(">3i", 63190, 65536, 54061),
         b"kTRC": b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256)) + b"\0\0",
-        b"desc": b"desc\0\0\0\0" + struct.pack(">I", 5) + b"grey\0" + bytes(78 + 1),
+    }
+    return profile_of(b"mntr", b"GRAY", b"XYZ ", tags)
+
+
+def print_profile():
+    """A CMYK profile of version 2: in both directions a table with two points for each channel."""
+
+    def table(inputs, outputs, points):
+        ramps = bytes(range(256))
+        head = b"mft1\0\0\0\0" + bytes([inputs, outputs, 2, 0]) + struct.pack(">9i", 65536, 0, 0, 0, 65536, 0, 0, 0, 65536)
+        return head + ramps * inputs + bytes(np.clip(points, 0, 255).astype(np.uint8)) + ramps * outputs
+
+    inks = np.array(np.meshgrid(*[[0, 1]] * 4, indexing="ij")).reshape(4, 16).T
+    light = 255 * (1 - inks[:, :3].mean(1)) * (1 - inks[:, 3])
+    colours_ = 128 + 50 * np.stack([inks[:, 1] - inks[:, 0], inks[:, 2] - inks[:, 0]], 1) * (1 - inks[:, 3:])
+    lab = np.array(np.meshgrid(*[[0, 1]] * 3, indexing="ij")).reshape(3, 8).T
+    back = 255 * np.stack([1 - lab[:, 1], lab[:, 1], lab[:, 2], 1 - lab[:, 0]], 1)
+    tags = {
+        b"wtpt": b"XYZ \0\0\0\0" + struct.pack(">3i", 63190, 65536, 54061),
+        b"A2B0": table(4, 3, np.column_stack([light, colours_]).ravel()),
+        b"B2A0": table(3, 4, back.ravel()),
+    }
+    return profile_of(b"prtr", b"CMYK", b"Lab ", tags)
+
+
+def profile_of(kind, space, connection, tags):
+    tags = {
+        **tags,
+        b"desc": b"desc\0\0\0\0" + struct.pack(">I", 5) + b"none\0" + bytes(78 + 1),
         b"cprt": b"text\0\0\0\0none\0\0\0\0",
     }
     offset, table, body = 128 + 4 + 12 * len(tags), struct.pack(">I", len(tags)), b""
     for name, data in tags.items():
         table += name + struct.pack(">II", offset + len(body), len(data))
-        body += data
-    head = struct.pack(">I4sI4s4s4s", offset + len(body), bytes(4), 0x02100000, b"mntr", b"GRAY", b"XYZ ")
+        body += data + bytes(-len(data) % 4)
+    head = struct.pack(">I4sI4s4s4s", offset + len(body), bytes(4), 0x02100000, kind, space, connection)
     head += bytes(12) + b"acsp" + bytes(28) + struct.pack(">3i", 63190, 65536, 54061)
     return head.ljust(128, b"\0") + table + body
 
@@ -159,6 +187,46 @@ def test_colours_are_those_that_pillow_s_colour_management_shows():
     grey = with_info(PIL.Image.new("L", (2, 2), 128), icc_profile=grey_profile(1.0))
     assert np.abs(shown(grey) - 188).max() <= 2
     assert np.abs(shown(with_info(PIL.Image.new("RGB", (2, 2), (128,) * 3), gamma=1.0)) - 188).max() <= 1
+
+
+def test_a_cmyk_profile_is_used_both_ways(tmp_path):
+    data = print_profile()
+    picture = with_info(photo().convert("CMYK"), icc_profile=data)
+    original = Original(picture)
+    profile = PIL.ImageCms.ImageCmsProfile(io.BytesIO(data))
+    expected = PIL.ImageCms.profileToProfile(picture, profile, SRGB, PIL.ImageCms.Intent.RELATIVE_COLORIMETRIC, "RGB",
+                                             flags=0x2000)  # fmt: skip
+    assert original.losses == [] and np.array_equal(original.shown, expected)
+    assert np.abs(shown(picture) - np.asarray(picture.convert("RGB")).astype(int)).mean() > 10
+    assert np.array_equal(load_image(picture), expected)
+    result = original.rewritten(PIL.Image.new("RGB", picture.size, DRAWN), WEIGHTS)
+    expected = PIL.ImageCms.profileToProfile(PIL.Image.new("RGB", (1, 1), DRAWN), SRGB, profile,
+                                             PIL.ImageCms.Intent.RELATIVE_COLORIMETRIC, "CMYK", flags=0x2000)  # fmt: skip
+    assert result.mode == "CMYK" and result.getpixel((10, 10)) == expected.getpixel((0, 0))
+    for name in ("a.tif", "a.jpg"):
+        pictures.save_image_atomically(result, tmp_path / name)
+        written = PIL.Image.open(tmp_path / name)
+        assert written.mode == "CMYK" and written.info["icc_profile"] == data
+        off = np.abs(np.asarray(written).astype(int) - np.asarray(picture))[WEIGHTS == 0]
+        assert off.max() == 0 if name == "a.tif" else off.mean() < 4
+
+
+def test_a_profile_that_cannot_be_written_with(monkeypatch):
+    """A scanner's leads from its numbers to colours alone."""
+    both_ways = colours._transform
+
+    def one_way(source, target, source_mode, target_mode):
+        if source_mode == "RGB" and target_mode == "CMYK":
+            raise PIL.ImageCms.PyCMSError("no way")
+        return both_ways(source, target, source_mode, target_mode)
+
+    monkeypatch.setattr(colours, "_transform", one_way)
+    picture = with_info(photo().convert("CMYK"), icc_profile=print_profile())
+    original = Original(picture)
+    result = original.rewritten(PIL.Image.new("RGB", picture.size, DRAWN), WEIGHTS)
+    assert result.mode == "RGB" and "icc_profile" not in result.info
+    assert np.array_equal(np.asarray(result)[WEIGHTS == 0], np.asarray(original.shown)[WEIGHTS == 0])
+    assert any("cannot be written with" in loss for loss in original.losses)
 
 
 def test_a_profile_that_says_srgb_changes_no_number():
