@@ -707,12 +707,13 @@ def contact_sheet(
         raise InputError(
             "the rows of the contact sheet have {lengths} pictures; give each as many.", "rows", lengths=lengths
         )
-    for name, labels, count in (("row_labels", row_labels, len(rows)), ("column_labels", column_labels, columns)):
+    for what, labels, count in (("row", row_labels, len(rows)), ("column", column_labels, columns)):
         if isinstance(labels, str) or len(labels) != count:
             raise InputError(
-                "the contact sheet needs {count} of {parameter}, but they are {labels!r}; give {count}.",
-                name,
+                "the contact sheet has {count} {what}s, but {labels!r} as {parameter}; give {count}.",
+                f"{what}_labels",
                 count=count,
+                what=what,
                 labels=labels,
             )
     for picture in (picture for row in rows for picture in row):
