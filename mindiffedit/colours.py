@@ -1,8 +1,8 @@
 """What a picture holds beside the colours that a model sees: its mode, its colour profile, its transparency.
 
-Models see sRGB, 8 bits each. A picture's numbers can mean other colours, by an embedded profile (a photo in Display P3) or
-by their kind (CMYK). `Original` shows a picture in sRGB, and brings what was drawn into it back into the picture's own
-numbers. No file is read or written here.
+Models see sRGB, 8 bits each. A picture's numbers can mean other colours, by an embedded profile (a photo in Display
+P3) or by their kind (CMYK). `Original` shows a picture in sRGB, and brings what was drawn into it back into the
+picture's own numbers. No file is read or written here.
 """
 
 from __future__ import annotations
@@ -93,7 +93,9 @@ class Original:
         """To sRGB, and from it into the picture's numbers; None where there is no way back."""
         profile, why = _profile_of(pixels.mode, self._info.get("icc_profile"))
         if why is not None:
-            self.losses.append(f"the picture's colour profile cannot be used ({why}); its colours are taken for sRGB's.")
+            self.losses.append(
+                f"the picture's colour profile cannot be used ({why}); its colours are taken for sRGB's."
+            )
         if profile is not None:
             srgb = PIL.ImageCms.createProfile("sRGB")
             to_srgb = _transform(profile, srgb, pixels.mode, "RGB")
@@ -151,8 +153,8 @@ def to_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
 
     A picture that is RGB, has a palette or transparency goes through `PIL.Image.convert` and keeps its numbers and its
     colour profile. Other kinds of colours, for which an own profile would mean nothing in RGB, become sRGB's by it.
-    Wide greyscale is brought to 8 bits: modes I;16* are 0..65535; mode I is taken as 0..255 where no value is larger, as
-    0..65535 otherwise.
+    Wide greyscale is brought to 8 bits: modes I;16* are 0..65535; mode I is taken as 0..255 where no value is larger,
+    as 0..65535 otherwise.
 
     Raises:
         InputError: Mode I with values outside 0..65535, mode F (its range is unknown), or a mode Pillow
@@ -181,8 +183,8 @@ def fit_format(picture: PIL.Image.Image, format: str) -> Tuple[PIL.Image.Image, 
     losses = []
     if max(picture.size) > _LONGEST_SIDE.get(format, max(picture.size)):
         raise InputError(
-            "a {format} file has at most {most} pixels on a side, and the picture is {width} x {height}; give the output "
-            "a name that ends in .png.",
+            "a {format} file has at most {most} pixels on a side, and the picture is {width} x {height}; give the "
+            "output a name that ends in .png.",
             "output",
             format=format,
             most=_LONGEST_SIDE[format],
@@ -193,8 +195,8 @@ def fit_format(picture: PIL.Image.Image, format: str) -> Tuple[PIL.Image.Image, 
         pixels, alpha = _split(picture)
         if alpha is not None and alpha.getextrema()[0] < 255:
             losses.append(
-                f"the picture's transparency is lost: a {format} file has none, the colours under it show; a PNG, TIFF or "
-                f"WebP file keeps it."
+                f"the picture's transparency is lost: a {format} file has none, the colours under it show; a PNG, TIFF "
+                f"or WebP file keeps it."
             )
         pixels.info = {name: picture.info[name] for name in _KEPT_INFO if name in picture.info}
         picture = pixels
@@ -216,7 +218,9 @@ def fit_format(picture: PIL.Image.Image, format: str) -> Tuple[PIL.Image.Image, 
     if original._alpha is not None:
         shown.putalpha(original._alpha)
     if not original.plain:  # a profile that says sRGB is no loss
-        losses.append(f"a {format} file cannot hold {unfit}: the picture is written as {shown.mode} of 8 bits, in sRGB.")
+        losses.append(
+            f"a {format} file cannot hold {unfit}: the picture is written as {shown.mode} of 8 bits, in sRGB."
+        )
     shown.info = {name: picture.info[name] for name in ("exif", "dpi") if name in picture.info}
     return shown, losses
 

@@ -122,8 +122,8 @@ class Editing:
 
         Returns:
             DiffEditOutput: pictures have the size of those that were given. With ``output_type`` "pil", results of PIL
-                pictures have their mode, profile and transparency, too; ``report.warnings`` says what could not be kept.
-                Arrays are in sRGB.
+                pictures have their mode, profile and transparency, too; ``report.warnings`` says what could not be
+                kept. Arrays are in sRGB.
 
         Raises:
             ValueError: for a value that does not fit, before any model runs.
@@ -437,8 +437,8 @@ def _originals(image, batch: int) -> Optional[List[colours.Original]]:
 def _finished(decoded, flags, originals, mask, feather, paste_back, report, as_pictures):
     """Pictures (B, H, W, 3) in [0, 1] of what the decoder gave, (B, 3, H, W) in [-1, 1]; fills in the report.
 
-    ``originals`` (B, H, W, 3) or None. With ``as_pictures``, B of them, the results are a list of PIL pictures, each with
-    its original's mode, profile and transparency.
+    ``originals`` (B, H, W, 3) or None. With ``as_pictures``, B of them, the results are a list of PIL pictures, each
+    with its original's mode, profile and transparency.
     """
     normalised = None if flags is None else [not flag for flag in flags]
     images = pictures.postprocess_image(decoded, "np", normalised)

@@ -372,9 +372,9 @@ def on_latents(mask, size: Tuple[int, int], factor: int, batch: int, soft: bool)
     height, width = size
     if (rows // factor, columns // factor) != (height, width):
         raise InputError(
-            "{parameter} is {columns} x {rows} (width x height), but {image_latents} are {width} x {height}, of a picture "
-            "of {wide} x {high} pixels; resize the mask to one of these sizes, or give the latents of the picture that "
-            "it was drawn over.",
+            "{parameter} is {columns} x {rows} (width x height), but {image_latents} are {width} x {height}, of a "
+            "picture of {wide} x {high} pixels; resize the mask to one of these sizes, or give the latents of the "
+            "picture that it was drawn over.",
             "mask_image",
             columns=columns,
             rows=rows,

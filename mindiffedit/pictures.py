@@ -1,7 +1,8 @@
 """Pictures and masks, in and out: PIL pictures, arrays of any framework and files ⇄ NumPy arrays.
 
-Nothing here knows a model. `reading` has what comes from files and URLs, `colours` what is beside a picture's colours. Arrays that go to a model are float32 with channels first, (B, C, H, W); pictures
-are in [-1, 1], masks are 0 or 1 and 1 means "change here".
+Nothing here knows a model. `reading` has what comes from files and URLs, `colours` what a picture has beside the colours
+that models see. Arrays that go to a model are float32 with channels first, (B, C, H, W); pictures are in [-1, 1], masks
+are 0 or 1 and 1 means "change here".
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from .colours import fit_format, grey_levels, to_rgb, to_srgb
 from .errors import InputError, InputTypeError
 from .reading import MAX_DOWNLOAD, MAX_PIXELS, load_image
 
-# Extensions that can be written, with Pillow's name of the format. JPEG loses values, and many WebP files have; masks must
-# not.
+# Extensions that can be written, with Pillow's name of the format. JPEG loses values, and many a WebP file has; masks
+# must not.
 PICTURE_FORMATS = {
     ".png": "PNG",
     ".bmp": "BMP",
@@ -440,8 +441,8 @@ def mask_values(mask, batch_size: Optional[int] = None, name: str = "mask_image"
     if batch_size is not None and values.shape[0] not in (1, batch_size):
         channels_last = values.shape[-1] in (1, 3, 4) and values.shape[1] == 1
         raise InputError(
-            "{parameter} with batch size {count} cannot be broadcasted to batch size {batch} inferred by prompt inputs; "
-            "give one mask, (h, w), or one for each picture, (B, h, w){hint}.",
+            "{parameter} with batch size {count} cannot be broadcasted to batch size {batch} inferred by prompt "
+            "inputs; give one mask, (h, w), or one for each picture, (B, h, w){hint}.",
             name,
             count=values.shape[0],
             batch=batch_size,
@@ -517,8 +518,8 @@ def fitted_size(size: Tuple[int, int], scale_factor: int) -> Tuple[int, int]:
     width, height = (side - side % scale_factor for side in size)
     if width < 1 or height < 1:
         raise InputError(
-            "a picture of {width} x {height} pixels is too small: width and height have to be at least {least}; enlarge "
-            "it.",
+            "a picture of {width} x {height} pixels is too small: width and height have to be at least {least}; "
+            "enlarge it.",
             "image",
             width=size[0],
             height=size[1],
@@ -842,8 +843,8 @@ def check_output_path(path, extensions: Optional[Sequence[str]] = None) -> Path:
         The path.
 
     Raises:
-        ValueError: The folder is missing or no file can be written there, the path is a folder, or the extension is none of the
-            accepted.
+        InputError: The folder is missing or no file can be written there, the path is a folder, or the extension is
+            none of the accepted.
     """
     path = Path(path)
     accepted = tuple(PICTURE_FORMATS) if extensions is None else tuple(extensions)
@@ -927,8 +928,9 @@ def save_image_atomically(image: PIL.Image.Image, path) -> None:
 def save_images_atomically(images: Dict[Union[str, os.PathLike], PIL.Image.Image]) -> None:
     """Write pictures by path: all are encoded before the first takes its place; a failure leaves none.
 
-    A picture's colour profile and EXIF data (without its preview, which shows the picture before) and its pixels per inch
-    go with it, where the format has room for them. What the format cannot hold otherwise is left out, as `fit_format` says.
+    A picture's colour profile, its EXIF data (without their preview, which shows the picture before) and its pixels per
+    inch go with it, where the format has room for them. What the format cannot hold otherwise is left out, as
+    `fit_format` says.
     """
     paths = {check_output_path(path): image for path, image in images.items()}
     with contextlib.ExitStack() as drafts:

@@ -771,8 +771,8 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
         Args:
             prompt: what the picture shall show, str or list of B str.
             mask_image: where it may change, on the latents' grid: (h, w), (B, h, w) or (B, 1, h, w) in [0, 1], as
-                array, tensor or PIL picture (white changes), or a list of one of these. From 0.5 on a value counts
-                as 1. One mask serves all B.
+                array, tensor or PIL picture (white changes), or a list of one of these; or of the size of the picture
+                that the latents are of (W10). From 0.5 on a value counts as 1. One mask serves all B.
             image_latents: from ``invert``: (B, T, C, h, w), noisiest first, or (B * T, C, h, w) with the steps of one
                 picture in a row.
             inpaint_strength: as given to ``invert``.

@@ -172,7 +172,7 @@ def _decoded(stream, name: str) -> PIL.Image.Image:
         brand = stream.read(12)
         if brand[4:8] == b"ftyp":
             raise InputError(
-                "{name} is a picture or film of the kind {brand}, which this Pillow cannot read; save it as JPEG or PNG.",
+                "{name} is a file of the kind {brand}, which this Pillow cannot read; save it as JPEG or PNG.",
                 "image",
                 name=name,
                 brand=brand[8:].decode("ascii", "replace").strip().upper(),
@@ -197,11 +197,15 @@ def _decoded(stream, name: str) -> PIL.Image.Image:
     return picture
 
 
+def _damaged(name: str, error: Exception) -> DamagedPicture:
+    return DamagedPicture("{name} is truncated or damaged: {why}.", "image", name=name, why=_sentence(error))
+
+
 def _load(picture: PIL.Image.Image, name: str) -> None:
     try:
         picture.load()
     except Exception as error:  # a PIL picture may still be an unread, damaged file
-        raise DamagedPicture("{name} is truncated or damaged: {why}.", "image", name=name, why=_sentence(error)) from error
+        raise _damaged(name, error) from error
 
 
 def _bits_of(picture: PIL.Image.Image) -> int:
@@ -233,7 +237,7 @@ def _check_header(picture: PIL.Image.Image, name: str) -> None:
     try:
         animated = picture.format not in _STILL_FORMATS and getattr(picture, "is_animated", False)
     except Exception as error:  # looking for a second frame reads on, into what may be damaged
-        raise DamagedPicture("{name} is truncated or damaged: {why}.", "image", name=name, why=_sentence(error)) from error
+        raise _damaged(name, error) from error
     if animated:
         raise InputError("{name} is animated or has several pages; give one still picture.", "image", name=name)
 

@@ -51,7 +51,7 @@ def print_profile():
 
     def table(inputs, outputs, points):
         ramps = bytes(range(256))
-        head = b"mft1\0\0\0\0" + bytes([inputs, outputs, 2, 0]) + struct.pack(">9i", 65536, 0, 0, 0, 65536, 0, 0, 0, 65536)
+        head = b"mft1\0\0\0\0" + bytes([inputs, outputs, 2, 0]) + struct.pack(">9i", *(65536 * np.eye(3, dtype=int)).flat)
         return head + ramps * inputs + bytes(np.clip(points, 0, 255).astype(np.uint8)) + ramps * outputs
 
     inks = np.array(np.meshgrid(*[[0, 1]] * 4, indexing="ij")).reshape(4, 16).T

@@ -357,8 +357,8 @@ def test_a_kind_of_file_that_pillow_cannot_read_is_named(tmp_path):
 
 @pytest.fixture
 def server():
-    """Serves `server.pages[path] = (status, headers, body)`; a body that is callable writes by itself. `server.asked` has
-    (path, headers) of each request."""
+    """Serves `server.pages[path] = (status, headers, body)`; a body that is callable writes by itself. `server.asked`
+    has (path, headers) of each request."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -691,7 +691,8 @@ def test_the_advice_of_messages_helps(tmp_path):
     photos = [noise(16, 16), noise(16, 32)]
     small = noise(5, 40)
     for words, refused_, taken in (
-        ("divide by 255", lambda: pictures.preprocess_image(image * 255, 8), lambda: pictures.preprocess_image(image, 8)),
+        ("divide by 255", lambda: pictures.preprocess_image(image * 255, 8),
+         lambda: pictures.preprocess_image(image, 8)),
         ("as uint8", lambda: pictures.preprocess_image(image * 255, 8),
          lambda: pictures.preprocess_image((image * 255).astype(np.uint8), 8)),
         ("each picture alone", lambda: pictures.preprocess_image(photos, 8),
