@@ -42,6 +42,10 @@ REQUIRES = [
     "scipy>=1.5.4",
     # 10.1 is the first with a scalable built-in font, used for the captions of picture grids.
     "pillow>=10.1",
+    # Pictures behind URLs; huggingface_hub asks for it as well. urllib3 2.2 is the first whose answers can be read as they
+    # come, so that a slow one can be given up.
+    "requests>=2.32",
+    "urllib3>=2.2",
     # transformers 4.57 does not work with the 1.0 series.
     "huggingface_hub>=0.34,<1.0",
     "safetensors>=0.4.3",

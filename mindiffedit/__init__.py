@@ -23,7 +23,7 @@ _HOMES = {
     "PromptGenerator": "prompts",
     "Captioner": "prompts",
     "average_embeddings": "prompts",
-    "load_image": "pictures",
+    "load_image": "reading",
     "make_image_grid": "pictures",
 }
 

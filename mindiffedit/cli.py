@@ -171,7 +171,7 @@ def _edit_result(job: Job, done: Optional[Edited], sweep=None, **extra):
             inversion=settings["inversion"],
             iterations=settings["iterations"],
             paste_back=not args.no_paste_back,
-            report=None if done is None else _report_of(done.report),
+            report=None if done is None else _report_of(done.report, job.losses),
             sweep=None if sweep is None else _sweep_result(job, sweep),
         )
     if done is None:
@@ -180,13 +180,13 @@ def _edit_result(job: Job, done: Optional[Edited], sweep=None, **extra):
     return f"{args.output}: {width} x {height}, {done.share:.0%} of it in the mask, {_took(job)}", result
 
 
-def _report_of(report) -> Dict[str, Any]:
+def _report_of(report, losses: List[str]) -> Dict[str, Any]:
     """The report of an edit of one picture: lists with an entry for each picture are that entry."""
     values = dataclasses.asdict(report)
     for name, value in values.items():
         if name != "warnings" and isinstance(value, list):
             values[name] = value[0]
-    values["warnings"] = [as_options(warning) for warning in report.warnings]
+    values["warnings"] = [*losses, *(as_options(warning) for warning in report.warnings)]
     values["seconds"] = {name: round(seconds, 3) for name, seconds in report.seconds.items()}
     return values
 
@@ -249,7 +249,7 @@ def _invert(args):
         "scheduler": job.scheduler,
         "model": jobs.model_name(args.model),
         "seed": args.seed,
-        "picture_sha256": jobs.fingerprint(job.picture),
+        "picture_sha256": jobs.fingerprint(job.original.shown),
         "picture_size": "x".join(map(str, job.picture.size)),
         "working_size": "x".join(map(str, job.fitted.size)),
     }

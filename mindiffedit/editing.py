@@ -8,8 +8,9 @@ import time
 from typing import Any, Callable, Dict, List, Optional, Sequence, Union
 
 import numpy as np
+from PIL.Image import Image
 
-from . import masks, options, pictures, randomness, schedules, turns
+from . import colours, masks, options, pictures, randomness, schedules, turns
 from .outputs import DiffEditInversionPipelineOutput, DiffEditOutput, EditReport
 
 INVERSIONS = ("ddim", "noise")
@@ -78,7 +79,7 @@ class Editing:
         paper put right. Every correction is an option, here and in the three calls.
 
         Args:
-            image: picture(s), or latents (B, C, h, w), as for ``generate_mask``.
+            image: picture(s) of one size, or latents (B, C, h, w), as for ``generate_mask``.
             source_prompt: what is there, str or list of B str.
             target_prompt: what shall be there, str or list of B str.
             negative_prompt: what the edit moves away from; None is the source prompt.
@@ -121,7 +122,9 @@ class Editing:
             clip_skip: as for the call.
 
         Returns:
-            DiffEditOutput: pictures have the size of those that were given.
+            DiffEditOutput: pictures have the size of those that were given. With ``output_type`` "pil", results of PIL
+                pictures have their mode, profile and transparency, too; ``report.warnings`` says what could not be
+                kept. Arrays are in sRGB.
 
         Raises:
             ValueError: for a value that does not fit, before any model runs.
@@ -172,6 +175,7 @@ class Editing:
         randomness.resolve(generator)
         pixels = self._pixels(image, batch)
         of_pixels = pixels.shape[1] != self.vae.config.latent_channels
+        originals = _originals(image, batch) if of_pixels else None
         factor = self.vae_scale_factor if of_pixels else 1
         grid = tuple(side // factor for side in pixels.shape[2:])
         own = self._own_mask(mask_image, mask_combination, mask_options, grid, batch)
@@ -251,9 +255,10 @@ class Editing:
         report = EditReport(mask_coverage=masks.mask_coverage(mask), seconds=seconds)
         images = edited = self._tensor(edited, self.unet.dtype)
         if decoded is not None:
-            originals = pictures.originals(image, batch) if of_pixels else None
-            images = _finished(decoded, flags, originals, mask, feather, paste_back, report)
-            images = pictures.of_arrays(images) if output_type == "pil" else images
+            given = pictures.originals(image, batch) if of_pixels else None
+            as_pictures = originals if output_type == "pil" else None
+            images = _finished(decoded, flags, given, mask, feather, paste_back, report, as_pictures)
+            images = pictures.of_arrays(images) if isinstance(images, np.ndarray) and output_type == "pil" else images
         if image_latents is None and inversion == "ddim":
             # The edit's first step has predicted what the inversion's way back would, where its negative is the caption.
             free = guidance_scale > 1.0 >= inversion_guidance_scale and callback_on_step_end is None
@@ -277,6 +282,8 @@ class Editing:
                     rebuilt = self._decoded(rebuilt)
                 report.reconstruction_psnr = _psnr(rebuilt, pixels) if of_pixels else None
         report.warnings = _warnings(report, source_prompt, target_prompt, own is not None)
+        if originals and output_type == "pil":
+            report.warnings += dict.fromkeys(loss for original in originals for loss in original.losses)
         return DiffEditOutput(images, mask, mask_map, inverted.latents, edited, report, flags)
 
     @turns.turn()
@@ -347,7 +354,7 @@ class Editing:
                 )
             return None
         return np.broadcast_to(
-            masks.user_mask(mask_image, grid, batch, soft=mask_options.soft), (batch, *grid)
+            masks.user_mask(mask_image, grid, batch, "mask_image", mask_options.soft), (batch, *grid)
         )
 
     @staticmethod
@@ -411,10 +418,20 @@ def _for_each_map(generator, copies: int):
     return [source for source in randomness.resolve(generator) for _ in range(copies)]
 
 
-def _finished(decoded, flags, originals, mask, feather, paste_back, report) -> np.ndarray:
+def _originals(image, batch: int) -> Optional[List[colours.Original]]:
+    """For each prompt the PIL picture that it is about; None where others than PIL pictures were given."""
+    given = list(image) if isinstance(image, (list, tuple)) else [image]
+    if not all(isinstance(picture, Image) for picture in given):
+        return None
+    pictures.check_sizes(given)
+    return [colours.Original(picture) for picture in given] * (batch // len(given))
+
+
+def _finished(decoded, flags, originals, mask, feather, paste_back, report, as_pictures):
     """Pictures (B, H, W, 3) in [0, 1] of what the decoder gave, (B, 3, H, W) in [-1, 1]; fills in the report.
 
-    ``originals`` (B, H, W, 3) or None.
+    ``originals`` (B, H, W, 3) or None. With ``as_pictures``, B of them, the results are a list of PIL pictures, each
+    with its original's mode, profile and transparency.
     """
     normalised = None if flags is None else [not flag for flag in flags]
     images = pictures.postprocess_image(decoded, "np", normalised)
@@ -423,11 +440,17 @@ def _finished(decoded, flags, originals, mask, feather, paste_back, report) -> n
     images = pictures.resized_arrays(images, originals.shape[1:3])
     weights = masks.feathered(mask, originals.shape[1:3], feather)
     report.change_outside_before_paste_back = change_outside(images, originals, weights)
-    if paste_back:
-        # What the safety checker blackened stays black.
-        kept = [i for i in range(len(images)) if not flags or not flags[i]]
+    drawn = pictures.of_arrays(images) if as_pictures else None
+    # What the safety checker blackened stays black.
+    kept = [i for i in range(len(images)) if paste_back and not (flags and flags[i])]
+    if kept:
         images[kept] = masks.paste_back(originals[kept], images[kept], weights[kept])
     report.change_outside = change_outside(images, originals, weights)
+    if as_pictures:
+        return [
+            original.rewritten(picture, weights[i] if i in kept else None)
+            for i, (original, picture) in enumerate(zip(as_pictures, drawn))
+        ]
     return images
 
 

@@ -24,7 +24,7 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 import numpy as np
 import PIL.Image
 
-from . import demo, devices, editing, hub, masks, options, pictures, survey
+from . import colours, demo, devices, editing, hub, masks, options, pictures, survey
 from .arguments import CORRECTIONS, MASK_FIELDS, MASK_NUMBERS, SCHEDULERS, defaults_of, option
 from .generator import check_seed
 from .latents_file import read_latents
@@ -68,7 +68,9 @@ class Job:
     made: Optional[Dict[str, Any]] = None  # metadata of `latents`
     mask: Optional[PIL.Image.Image] = None
     grid_mask: Optional[np.ndarray] = None  # `mask` on the latents' grid, (1, h, w) in [0, 1]
-    picture: Optional[PIL.Image.Image] = None
+    picture: Optional[PIL.Image.Image] = None  # in its own mode and colours
+    original: Optional[colours.Original] = None  # the way back to these
+    losses: List[str] = field(default_factory=list)  # sentences: what the result cannot keep of these
     folder: Optional[Path] = None  # the model's, once it is here
     single_file: Optional[Path] = None  # the model's, where it is one
     configs: Dict[str, Mapping[str, Any]] = field(default_factory=dict)  # of its components with weights
@@ -369,8 +371,15 @@ def _settle(job: Job) -> None:
 def read_pictures(job: Job) -> None:
     """The picture and --mask, and what can be said about them without the model."""
     args = job.args
-    job.picture = pictures.load_image(args.picture)
-    if job.made is not None and job.made["picture_sha256"] != fingerprint(job.picture):
+    # Not made RGB on the way: the result has the picture's own mode and colours.
+    job.picture = pictures.load_image(args.picture, convert_method=lambda picture: picture)
+    job.original = colours.Original(job.picture)
+    if args.command == "edit" and args.output is not None:
+        result = job.original.rewritten(job.original.shown)
+        job.losses = job.original.losses + colours.fit_format(result, pictures.format_of(args.output))[1]
+        for loss in job.losses:
+            job.note(loss)
+    if job.made is not None and job.made["picture_sha256"] != fingerprint(job.original.shown):
         raise ValueError(
             f"{args.latents} was made from another picture (of {job.made['picture_size']} pixels) than "
             f"{args.picture}; invert this one."
@@ -385,7 +394,7 @@ def read_pictures(job: Job) -> None:
 
 
 def fingerprint(picture: PIL.Image.Image) -> str:
-    """Of the pixels, not of the file: the same picture in another file is the same picture."""
+    """Of the colours shown, in RGB, not of the file: the same picture in another file is the same picture."""
     return hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).hexdigest()
 
 
@@ -461,9 +470,9 @@ def _fit(job: Job) -> None:
                 f"{job.args.latents} was made at {working[0]} x {working[1]}, which is not a multiple of "
                 f"{job.factor}, the pixels per latent of this model; invert anew."
             )
-        job.fitted = pictures.restore_size(job.picture, working)
+        job.fitted = pictures.restore_size(job.original.shown, working)
     else:
-        job.fitted, notice = pictures.fit_picture(job.picture, job.factor, most_pixels)
+        job.fitted, notice = pictures.fit_picture(job.original.shown, job.factor, most_pixels)
         if notice is not None:
             job.note(notice)
     grid = tuple(side // job.factor for side in job.fitted.size)
@@ -606,7 +615,7 @@ def _write_caption(job: Job) -> None:
     with job.timed("caption"), hushed():
         module, how = _writers(job)
         captioner = module.Captioner.from_pretrained(job.args.caption_model, **how)
-        job.caption = captioner.caption(job.picture)
+        job.caption = captioner.caption(job.original.shown)
     job.note(f"the picture's caption: {job.caption}")
     if job.source is None:
         job.source = job.caption

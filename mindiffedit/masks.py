@@ -14,6 +14,7 @@ import numpy as np
 import PIL.Image
 
 from .edges import follow_edges
+from .errors import InputError
 from .options import (
     NumericalError,
     check_at_least_zero,
@@ -26,7 +27,7 @@ from .options import (
     check_switch,
     check_threshold,
 )
-from .pictures import contact_sheet, grey_levels, is_tensor, mask_values, to_numpy, to_rgb
+from .pictures import contact_sheet, grey_levels, is_tensor, mask_values, to_numpy, to_srgb
 
 COMBINATIONS = ("replace", "union", "subtract", "intersection")
 MAX_SWEEP_VALUES = 12
@@ -351,6 +352,41 @@ def user_mask(
     return resampled if check_switch(soft, "soft") else (resampled >= 0.5).astype(np.float32)
 
 
+def on_latents(mask, size: Tuple[int, int], factor: int, batch: int, soft: bool) -> np.ndarray:
+    """A mask of the picture's size, on the grid of its latents: what `user_mask` makes of it, (batch, 1, h, w).
+
+    W10: for the call that mirrors the reference's, which takes masks of the latents' size alone.
+
+    Args:
+        mask: as for `user_mask`.
+        size: (h, w) of the latents.
+        factor: pixels per latent. A picture's sides may be no multiples of it; what is over is cut off.
+        batch: number of pictures.
+        soft: as for `user_mask`.
+
+    Raises:
+        InputError: it is of the size of no picture that has such latents.
+    """
+    values = mask_values(mask, batch)
+    rows, columns = values.shape[2:]
+    height, width = size
+    if (rows // factor, columns // factor) != (height, width):
+        raise InputError(
+            "{parameter} is {columns} x {rows} (width x height), but {image_latents} are {width} x {height}, of a "
+            "picture of {wide} x {high} pixels; resize the mask to one of these sizes, or give the latents of the "
+            "picture that it was drawn over.",
+            "mask_image",
+            columns=columns,
+            rows=rows,
+            width=width,
+            height=height,
+            wide=width * factor,
+            high=height * factor,
+        )
+    found = user_mask(mask, size, batch, "mask_image", soft)[:, None]
+    return np.broadcast_to(found, (batch, *found.shape[1:]))
+
+
 def _user_values(mask, name: str):
     """`mask` as one that `pictures.mask_values` takes."""
     if isinstance(mask, (list, tuple)) and len(mask) and isinstance(mask[0], (list, tuple)):
@@ -554,7 +590,7 @@ def overlay(
         outline: draw the border of the part that is at least 1/2 in the full colour.
 
     Returns:
-        PIL picture in RGB, of the picture's size.
+        PIL picture in RGB, sRGB, of the picture's size.
     """
     if not isinstance(picture, PIL.Image.Image):
         raise TypeError(f"`picture` has to be a PIL picture, but is {type(picture).__name__}.")
@@ -566,7 +602,7 @@ def overlay(
         raise ValueError("`colour` has to be (red, green, blue), whole numbers from 0 to 255.")
     opacity = check_strength(opacity, "opacity")
     check_switch(outline, "outline")
-    pixels = np.asarray(to_rgb(picture)).astype(np.float32)
+    pixels = np.asarray(to_srgb(picture)).astype(np.float32)
     values = user_mask(mask, pixels.shape[:2])[0]
     weights = np.float32(opacity) * values
     if outline:

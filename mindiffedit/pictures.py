@@ -1,34 +1,32 @@
-"""Pictures and masks, in and out: files, URLs, PIL pictures and arrays of any framework ⇄ NumPy arrays.
+"""Pictures and masks, in and out: PIL pictures, arrays of any framework and files ⇄ NumPy arrays.
 
-Nothing here knows a model. Arrays that go to a model are float32 with channels first, (B, C, H, W); pictures
-are in [-1, 1], masks are 0 or 1 and 1 means "change here".
+Nothing here knows a model. `reading` has what comes from files and URLs, `colours` what a picture has beside the colours
+that models see. Arrays that go to a model are float32 with channels first, (B, C, H, W); pictures are in [-1, 1], masks
+are 0 or 1 and 1 means "change here".
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
 import os
+import struct
 import tempfile
-import time
 import warnings
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
-import PIL.ImageOps
+import PIL.PngImagePlugin
 
-# A header may promise any size; nothing is decoded above this many pixels (8192 × 8192; 192 MiB as RGB).
-MAX_PIXELS = 8192 * 8192
-# What a URL may send, in bytes, and how many seconds one answer and the whole picture may take.
-MAX_DOWNLOAD = 64 * 2**20
-URL_TIMEOUT = 30.0
-DOWNLOAD_TIMEOUT = 120.0
+from .colours import fit_format, grey_levels, to_rgb, to_srgb
+from .errors import InputError, InputTypeError
+from .reading import MAX_DOWNLOAD, MAX_PIXELS, load_image
 
-# Extensions that can be written, with Pillow's name of the format. JPEG and WebP lose values, masks must not.
+# Extensions that can be written, with Pillow's name of the format. JPEG loses values, and many a WebP file has; masks
+# must not.
 PICTURE_FORMATS = {
     ".png": "PNG",
     ".bmp": "BMP",
@@ -38,12 +36,11 @@ PICTURE_FORMATS = {
     ".jpeg": "JPEG",
     ".webp": "WEBP",
 }
+# A picture is called small that has so many times fewer pixels than a model works at, at most: a quarter of what it was
+# made for, as models work at up to one and a half times that.
+SMALL_SHARE = 6
 LOSSLESS_EXTENSIONS = (".png", ".bmp", ".tif", ".tiff")
 
-# Formats whose further "frames" are previews, gain maps or layers; the first one is the whole still picture.
-_STILL_FORMATS = ("MPO", "PSD")
-# Formats that Pillow hands to another program to draw.
-_REFUSED_FORMATS = ("EPS", "WMF")
 # Arrays of a picture are in [0, 1] or [-1, 1]. Resampling may overshoot a little; 0..255 is far outside.
 _LARGEST_ARRAY_VALUE = 1.5
 
@@ -72,6 +69,7 @@ __all__ = [
     "save_images_atomically",
     "to_numpy",
     "to_rgb",
+    "to_srgb",
 ]
 
 
@@ -101,187 +99,6 @@ def to_numpy(value) -> np.ndarray:
     return value.asnumpy() if hasattr(value, "asnumpy") else value.numpy()
 
 
-# --- reading ---------------------------------------------------------------------------------------
-
-
-def load_image(
-    image: Union[str, os.PathLike, PIL.Image.Image],
-    convert_method: Optional[Callable[[PIL.Image.Image], PIL.Image.Image]] = None,
-) -> PIL.Image.Image:
-    """Load one still picture, upright (EXIF orientation applied) and in RGB.
-
-    Args:
-        image: path, http(s) URL or PIL picture.
-        convert_method: called with the upright picture in its own mode, in place of the conversion to RGB.
-
-    Returns:
-        PIL picture, fully decoded. Transparency is dropped as `PIL.Image.convert("RGB")` drops it, so the colours
-        stored under it show. 16-bit greyscale is scaled to 8 bits, not clipped.
-
-    Raises:
-        ValueError: The picture is missing, empty, truncated, no picture, animated, zero-sized or above
-            `MAX_PIXELS`, or the URL does not answer, answers with an error, or sends more than `MAX_DOWNLOAD`
-            bytes.
-    """
-    if isinstance(image, PIL.Image.Image):
-        picture = _upright(image, "the picture")
-    elif isinstance(image, str) and image.startswith(("http://", "https://")):
-        picture = _decode(io.BytesIO(_download(image)), image)
-    elif isinstance(image, (str, os.PathLike)):
-        picture = _load_file(image)
-    else:
-        raise ValueError(
-            f"a picture has to be a path, an http(s) URL or a PIL picture, but is {type(image).__name__}."
-        )
-    return to_rgb(picture) if convert_method is None else convert_method(picture)
-
-
-def _load_file(path) -> PIL.Image.Image:
-    name = os.fspath(path)
-    if os.path.isdir(name):
-        raise ValueError(f"{name} is a folder; give the path of one picture.")
-    if not os.path.isfile(name):
-        raise ValueError(f"there is no picture {name}; give the path of a file or an http(s) URL.")
-    try:
-        stream = open(name, "rb")
-    except OSError as error:
-        raise ValueError(f"{name} cannot be opened: {error.strerror or error}.") from error
-    with stream:
-        return _decode(stream, name)
-
-
-def _decode(stream, name: str) -> PIL.Image.Image:
-    """Decode a binary stream into an upright picture, after its header has been judged."""
-    if not stream.read(1):
-        raise ValueError(f"{name} is an empty file, not a picture.")
-    stream.seek(0)
-    with warnings.catch_warnings():
-        # Pillow warns from half of its own limit on; ours is lower and an error.
-        warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
-        try:
-            picture = PIL.Image.open(stream)
-        except PIL.UnidentifiedImageError as error:
-            raise ValueError(f"{name} is not a picture in a format that Pillow reads.") from error
-        except PIL.Image.DecompressionBombError as error:
-            raise ValueError(
-                f"{name} claims to be a picture of far more than {MAX_PIXELS} pixels and was not decoded."
-            ) from error
-        except Exception as error:  # a damaged header makes Pillow raise nearly anything
-            raise ValueError(f"{name} cannot be read as a picture: {_sentence(error)}.") from error
-        _check_header(picture, name)
-        try:
-            picture.load()
-        except Exception as error:
-            raise ValueError(f"{name} is truncated or damaged: {_sentence(error)}.") from error
-        return _upright(picture, name)
-
-
-def _check_header(picture: PIL.Image.Image, name: str) -> None:
-    width, height = picture.size
-    if picture.format in _REFUSED_FORMATS:
-        raise ValueError(f"{name} is a {picture.format} drawing; give a picture of pixels, such as a PNG.")
-    if width < 1 or height < 1:
-        raise ValueError(f"{name} is {width} x {height} pixels: there is nothing in it.")
-    if width * height > MAX_PIXELS:
-        raise ValueError(
-            f"{name} claims to be {width} x {height} pixels and was not decoded: at most {MAX_PIXELS} pixels "
-            f"are read. Scale it down first."
-        )
-    try:
-        animated = picture.format not in _STILL_FORMATS and getattr(picture, "is_animated", False)
-    except Exception as error:  # looking for a second frame reads on, into what may be damaged
-        raise ValueError(f"{name} is truncated or damaged: {_sentence(error)}.") from error
-    if animated:
-        raise ValueError(f"{name} is animated or has several pages; give one still picture.")
-
-
-def _upright(picture: PIL.Image.Image, name: str) -> PIL.Image.Image:
-    if 0 in picture.size:
-        raise ValueError(f"{name} is {picture.width} x {picture.height} pixels: there is nothing in it.")
-    try:
-        return PIL.ImageOps.exif_transpose(picture)
-    except Exception as error:  # a PIL picture may still be an unread, damaged file
-        raise ValueError(f"{name} is truncated or damaged: {_sentence(error)}.") from error
-
-
-def _download(url: str) -> bytes:
-    """The bytes behind an http(s) URL, at most `MAX_DOWNLOAD` of them."""
-    import http.client
-    import urllib.request
-    from urllib.parse import urlsplit
-
-    too_much = f"{url} sends more than {MAX_DOWNLOAD} bytes; download the picture and give its path."
-    try:
-        # Some servers refuse urllib's own name.
-        request = urllib.request.Request(url, headers={"User-Agent": "mindiffedit"})
-        with urllib.request.urlopen(request, timeout=URL_TIMEOUT) as answer:
-            if urlsplit(answer.url).scheme not in ("http", "https"):
-                raise ValueError(f"{url} leads to {answer.url}, which is not http(s).")
-            promised = answer.headers.get("Content-Length", "")
-            if promised.isdigit() and int(promised) > MAX_DOWNLOAD:
-                raise ValueError(too_much)
-            start, data = time.monotonic(), bytearray()
-            while chunk := answer.read1(2**16):
-                data += chunk
-                if len(data) > MAX_DOWNLOAD:
-                    raise ValueError(too_much)
-                if time.monotonic() - start > DOWNLOAD_TIMEOUT:
-                    raise ValueError(f"{url} has not sent its picture in {DOWNLOAD_TIMEOUT:.0f} seconds.")
-            if promised.isdigit() and len(data) < int(promised):
-                raise ValueError(f"{url} broke off after {len(data)} of {promised} bytes.")
-            return bytes(data)
-    except (OSError, http.client.HTTPException) as error:  # URLError, HTTPError and timeouts are OSErrors
-        why = getattr(error, "reason", None) or error
-        raise ValueError(f"{url} cannot be fetched: {_sentence(why)}.") from error
-
-
-def _sentence(error) -> str:
-    """What an error says, on one line and without a full stop."""
-    text = " ".join(str(error).split())
-    return text.rstrip(".")[:300] or type(error).__name__
-
-
-def to_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
-    """`picture` in mode RGB, 8 bits each.
-
-    Palettes and every 8-bit mode go through `PIL.Image.convert`. Wide greyscale is brought to 8 bits: modes
-    I;16* are 0..65535; mode I is taken as 0..255 where no value is larger, as 0..65535 otherwise.
-
-    Raises:
-        ValueError: Mode I with values outside 0..65535, mode F (its range is unknown), or a mode Pillow
-            cannot convert.
-    """
-    if picture.mode == "RGB":
-        return picture
-    picture = _eight_bits(picture)
-    if "transparency" in picture.info and picture.mode == "P":
-        # Straight to RGB gives the same pixels, with a warning from Pillow.
-        picture = picture.convert("RGBA")
-    try:
-        return picture.convert("RGB")
-    except (ValueError, OSError) as error:
-        why = _sentence(error)
-        raise ValueError(f"a picture of mode {picture.mode} cannot be made RGB: {why}.") from error
-
-
-def _eight_bits(picture: PIL.Image.Image) -> PIL.Image.Image:
-    """Wide greyscale as mode L; any other picture as it is."""
-    if picture.mode == "F":
-        raise ValueError("a picture of floating-point pixels (mode F) has no known range; save it as 8 bits.")
-    if picture.mode != "I" and not picture.mode.startswith("I;16"):
-        return picture
-    values = np.asarray(picture).astype(np.int64)
-    least, most = values.min(), values.max()
-    if least < 0 or most > 65535:
-        raise ValueError(
-            f"a greyscale picture has values from {least} to {most}; expected 0 to 255 or 0 to 65535."
-        )
-    if picture.mode == "I" and most <= 255:
-        return PIL.Image.fromarray(values.astype(np.uint8))
-    # 65535 = 255 · 257: rounded to the nearest of 256 levels.
-    return PIL.Image.fromarray(((values + 128) // 257).astype(np.uint8))
-
-
 # --- pictures to arrays and back -------------------------------------------------------------------
 
 
@@ -289,14 +106,14 @@ def preprocess_image(image, scale_factor: int, latent_channels: int = 4) -> np.n
     """Bring pictures of any accepted kind to what the VAE takes.
 
     Args:
-        image: one of the following, or a list of them (all of one kind and, but for PIL, of one size):
+        image: one of the following, or a list of them (all of one kind and one size):
 
-            - PIL picture of any mode, made RGB;
+            - PIL picture of any mode, made RGB in sRGB;
             - NumPy array (H, W, 3) or (B, H, W, 3), in [0, 1], or uint8 in 0..255;
             - MindSpore or PyTorch tensor (3, H, W) or (B, 3, H, W), same ranges;
             - latents, (B, latent_channels, h, w), as tensor or array, or (latent_channels, h, w) as tensor.
-        scale_factor: pixels per latent; height and width go down to its next multiple, by Lanczos for PIL (to
-            the first picture's size for all of a list), by nearest neighbour for arrays.
+        scale_factor: pixels per latent; height and width go down to its next multiple, by Lanczos for PIL, by nearest
+            neighbour for arrays.
         latent_channels: channels that tell latents from pictures.
 
     Returns:
@@ -311,20 +128,23 @@ def preprocess_image(image, scale_factor: int, latent_channels: int = 4) -> np.n
     """
     pictures = list(image) if isinstance(image, (list, tuple)) else [image]
     if len(pictures) == 0:
-        raise ValueError("`image` is an empty list; give at least one picture.")
+        raise InputError("{parameter} is an empty list; give at least one picture.", "image")
     if isinstance(pictures[0], PIL.Image.Image):
         return _preprocess_pil(pictures, scale_factor)
 
     tensors = is_tensor(pictures[0])
     if not tensors and not isinstance(pictures[0], np.ndarray):
-        raise TypeError(
-            f"`image` has to be a PIL picture, an array, a tensor or a list of these, but is or holds "
-            f"{type(pictures[0]).__name__}."
+        raise InputTypeError(
+            "{parameter} has to be a PIL picture, an array, a tensor or a list of these, but is or holds {kind}.",
+            "image",
+            kind=type(pictures[0]).__name__,
         )
     batch = _stack(pictures, tensors)
     if batch.ndim == 4 and batch.shape[1] == latent_channels and (tensors or batch.shape[-1] != 3):
         if batch.dtype.kind != "f":
-            raise ValueError(f"latents given as `image` have to be floating-point, but are {batch.dtype}.")
+            raise InputError(
+                "latents given as {parameter} have to be floating-point, but are {dtype}.", "image", dtype=batch.dtype
+            )
         _check_finite_image(batch)
         return batch.astype(np.float32, copy=False)
     return _preprocess_batch(batch, tensors, scale_factor, latent_channels)
@@ -333,18 +153,54 @@ def preprocess_image(image, scale_factor: int, latent_channels: int = 4) -> np.n
 def _preprocess_pil(pictures: Sequence[PIL.Image.Image], scale_factor: int) -> np.ndarray:
     for picture in pictures:
         if not isinstance(picture, PIL.Image.Image):
-            raise TypeError(f"`image` is a list that mixes PIL pictures with {type(picture).__name__}.")
-    size = fitted_size(pictures[0].size, scale_factor)
+            raise InputTypeError(
+                "{parameter} is a list that mixes PIL pictures with {kind}; give pictures of one kind.",
+                "image",
+                kind=type(picture).__name__,
+            )
+    # E13: the reference squeezes all of a list into the size of the first.
+    size, *others = [fitted_size(_readable(picture).size, scale_factor) for picture in pictures]
+    if any(other != size for other in others):
+        check_sizes(pictures)
     rows = []
     for picture in pictures:
-        resized = to_rgb(_not_empty(picture)).resize(size, resample=PIL.Image.Resampling.LANCZOS)
+        # B12: the reference takes the numbers of any profile for those of sRGB.
+        resized = to_srgb(picture).resize(size, resample=PIL.Image.Resampling.LANCZOS)
         rows.append(np.asarray(resized).astype(np.float32) / 255.0)
     return 2.0 * np.ascontiguousarray(np.stack(rows).transpose(0, 3, 1, 2)) - 1.0
 
 
-def _not_empty(picture: PIL.Image.Image) -> PIL.Image.Image:
+def check_sizes(pictures: Sequence[PIL.Image.Image]) -> None:
+    """Raise an InputError where PIL pictures for one call are of different sizes."""
+    sizes = [f"{picture.width} x {picture.height}" for picture in pictures]
+    if len(set(sizes)) > 1:
+        raise InputError(
+            "{parameter} is a list of pictures of different sizes, {sizes}, and one call works at one size; call for "
+            "each picture alone, or resize them to one size.",
+            "image",
+            sizes=_few(sizes),
+        )
+
+
+def _few(items: Sequence) -> str:
+    """The first of the different items, for a message."""
+    texts = list(dict.fromkeys(str(item) for item in items))
+    return ", ".join(texts[:4]) + (", ..." if len(texts) > 4 else "")
+
+
+def _readable(picture: PIL.Image.Image) -> PIL.Image.Image:
     if 0 in picture.size:
-        raise ValueError(f"`image` is a picture of {picture.width} x {picture.height} pixels.")
+        raise InputError(
+            "{parameter} is a picture of {width} x {height} pixels: there is nothing in it.",
+            "image",
+            width=picture.width,
+            height=picture.height,
+        )
+    try:
+        picture.load()
+    except Exception as error:  # of a file that has not been read yet
+        why = " ".join(str(error).split()).rstrip(".")[:300]
+        raise InputError("{parameter} is truncated, damaged or closed: {why}.", "image", why=why) from error
     return picture
 
 
@@ -353,16 +209,31 @@ def _stack(pictures, tensors: bool) -> np.ndarray:
     kind = "tensors" if tensors else "arrays"
     for picture in pictures:
         if is_tensor(picture) != tensors or not (tensors or isinstance(picture, np.ndarray)):
-            raise TypeError(f"`image` is a list that mixes {kind} with {type(picture).__name__}.")
+            raise InputTypeError(
+                "{parameter} is a list that mixes {kind} with {other}; give pictures of one kind.",
+                "image",
+                kind=kind,
+                other=type(picture).__name__,
+            )
     arrays = [to_numpy(picture) for picture in pictures]
     layout = "(B, 3, H, W) or (3, H, W)" if tensors else "(B, H, W, 3) or (H, W, 3)"
     for array in arrays:
         if array.ndim not in (3, 4) or array.size == 0:
-            raise ValueError(f"`image` given as {kind} has to be {layout}, but has shape {array.shape}.")
+            raise InputError(
+                "{parameter} given as {kind} has to be {layout}, but has shape {shape}.",
+                "image",
+                kind=kind,
+                layout=layout,
+                shape=array.shape,
+            )
         if array.shape[-3:] != arrays[0].shape[-3:] or array.ndim != arrays[0].ndim:
-            raise ValueError(
-                f"`image` is a list of {kind} of different shapes, {arrays[0].shape} and {array.shape}; "
-                f"bring them to one size."
+            raise InputError(
+                "{parameter} is a list of {kind} of different shapes, {first} and {other}; bring them to one size, or "
+                "call for each alone.",
+                "image",
+                kind=kind,
+                first=arrays[0].shape,
+                other=array.shape,
             )
     return np.concatenate(arrays) if arrays[0].ndim == 4 else np.stack(arrays)
 
@@ -373,19 +244,28 @@ def _preprocess_batch(
     channels = batch.shape[1 if tensors else 3]
     if channels != 3:
         layout = "(B, 3, H, W)" if tensors else "(B, H, W, 3)"
-        raise ValueError(
-            f"`image` has to hold 3 channels in the layout {layout}, or be latents of shape "
-            f"(B, {latent_channels}, h, w), but has shape {batch.shape}."
+        raise InputError(
+            "{parameter} has to hold 3 channels in the layout {layout}, or be latents of shape (B, {channels}, h, w), "
+            "but has shape {shape}.",
+            "image",
+            layout=layout,
+            channels=latent_channels,
+            shape=batch.shape,
         )
     _check_finite_image(batch)
     if batch.dtype == np.uint8:
         batch = batch.astype(np.float32) / 255.0
     elif batch.dtype.kind != "f":
-        raise ValueError(f"`image` has to be float in [0, 1] or uint8 in 0..255, but is {batch.dtype}.")
+        raise InputError(
+            "{parameter} has to be float in [0, 1] or uint8 in 0..255, but is {dtype}.", "image", dtype=batch.dtype
+        )
     elif np.abs(batch).max() > _LARGEST_ARRAY_VALUE:
-        raise ValueError(
-            f"`image` has to be in [0, 1] (or [-1, 1]), but has values from {batch.min():g} to "
-            f"{batch.max():g}; divide by 255, or give it as uint8."
+        raise InputError(
+            "{parameter} has to be in [0, 1] (or [-1, 1]), but has values from {least:g} to {most:g}; divide by 255, "
+            "or give it as uint8.",
+            "image",
+            least=batch.min(),
+            most=batch.max(),
         )
     batch = batch if tensors else np.ascontiguousarray(batch.transpose(0, 3, 1, 2))
     width, height = fitted_size((batch.shape[3], batch.shape[2]), scale_factor)
@@ -407,7 +287,7 @@ def _preprocess_batch(
 
 def _check_finite_image(batch: np.ndarray) -> None:
     if batch.dtype.kind == "f" and not np.isfinite(batch).all():
-        raise ValueError("`image` has NaN or infinite values; every value has to be finite.")
+        raise InputError("{parameter} has NaN or infinite values; every value has to be finite.", "image")
 
 
 def _nearest(length: int, wanted: int, dtype) -> np.ndarray:
@@ -438,13 +318,22 @@ def postprocess_image(
     if output_type == "latent":
         return image
     if output_type not in ("pil", "np"):
-        raise ValueError(f"`output_type` has to be 'pil', 'np' or 'latent', but is {output_type!r}.")
+        raise InputError(
+            "{parameter} has to be 'pil', 'np' or 'latent', but is {value!r}.", "output_type", value=output_type
+        )
     image = to_numpy(image)
     if image.ndim != 4:
-        raise ValueError(f"pictures to post-process have to be (B, C, H, W), but have shape {image.shape}.")
+        raise InputError(
+            "{parameter} to post-process has to be (B, C, H, W), but has shape {shape}.", "image", shape=image.shape
+        )
     image = image.astype(np.float32, copy=False)
     if do_denormalize is not None and len(do_denormalize) != len(image):
-        raise ValueError(f"`do_denormalize` has {len(do_denormalize)} entries for {len(image)} pictures.")
+        raise InputError(
+            "{parameter} has {entries} entries for {count} pictures; give one for each.",
+            "do_denormalize",
+            entries=len(do_denormalize),
+            count=len(image),
+        )
     done = np.clip(image * np.float32(0.5) + np.float32(0.5), 0, 1)
     if do_denormalize is not None:
         done = np.stack([done[i] if wanted else image[i] for i, wanted in enumerate(do_denormalize)])
@@ -460,7 +349,7 @@ def originals(image, count: int) -> np.ndarray:
     if isinstance(image, PIL.Image.Image):
         image = [image]
     if isinstance(image, (list, tuple)) and isinstance(image[0], PIL.Image.Image):
-        batch = np.stack([np.asarray(to_rgb(picture)) for picture in image])
+        batch = np.stack([np.asarray(to_srgb(picture)) for picture in image])
     elif isinstance(image, (list, tuple)) and isinstance(image[0], np.ndarray) and image[0].ndim == 3:
         batch = np.stack(image)
     elif isinstance(image, np.ndarray):
@@ -485,7 +374,7 @@ def resized_arrays(images: np.ndarray, size: Tuple[int, int]) -> np.ndarray:
 def of_arrays(images: np.ndarray) -> List[PIL.Image.Image]:
     """PIL pictures of (B, H, W, 1 or 3) in [0, 1]."""
     if not np.isfinite(images).all():
-        raise ValueError("a picture has NaN or infinite values and cannot become a PIL picture.")
+        raise InputError("a picture has NaN or infinite values and cannot become a PIL picture.")
     bytes_ = (images * 255).round().clip(0, 255).astype(np.uint8)
     return [PIL.Image.fromarray(row[:, :, 0] if row.shape[2] == 1 else row) for row in bytes_]
 
@@ -534,31 +423,40 @@ def mask_values(mask, batch_size: Optional[int] = None, name: str = "mask_image"
     """
     values = _joined_masks(mask, name)
     if values.size == 0:
-        raise ValueError(f"`{name}` is empty: its shape is {values.shape}.")
+        raise InputError("{parameter} is empty: its shape is {shape}.", name, shape=values.shape)
     if values.ndim == 2:
         values = values[None, None]
     elif values.ndim == 3:
         values = values[:, None]
     elif values.ndim != 4:
-        raise ValueError(
-            f"`{name}` has to be (h, w), (B, h, w) or (B, 1, h, w), but has shape {values.shape}."
+        raise InputError(
+            "{parameter} has to be (h, w), (B, h, w) or (B, 1, h, w), but has shape {shape}.", name, shape=values.shape
         )
     if values.shape[1] != 1:
-        raise ValueError(
-            f"`{name}` must have 1 channel, but has {values.shape[1]} channels; give (h, w), (B, h, w) or "
-            f"(B, 1, h, w)."
+        raise InputError(
+            "{parameter} must have 1 channel, but has {channels} channels; give (h, w), (B, h, w) or (B, 1, h, w).",
+            name,
+            channels=values.shape[1],
         )
     if batch_size is not None and values.shape[0] not in (1, batch_size):
-        raise ValueError(
-            f"`{name}` with batch size {values.shape[0]} cannot be broadcasted to batch size {batch_size} "
-            f"inferred by prompt inputs; give one mask, (h, w), or one for each picture, (B, h, w)."
+        channels_last = values.shape[-1] in (1, 3, 4) and values.shape[1] == 1
+        raise InputError(
+            "{parameter} with batch size {count} cannot be broadcasted to batch size {batch} inferred by prompt "
+            "inputs; give one mask, (h, w), or one for each picture, (B, h, w){hint}.",
+            name,
+            count=values.shape[0],
+            batch=batch_size,
+            hint="; of (h, w, channels) give one channel, mask[:, :, 0]" if channels_last else "",
         )
     if values.dtype.kind == "f" and np.isnan(values).any():
-        raise ValueError(f"`{name}` has NaN in it; every value has to be in [0, 1].")
+        raise InputError("{parameter} has NaN in it; every value has to be in [0, 1].", name)
     if values.min() < 0 or values.max() > 1:
-        raise ValueError(
-            f"`{name}` should be in [0, 1] range, but has values from {values.min():g} to "
-            f"{values.max():g}; divide a mask in 0..255 by 255."
+        raise InputError(
+            "{parameter} should be in [0, 1] range, but has values from {least:g} to {most:g}; divide a mask in 0..255 "
+            "by 255.",
+            name,
+            least=values.min(),
+            most=values.max(),
         )
     return values
 
@@ -567,38 +465,36 @@ def _joined_masks(mask, name: str) -> np.ndarray:
     """The mask or the list of masks as one array, before any check of its values."""
     parts = list(mask) if isinstance(mask, (list, tuple)) else [mask]
     if len(parts) == 0:
-        raise ValueError(f"`{name}` is an empty list; give at least one mask.")
+        raise InputError("{parameter} is an empty list; give at least one mask.", name)
     pil = isinstance(parts[0], PIL.Image.Image)
     arrays = []
     for part in parts:
         if isinstance(part, PIL.Image.Image) != pil:
-            raise TypeError(f"`{name}` is a list that mixes PIL pictures with arrays or tensors.")
+            raise InputTypeError(
+                "{parameter} is a list that mixes PIL pictures with arrays or tensors; give masks of one kind.", name
+            )
         if pil:
             arrays.append(grey_levels(part).astype(np.float32) / 255.0)
         elif isinstance(part, np.ndarray) or is_tensor(part):
             arrays.append(to_numpy(part))
         else:
-            raise TypeError(
-                f"`{name}` has to be a PIL picture, an array, a tensor or a list of these, but is or "
-                f"holds {type(part).__name__}."
+            raise InputTypeError(
+                "{parameter} has to be a PIL picture, an array, a tensor or a list of these, but is or holds {kind}.",
+                name,
+                kind=type(part).__name__,
             )
     if not all(array.dtype.kind in "fbiu" for array in arrays):
-        raise TypeError(f"`{name}` has to hold numbers, but is of dtype {arrays[0].dtype}.")
+        raise InputTypeError("{parameter} has to hold numbers, but is of dtype {dtype}.", name, dtype=arrays[0].dtype)
     if not isinstance(mask, (list, tuple)):
         return arrays[0]
     if any(a.ndim != arrays[0].ndim or a.shape[1:] != arrays[0].shape[1:] for a in arrays) or (
         arrays[0].ndim < 3 and any(a.shape != arrays[0].shape for a in arrays)
     ):
-        shapes = ", ".join(str(a.shape) for a in arrays)
-        raise ValueError(
-            f"`{name}` is a list of masks of different shapes: {shapes}; bring them to one size."
+        shapes = _few([a.shape for a in arrays])
+        raise InputError(
+            "{parameter} is a list of masks of different shapes: {shapes}; bring them to one size.", name, shapes=shapes
         )
     return np.stack(arrays) if arrays[0].ndim < 3 else np.concatenate(arrays)
-
-
-def grey_levels(picture: PIL.Image.Image) -> np.ndarray:
-    """The luminance of a PIL picture of any mode but F, uint8 (H, W)."""
-    return np.asarray(_eight_bits(picture).convert("L"))
 
 
 def mask_to_pil(mask) -> List[PIL.Image.Image]:
@@ -607,7 +503,7 @@ def mask_to_pil(mask) -> List[PIL.Image.Image]:
     if mask.ndim == 2:
         mask = mask[None]
     if mask.ndim != 3:
-        raise ValueError(f"a mask has to be (B, h, w) or (h, w), but has shape {mask.shape}.")
+        raise InputError("{parameter} has to be (B, h, w) or (h, w), but has shape {shape}.", "mask", shape=mask.shape)
     return [PIL.Image.fromarray(np.round(row * 255.0).clip(0, 255).astype(np.uint8)) for row in mask]
 
 
@@ -621,9 +517,13 @@ def fitted_size(size: Tuple[int, int], scale_factor: int) -> Tuple[int, int]:
     """
     width, height = (side - side % scale_factor for side in size)
     if width < 1 or height < 1:
-        raise ValueError(
-            f"a picture of {size[0]} x {size[1]} pixels is too small: width and height have to be at least "
-            f"{scale_factor}."
+        raise InputError(
+            "a picture of {width} x {height} pixels is too small: width and height have to be at least {least}; "
+            "enlarge it.",
+            "image",
+            width=size[0],
+            height=size[1],
+            least=scale_factor,
         )
     return width, height
 
@@ -636,21 +536,30 @@ def fit_picture(
     Args:
         picture: PIL picture in RGB.
         scale_factor: pixels per latent; both sides become multiples of it.
-        max_pixels: pictures of more pixels are scaled down to about that many, in their own proportions.
+        max_pixels: pictures of more pixels are scaled down to about that many, in their own proportions. Of those
+            with a sixth of it or less the notice says that they are small.
 
     Returns:
-        (picture, notice): the notice says what was done, or is None where the size was right already.
+        (picture, notice): the notice says what was done or should be done, or is None where the size is right.
     """
     width, height = picture.size
+    small = ""
+    if max_pixels is not None and width * height * SMALL_SHARE <= max_pixels:
+        # To a little less than what the model was made for, which is two thirds of the most.
+        enlarge = (0.6 * max_pixels / (width * height)) ** 0.5
+        small = (
+            f", far below what it was made for, and draws little of use there; enlarge the picture first, to about "
+            f"{round(width * enlarge)} x {round(height * enlarge)}"
+        )
     if max_pixels is not None and width * height > max_pixels:
         shrink = (max_pixels / (width * height)) ** 0.5
         width, height = (max(scale_factor, round(side * shrink)) for side in (width, height))
     size = fitted_size((width, height), scale_factor)
-    if size == picture.size:
-        return picture, None
     notice = (
-        f"the picture is {picture.width} x {picture.height}; the model works on it at {size[0]} x {size[1]}."
+        f"the picture is {picture.width} x {picture.height}; the model works on it at {size[0]} x {size[1]}{small}."
     )
+    if size == picture.size:
+        return picture, notice if small else None
     return picture.resize(size, resample=PIL.Image.Resampling.LANCZOS), notice
 
 
@@ -685,7 +594,13 @@ def fit_mask(
     accepted = [tuple(picture_size), working, tuple(latent_size)]
     if mask.size not in accepted:
         sizes = " or ".join(f"{w} x {h}" for w, h in dict.fromkeys(accepted))
-        raise ValueError(f"the mask is {mask.width} x {mask.height}; it has to be {sizes}, as its picture.")
+        raise InputError(
+            "{parameter} is {width} x {height} pixels; it has to be {sizes}, as its picture: resize it.",
+            "mask_image",
+            width=mask.width,
+            height=mask.height,
+            sizes=sizes,
+        )
     binary = preprocess_mask(mask)[0, 0]
     share = PIL.Image.fromarray(binary).resize(tuple(latent_size), resample=PIL.Image.Resampling.BOX)
     return preprocess_mask(np.clip(np.asarray(share), 0, 1))
@@ -712,7 +627,13 @@ def make_image_grid(
         ValueError: The count does not fill the grid.
     """
     if len(images) != rows * cols or len(images) == 0:
-        raise ValueError(f"{len(images)} pictures do not fill a grid of {rows} rows and {cols} columns.")
+        raise InputError(
+            "{count} pictures do not fill a grid of {height} rows and {width} columns.",
+            "images",
+            count=len(images),
+            height=rows,
+            width=cols,
+        )
     if resize is not None:
         images = [image.resize((resize, resize)) for image in images]
     width, height = images[0].size
@@ -731,7 +652,7 @@ def labelled_grid(items: Sequence[Tuple[str, PIL.Image.Image]], smallest_side: i
             so that captions can be read.
     """
     if len(items) == 0:
-        raise ValueError("there is no picture to put into the grid.")
+        raise InputError("there is no picture to put into the grid; give at least one.", "items")
     width, height = items[0][1].size
     factor = max(1, -(-smallest_side // min(width, height)))
     width, height = width * factor, height * factor
@@ -747,7 +668,7 @@ def labelled_grid(items: Sequence[Tuple[str, PIL.Image.Image]], smallest_side: i
     for i, ((_, picture), lines) in enumerate(zip(items, captions)):
         left = border + i * (width + border)
         _write_lines(pen, lines, font, left, gap, width, line_height)
-        grid.paste(restore_size(picture, (width, height)), (left, strip))
+        grid.paste(_tile(picture, (width, height)), (left, strip))
     return grid
 
 
@@ -781,21 +702,32 @@ def contact_sheet(
     rows = [list(row) for row in rows]
     columns = len(rows[0]) if rows else 0
     if columns == 0:
-        raise ValueError("there is no picture to put into the contact sheet; give at least one row of one.")
+        raise InputError("there is no picture to put into the contact sheet; give at least one row of one.", "rows")
     if any(len(row) != columns for row in rows):
-        lengths = ", ".join(str(len(row)) for row in rows)
-        raise ValueError(f"the rows of the contact sheet have {lengths} pictures; give each as many.")
-    for labels, count, what in ((row_labels, len(rows), "rows"), (column_labels, columns, "columns")):
+        lengths = _few([len(row) for row in rows])
+        raise InputError(
+            "the rows of the contact sheet have {lengths} pictures; give each as many.", "rows", lengths=lengths
+        )
+    for what, labels, count in (("row", row_labels, len(rows)), ("column", column_labels, columns)):
         if isinstance(labels, str) or len(labels) != count:
-            raise ValueError(f"the contact sheet has {count} {what}, but {labels!r} as labels; give {count}.")
+            raise InputError(
+                "the contact sheet has {count} {what}s, but {labels!r} as {parameter}; give {count}.",
+                f"{what}_labels",
+                count=count,
+                what=what,
+                labels=labels,
+            )
     for picture in (picture for row in rows for picture in row):
         if not isinstance(picture, PIL.Image.Image):
-            raise TypeError(
-                f"cells of a contact sheet are PIL pictures, but one is {type(picture).__name__}."
+            raise InputTypeError(
+                "cells of a contact sheet are PIL pictures, but one is {kind}.", "rows", kind=type(picture).__name__
             )
         if 0 in picture.size:
-            raise ValueError(
-                f"a cell of the contact sheet is {picture.width} x {picture.height} pixels; leave it out."
+            raise InputError(
+                "a cell of the contact sheet is {width} x {height} pixels; leave it out.",
+                "rows",
+                width=picture.width,
+                height=picture.height,
             )
 
     width, height = rows[0][0].size
@@ -815,9 +747,13 @@ def contact_sheet(
     above = len(heading) * line_height + (gap if heading else 0)
     size = (full_width, above + band + len(rows) * (height + border))
     if size[0] * size[1] > MAX_PIXELS:
-        raise ValueError(
-            f"the contact sheet would be {size[0]} x {size[1]} pixels; at most {MAX_PIXELS} pixels are drawn: "
-            f"give fewer or smaller pictures."
+        raise InputError(
+            "the contact sheet would be {width} x {height} pixels; at most {most} pixels are drawn: give fewer or "
+            "smaller pictures.",
+            "rows",
+            width=size[0],
+            height=size[1],
+            most=MAX_PIXELS,
         )
 
     sheet = PIL.Image.new("RGB", size, "white")
@@ -832,9 +768,15 @@ def contact_sheet(
         middle = top + max(0, (height - len(lines) * line_height) // 2)
         _write_lines(pen, lines, font, gap, middle, left - 2 * gap, line_height)
         for column, picture in enumerate(row):
-            cell = restore_size(picture, (width, height))
-            sheet.paste(cell.convert("RGB"), (left + column * (width + gap), top))
+            sheet.paste(_tile(picture, (width, height)), (left + column * (width + gap), top))
     return sheet
+
+
+def _tile(picture: PIL.Image.Image, size: Tuple[int, int]) -> PIL.Image.Image:
+    """A picture to be part of another, which has no profile: in sRGB. Masks keep their edges."""
+    if picture.mode not in ("L", "1"):
+        picture = to_srgb(picture)
+    return to_srgb(restore_size(picture, size))
 
 
 def _write_lines(pen, lines: Sequence[str], font, left: int, top: int, width: int, line_height: int) -> None:
@@ -901,18 +843,33 @@ def check_output_path(path, extensions: Optional[Sequence[str]] = None) -> Path:
         The path.
 
     Raises:
-        ValueError: The folder is missing or no file can be written there, the path is a folder, or the extension is none of the
-            accepted.
+        InputError: The folder is missing or no file can be written there, the path is a folder, or the extension is
+            none of the accepted.
     """
     path = Path(path)
     accepted = tuple(PICTURE_FORMATS) if extensions is None else tuple(extensions)
     if path.is_dir():
-        raise ValueError(f"{path} is a folder; give the name of a file to write, ending in {accepted[0]}.")
+        raise InputError(
+            "{path} is a folder; give the name of a file to write, ending in {ending}.",
+            "output",
+            path=path,
+            ending=accepted[0],
+        )
     if path.suffix.lower() not in accepted:
-        raise ValueError(f"{path}: the name of the output has to end in {' or '.join(accepted)}.")
+        raise InputError(
+            "{path}: the name of the output has to end in {endings}.",
+            "output",
+            path=path,
+            endings=" or ".join(accepted),
+        )
     folder = path.parent
     if not folder.is_dir():
-        raise ValueError(f"the folder {folder} of the output {path.name} does not exist; create it first.")
+        raise InputError(
+            "the folder {folder} of the output {name} does not exist; create it first.",
+            "output",
+            folder=folder,
+            name=path.name,
+        )
     check_writable(folder, f"the output {path.name}")
     return path
 
@@ -925,8 +882,12 @@ def check_writable(folder: Path, what: str) -> None:
             pass
     except OSError as error:
         reason = error.strerror or type(error).__name__
-        raise ValueError(
-            f"no file can be written in the folder {folder} of {what} ({reason}); give another place."
+        raise InputError(
+            "no file can be written in the folder {folder} of {what} ({reason}); give another place.",
+            "output",
+            folder=folder,
+            what=what,
+            reason=reason,
         ) from error
 
 
@@ -965,10 +926,50 @@ def save_image_atomically(image: PIL.Image.Image, path) -> None:
 
 
 def save_images_atomically(images: Dict[Union[str, os.PathLike], PIL.Image.Image]) -> None:
-    """Write pictures by path: all are encoded before the first takes its place; a failure leaves none."""
+    """Write pictures by path: all are encoded before the first takes its place; a failure leaves none.
+
+    A picture's colour profile, its EXIF data (without their preview, which shows the picture before) and its pixels per
+    inch go with it, where the format has room for them. What the format cannot hold otherwise is left out, as
+    `fit_format` says.
+    """
     paths = {check_output_path(path): image for path, image in images.items()}
     with contextlib.ExitStack() as drafts:
         for path, image in paths.items():
-            kind = PICTURE_FORMATS[path.suffix.lower()]
-            options = {"quality": 95} if kind in ("JPEG", "WEBP") else {}
-            image.save(drafts.enter_context(atomic_path(path)), format=kind, **options)
+            kind = format_of(path)
+            image, _ = fit_format(image, kind)
+            image.save(drafts.enter_context(atomic_path(path)), format=kind, **_options(image, kind))
+
+
+def format_of(path) -> str:
+    """Pillow's name of the format that a path's extension says."""
+    return PICTURE_FORMATS[Path(path).suffix.lower()]
+
+
+def _options(picture: PIL.Image.Image, kind: str) -> Dict[str, Any]:
+    """What goes with a picture into its file."""
+    options: Dict[str, Any] = {}
+    if kind == "JPEG":
+        options = {"quality": 95, "subsampling": 0}  # colour at the full resolution
+    elif kind == "WEBP":
+        options = {"lossless": True, "exact": True}  # exact: also where it is transparent
+    elif kind == "BMP":
+        return options
+    info = picture.info
+    if info.get("icc_profile"):
+        options["icc_profile"] = info["icc_profile"]
+    with contextlib.suppress(Exception), warnings.catch_warnings():  # damaged EXIF data
+        warnings.simplefilter("ignore")
+        exif = PIL.Image.Exif()
+        exif.load(info.get("exif", b""))
+        written = exif.tobytes()  # without the preview
+        if len(exif) and len(written) < 65000:  # what a JPEG has room for
+            options["exif"] = written
+    with contextlib.suppress(TypeError, ValueError):
+        dots = tuple(float(number) for number in info.get("dpi", ()))
+        if len(dots) == 2 and all(1 < number <= 65535 for number in dots):
+            options["dpi"] = dots
+    if kind == "PNG" and info.get("gamma") and "icc_profile" not in options:
+        chunks = PIL.PngImagePlugin.PngInfo()
+        chunks.add(b"gAMA", struct.pack(">I", round(info["gamma"] * 100000)))
+        options["pnginfo"] = chunks
+    return options

@@ -793,8 +793,8 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
         Args:
             prompt: what the picture shall show, str or list of B str.
             mask_image: where it may change, on the latents' grid: (h, w), (B, h, w) or (B, 1, h, w) in [0, 1], as
-                array, tensor or PIL picture (white changes), or a list of one of these. From 0.5 on a value counts
-                as 1. One mask serves all B.
+                array, tensor or PIL picture (white changes), or a list of one of these; or of the size of the picture
+                that the latents are of (W10). From 0.5 on a value counts as 1. One mask serves all B.
             image_latents: from ``invert``: (B, T, C, h, w), noisiest first, or (B * T, C, h, w) with the steps of one
                 picture in a row.
             inpaint_strength: as given to ``invert``.
@@ -920,7 +920,10 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
 
         # 4. Preprocess mask (before the prompts are encoded, so that bad input fails first)
         mask = pictures.preprocess_mask(mask_image, batch, soft=soft_mask)
-        latent_shape = (self.vae.config.latent_channels, *mask.shape[-2:])
+        array = self._latents_array(image_latents)
+        latent_shape = (self.vae.config.latent_channels, *array.shape[-2:])
+        if array.ndim >= 4 and mask.shape[-2:] != array.shape[-2:]:
+            mask = masks.on_latents(mask_image, array.shape[-2:], self.vae_scale_factor, batch, soft_mask)
         # D2: the reference repeats the batch of masks as a whole but each picture's latents one after the other, so
         # that with several prompts and several images for each the masks change places. Kept.
         mask = np.concatenate([np.broadcast_to(mask, (batch, *mask.shape[1:]))] * num_images_per_prompt)
@@ -932,9 +935,7 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
         timesteps = self._crosses("timesteps", timesteps)
 
         # 6. Preprocess image latents
-        array = options.check_image_latents(
-            self._latents_array(image_latents), batch, len(timesteps), latent_shape
-        )
+        array = options.check_image_latents(array, batch, len(timesteps), latent_shape)
         start = array[:, 0]
         if clean_latents is not None:
             # C3: what step i arrives at is where step i + 1 begins, and the last arrives at the clean latents.

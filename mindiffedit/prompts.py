@@ -350,5 +350,5 @@ class Captioner(_Writer):
 
     def _pixels(self, picture: PIL.Image.Image) -> np.ndarray:
         """(3, height, width) float32, of the size and scale that the model was trained with."""
-        values: Any = self.processor.image_processor(pictures.to_rgb(picture), return_tensors="np")
+        values: Any = self.processor.image_processor(pictures.to_srgb(picture), return_tensors="np")
         return np.asarray(values["pixel_values"][0], np.float32)

@@ -181,7 +181,8 @@ def edit(
     settings, args = job.settings, job.args
     inverted = job.inverted if inverted is None else inverted
     own = job.grid_mask if mask is None else mask
-    own_size = job.fitted.size == job.picture.size
+    # Other sizes, and what the call does not see of the picture, are put right here.
+    own_size = job.fitted.size == job.picture.size and job.original.plain
     inverts = inverted is None and settings["inversion"] == "ddim"
     given = dict(
         _mask_settings(job),
@@ -212,7 +213,7 @@ def edit(
         job.seconds[name] = round(job.seconds.get(name, 0) + seconds, 3)
     flags = done.nsfw_content_detected
     flagged = None if not flags else bool(flags[0])
-    edited = done.images[0] if own_size else _at_own_size(job, done, bool(flagged))
+    edited = job.original.rewritten(done.images[0]) if own_size else _at_own_size(job, done, bool(flagged))
     return Edited(
         job.picture, mask_picture(job, done.mask_image), edited, done.mask_image, flagged, done.report
     )
@@ -232,7 +233,7 @@ def _bar_names(job: Job, pipe, loops: Iterable[str]):
 
 
 def _at_own_size(job: Job, done, flagged: bool) -> PIL.Image.Image:
-    """A result at the size of its picture where the model worked at another: outside the mask the picture's pixels.
+    """A result at the size and in the colours of its picture: outside the mask the picture's pixels.
 
     What the report says about the outside is then said of this size.
     """
@@ -240,16 +241,12 @@ def _at_own_size(job: Job, done, flagged: bool) -> PIL.Image.Image:
     feather = job.factor if job.settings["feather"] is None else job.settings["feather"]
     feather = min(feather * job.picture.width / job.fitted.width, MOST_FEATHER)
     weights = masks.feathered(done.mask_image, (job.picture.height, job.picture.width), feather)
-    original, result = (np.asarray(picture)[None] for picture in (job.picture, edited))
-
-    def change():
-        return change_outside(result.astype(np.float32) / 255, original.astype(np.float32) / 255, weights)
-
-    done.report.change_outside_before_paste_back = change()
-    if not job.args.no_paste_back and not flagged:
-        result = masks.paste_back(original, result, weights)
-    done.report.change_outside = change()
-    return PIL.Image.fromarray(result[0])
+    original, result = (np.asarray(picture)[None] for picture in (job.original.shown, edited))
+    change = change_outside(result.astype(np.float32) / 255, original.astype(np.float32) / 255, weights)
+    pasted = not job.args.no_paste_back and not flagged
+    done.report.change_outside_before_paste_back = change
+    done.report.change_outside = [0.0] if pasted else change
+    return job.original.rewritten(edited, weights[0] if pasted else None)
 
 
 def note_warnings(job: Job, done: Edited) -> None:
@@ -286,5 +283,5 @@ def reference_edit(job: Job, pipe) -> Edited:
             output_type="pil",
         )
     flags = getattr(done, "nsfw_content_detected", None)
-    edited = pictures.restore_size(done.images[0], job.picture.size)
+    edited = job.original.rewritten(pictures.restore_size(done.images[0], job.picture.size))
     return Edited(job.picture, mask_picture(job, mask), edited, mask, None if not flags else bool(flags[0]))

@@ -118,6 +118,7 @@ def edit_sheet(job: Job, pipe, sweep: Sweep, mask: Optional[np.ndarray] = None) 
 
 
 def _cell(picture: PIL.Image.Image) -> PIL.Image.Image:
+    picture = pictures.to_srgb(picture)
     factor = CELL / max(picture.size)
     if factor >= 1:
         return picture

@@ -788,6 +788,19 @@ def test_large_pictures_are_worked_on_near_the_model_s_size(work, capsys):
     assert 0.9 < width * height / 300**2 <= 1
 
 
+def test_small_pictures_are_noted_as_large_ones_are(work, capsys):
+    """The model of these tests was made for 128 x 128."""
+    PIL.Image.open("p.png").resize((64, 48)).save("small.png")
+    _, err = ran(capsys, edit(picture="small.png"))
+    assert "64 x 48" in err and "far below what it was made for" in err
+    width, height = map(int, re.search(r"enlarge the picture first, to about (\d+) x (\d+)", err).groups())
+    PIL.Image.open("small.png").resize((width, height)).save("larger.png")
+    _, err = ran(capsys, edit(picture="larger.png"))
+    assert "far below" not in err
+    _, err = ran(capsys, edit("--size", "64", picture="small.png"))  # what is asked for is not spoken against
+    assert "far below" not in err
+
+
 def test_the_safety_checker(work, capsys, monkeypatch):
     monkeypatch.setattr(FakePipeline, "flags", [True])
     line, err = ran(capsys, edit("--json"))

@@ -280,6 +280,57 @@ def test_own_masks(ours):
         assert np.array_equal(done.mask_image, expected) and done.mask_map is not None, how
 
 
+def test_pictures_of_different_sizes_are_refused_before_any_work(ours):
+    """E13."""
+    photos, seen = [PICTURE, PICTURE.resize((96, 56))], Seen()
+    both = dict(num_inference_steps=4)
+    calls = {
+        "edit": lambda photos: edit(ours, photos, [SOURCE] * len(photos), [TARGET] * len(photos), mask_image=BOX
+                                    if photos[0].width == 80 else np.ones((7, 12))),
+        "generate_mask": lambda photos: ours.generate_mask(
+            photos, [TARGET] * len(photos), source_prompt=[SOURCE] * len(photos), num_maps_per_mask=1, **both),
+        "invert": lambda photos: ours.invert([SOURCE] * len(photos), photos, **both),
+        "noise_image": lambda photos: ours.noise_image(photos, batch_size=len(photos), **both),
+    }  # fmt: skip
+    with ours.debugging(seen):
+        for call in calls.values():
+            with pytest.raises(ValueError, match="`image`.*80 x 64, 96 x 56.*each picture alone, or resize") as caught:
+                call(photos)
+            assert caught.value.parameter == "image"
+    assert not set(seen) - {"timestep", "timesteps"}
+    # The advice.
+    for photo in photos:
+        assert calls["noise_image"]([photo]).latents.shape[-2:] == (photo.height // 8, photo.width // 8)
+    assert len(edit(ours, [photos[0], photos[1].resize((80, 64))], [SOURCE] * 2, [TARGET] * 2, mask_image=BOX).images) == 2
+    # An edit has results of each picture's own size, so there even the same working size is not enough.
+    with pytest.raises(ValueError, match="80 x 64, 83 x 65"):
+        edit(ours, [PICTURE, PICTURE.resize((83, 65))], [SOURCE] * 2, [TARGET] * 2)
+    assert ours.noise_image([PICTURE, PICTURE.resize((83, 65))], batch_size=2, **both).latents.shape[0] == 2
+
+
+def test_a_mask_of_the_pictures_size_is_brought_to_its_latents(ours, inverted):
+    """W10."""
+    arguments = dict(image_latents=inverted.latents, output_type="latent", guidance_scale=2.0, **SHORT)
+    expected = ours(TARGET, BOX, **arguments).images.asnumpy()
+    drawn = Image.fromarray((np.kron(BOX, np.ones((8, 8))) * 255).astype(np.uint8))
+    clear = drawn.convert("RGBA")
+    clear.putalpha(drawn)
+    for mask in (drawn, clear, np.asarray(drawn) > 0, np.asarray(drawn)[None, None] / 255, drawn.resize((87, 71), 0)):
+        assert np.array_equal(ours(TARGET, mask, **arguments).images.asnumpy(), expected)
+    seen = Seen()
+    with ours.debugging(seen):
+        for mask in (drawn.resize((160, 128)), np.ones((9, 10)), drawn.resize((88, 64)), np.ones((10, 8))):
+            with pytest.raises(ValueError, match="`mask_image` is .*`image_latents` are 10 x 8, .* 80 x 64") as caught:
+                ours(TARGET, mask, **arguments)
+            assert caught.value.parameter == "mask_image"
+        with pytest.raises(ValueError, match="batch size 2"):
+            ours(TARGET, [drawn, drawn], **arguments)
+    assert not seen
+    for size in ((80, 64), (10, 8)):  # the advice
+        resized = drawn.resize((160, 128), 0).resize(size, 0)
+        assert np.array_equal(ours(TARGET, resized, **arguments).images.asnumpy(), expected)
+
+
 # --- inversion ----------------------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ import PIL.Image
 import pytest
 
 from mindiffedit import masks, options, pictures
+from mindiffedit.errors import InputError, InputTypeError
 from mindiffedit.masks import MaskOptions
 
 
@@ -39,10 +40,10 @@ def picture(height, width, seed=0):
 
 
 def message(error, function, *args, **kwargs):
-    """The one-line message of the exact exception type that the call raises."""
+    """The one-line message of the exact exception type that the call raises, or of ours that is made of it."""
     with pytest.raises(error) as caught:
         function(*args, **kwargs)
-    assert caught.type is error
+    assert caught.type in (error, {ValueError: InputError, TypeError: InputTypeError}.get(error))
     text = str(caught.value)
     assert "\n" not in text and text.endswith(".")
     return text

@@ -1,17 +1,24 @@
 """Pictures and masks: what is read, what is refused, and equality with the reference's image processor."""
 
+import base64
 import http.server
 import io
 import os
+import re
 import stat
+import struct
 import threading
 import warnings
+import zlib
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import PIL.PngImagePlugin
 import pytest
 
-from mindiffedit import pictures
+from mindiffedit import pictures, reading
+from mindiffedit.errors import InputError
 
 
 def noise(height, width, seed=0):
@@ -209,7 +216,7 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path, monkeypa
 
 
 def test_the_pixel_limit_itself_is_accepted(tmp_path, monkeypatch):
-    monkeypatch.setattr(pictures, "MAX_PIXELS", 35)
+    monkeypatch.setattr(reading, "MAX_PIXELS", 35)
     path = tmp_path / "p.png"
     noise(5, 7).save(path)
     assert pictures.load_image(path).size == (7, 5)
@@ -232,15 +239,130 @@ def test_a_still_with_a_preview_is_accepted(tmp_path):
     assert pictures.load_image(path).size == (24, 32)
 
 
+def chunk(name, data, checksum=None):
+    """A chunk of a PNG; its checksum is right unless one is given."""
+    right = zlib.crc32(name + data)
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", right if checksum is None else checksum)
+
+
+def odd_pngs(picture):
+    """The same pixels in files with something odd beside them; Pillow alone refuses nearly all of them."""
+    plain = png(picture)
+    head, end = plain[:33], plain[-12:]
+    body, until_end = plain[33:], plain[:-12]
+    assert end[4:8] == b"IEND"
+    much = b"word\0\0" + zlib.compress(b"nodes and links; " * 100_000)
+    return {
+        "much text": head + chunk(b"zTXt", much) + body,
+        "much text after the pixels": until_end + chunk(b"zTXt", much) + end,
+        "much international text": head + chunk(b"iTXt", b"word\0\1\0\0\0" + much[6:]) + body,
+        "many texts": head + chunk(b"zTXt", b"word\0\0" + zlib.compress(bytes(2**20 - 1))) * 66 + body,
+        "text with a wrong checksum": head + chunk(b"tEXt", b"word\0text", 5) + body,
+        "text with a wrong checksum after the pixels": until_end + chunk(b"tEXt", b"word\0text", 5) + end,
+        "a long profile": head + chunk(b"iCCP", b"name\0\0" + zlib.compress(b"long" * 2**19)) + body,
+        "no profile": head + chunk(b"iCCP", b"") + body,
+        "a damaged profile": head + chunk(b"iCCP", b"name\0\0nothing") + body,
+        "a profile with a wrong checksum": head + chunk(b"iCCP", b"name\0\0" + zlib.compress(b"x"), 5) + body,
+        "short gamma": head + chunk(b"gAMA", b"ab") + body,
+        "no gamma": head + chunk(b"gAMA", bytes(4)) + body,
+        "short resolution": head + chunk(b"pHYs", b"ab") + body,
+        "short colours": head + chunk(b"cHRM", b"ab") + body,
+        "short transparency": head + chunk(b"tRNS", b"ab") + body,
+        "no intent": head + chunk(b"sRGB", b"") + body,
+        "a short note of animation": head + chunk(b"acTL", b"ab") + body,
+        "damaged EXIF data": head + chunk(b"eXIf", b"MM\0*\0\0\xff\xff") + body,
+        "no EXIF data": head + chunk(b"eXIf", b"nothing") + body,
+        "an unknown chunk": head + chunk(b"zzZz", b"anything") + body,
+        "a chunk without a name": head + chunk(b"\xff\xfe\xfdz", b"anything") + body,
+        "no end": until_end,
+        "half an end": plain[:-5],
+        "no last checksum": plain[:-14],
+        "something behind the end": plain + b"something" * 1000,
+        "something in place of the end": until_end + b"something" * 1000,
+    }
+
+
+def test_what_is_odd_beside_the_pixels_does_not_matter(tmp_path):
+    """W11."""
+    picture, path = noise(40, 48), tmp_path / "p.png"
+    before = (PIL.PngImagePlugin.MAX_TEXT_CHUNK, PIL.ImageFile.LOAD_TRUNCATED_IMAGES, PIL.Image.MAX_IMAGE_PIXELS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for kind, data in odd_pngs(picture).items():
+            path.write_bytes(data)
+            assert np.array_equal(np.asarray(pictures.load_image(path)), np.asarray(picture)), kind
+    path.write_bytes(odd_pngs(picture)["a long profile"])
+    assert pictures.load_image(path).info["icc_profile"] == b"long" * 2**19
+    assert before == (
+        PIL.PngImagePlugin.MAX_TEXT_CHUNK, PIL.ImageFile.LOAD_TRUNCATED_IMAGES, PIL.Image.MAX_IMAGE_PIXELS
+    )  # fmt: skip
+    # A picture whose transparency and animation are in order keeps them.
+    clear = png(picture.quantize(9), transparency=bytes(range(9)))
+    path.write_bytes(clear[:33] + chunk(b"tEXt", b"word\0text", 5) + clear[33:])
+    assert pictures.load_image(path, lambda loaded: loaded).has_transparency_data
+    picture.save(path, save_all=True, append_images=[noise(40, 48, 2)])
+    data = path.read_bytes()
+    path.write_bytes(data[:33] + chunk(b"tEXt", b"word\0text", 5) + data[33:])
+    refused(path, "animated")
+
+
+def exif(*entries):
+    return b"Exif\0\0MM\0*\0\0\0\x08" + struct.pack(">H", len(entries)) + b"".join(entries) + bytes(4)
+
+
+def test_odd_exif_data_do_not_matter_but_the_orientation_does(tmp_path):
+    picture, path = noise(20, 31), tmp_path / "p.jpg"
+    turned = struct.pack(">HHIHH", 0x0112, 3, 1, 6, 0)
+    outside = struct.pack(">HHII", 0x8769, 4, 1, 0x7FFFFFFF)
+    unknown = struct.pack(">HHII", 0x013B, 99, 1, 5)
+    upright = [b"Exif\0\0nothing", b"Exif\0\0", exif()[:-4] + b"\xff\xff", exif(outside, unknown), exif(turned)[:14]]
+    upright += [exif(struct.pack(">HHIHH", 0x0112, 3, 1, odd, 0)) for odd in (0, 9, 65535)]
+    upright += [exif(struct.pack(">HHI4s", 0x0112, 2, 2, b"6\0\0\0"))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for data in upright:
+            picture.save(path, exif=data)
+            assert pictures.load_image(path).size == (31, 20), data
+        for data in (exif(turned), exif(turned, outside), exif(turned, unknown)):
+            picture.save(path, exif=data)
+            assert pictures.load_image(path).size == (20, 31), data
+
+
+@pytest.mark.parametrize("options", [{}, {"subsampling": 0}])
+def test_a_jpeg_without_its_last_bytes(tmp_path, options):
+    path = tmp_path / "phone.jpg"
+    noise(200, 120).save(path, quality=90, **options)
+    data, whole = path.read_bytes(), np.asarray(pictures.load_image(path)).astype(int)
+    for lost in (1, 2):
+        path.write_bytes(data[:-lost])
+        assert np.array_equal(np.asarray(pictures.load_image(path)), whole)
+    path.write_bytes(data[:-200])
+    cut = np.asarray(pictures.load_image(path))
+    assert np.array_equal(cut[:180], whole[:180]) and not np.array_equal(cut, whole)
+    path.write_bytes(data[: len(data) // 2])
+    refused(path, "truncated", "part of it is missing")
+    noise(200, 120).save(path, quality=90, progressive=True, **options)
+    path.write_bytes(path.read_bytes()[:-200])  # of its last scan, which is about all rows
+    refused(path, "truncated", "part of it is missing")
+
+
+def test_a_kind_of_file_that_pillow_cannot_read_is_named(tmp_path):
+    path = tmp_path / "phone.jpg"
+    path.write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100))
+    refused(path, "HEIC", "save it as JPEG or PNG")
+
+
 # --- URLs (a server on this machine) ---------------------------------------------------------------
 
 
 @pytest.fixture
 def server():
-    """Serves `server.pages[path] = (status, headers, body)`; a body that is callable writes by itself."""
+    """Serves `server.pages[path] = (status, headers, body)`; a body that is callable writes by itself. `server.asked`
+    has (path, headers) of each request."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
+            asked.append((self.path, dict(self.headers)))
             status, headers, body = pages.get(self.path, (404, {}, b"none"))
             self.send_response(status)
             for name, value in headers.items():
@@ -254,9 +376,9 @@ def server():
         def log_message(self, *_):
             pass
 
-    pages = {}
+    pages, asked = {}, []
     running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    running.pages = pages
+    running.pages, running.asked = pages, asked
     running.address = f"http://127.0.0.1:{running.server_port}"
     threading.Thread(target=running.serve_forever, daemon=True).start()
     yield running
@@ -271,6 +393,81 @@ def test_a_picture_from_a_url(server):
     for path in ("/p", "/moved"):
         result = pictures.load_image(server.address + path)
         np.testing.assert_array_equal(np.asarray(result), np.asarray(picture))
+
+
+def test_urls_are_taken_as_browsers_take_them(server):
+    """What is asked for, by what was typed. Nothing is encoded twice."""
+    asked = {
+        "/caf\u00e9\u2013left.png": "/caf%C3%A9%E2%80%93left.png",
+        "/\u65e5\u672c.png": "/%E6%97%A5%E6%9C%AC.png",
+        "/caf%C3%A9.png": "/caf%C3%A9.png",
+        "/caf%E9.png": "/caf%E9.png",
+        "/a b.png": "/a%20b.png",
+        "/a%20b.png": "/a%20b.png",
+        "/a[1]|2.png": "/a%5B1%5D%7C2.png",
+        "/p?x=\u00e9&y=a b": "/p?x=%C3%A9&y=a%20b",
+        "/p?x=%26&y=1+2": "/p?x=%26&y=1+2",
+        "/p#place": "/p",
+        "\\a\\b.png": "/a/b.png",
+        "/a\tb.png": "/ab.png",
+        "/end \n": "/end",
+        "?x=1": "/?x=1",
+        "": "/",
+    }
+    picture = png(noise(13, 8))
+    server.pages.update({path: (200, {}, picture) for path in asked.values()})
+    for typed, path in asked.items():
+        assert pictures.load_image(server.address + typed).size == (8, 13), typed
+        assert server.asked[-1][0] == path
+    for whole in ("  " + server.address, server.address.replace("http", "HTTP"), Path(server.address + "/p")):
+        assert pictures.load_image(whole).size == (8, 13)
+    headers = server.asked[-1][1]
+    assert headers["User-Agent"].startswith("mindiffedit/") and headers["Accept-Encoding"] == "identity"
+    server.pages["/moved"] = (302, {"Location": "/caf\u00e9 \u2013.png".encode().decode("latin-1")}, b"")
+    server.pages["/caf%C3%A9%20%E2%80%93.png"] = (200, {}, picture)
+    assert pictures.load_image(server.address + "/moved").size == (8, 13)
+    refused("http://ex\u00e4mple.invalid/p.png", "xn--exmple-cua.invalid")
+    for address in ("http://", "http://[::1/", "http://" + 70 * "a" + ".de/", "http://127.0.0.1:99999/"):
+        refused(address, "cannot be fetched")
+    assert len(refused("http://127.0.0.1:1/" + 5000 * "x", "characters)")) < 600
+
+
+def test_a_name_and_password_are_sent_to_their_host_alone_and_not_shown(server, tmp_path, monkeypatch):
+    netrc = tmp_path / "netrc"
+    netrc.write_text("machine 127.0.0.1 login other password secret\nmachine localhost login other password secret\n")
+    monkeypatch.setenv("NETRC", str(netrc))
+    server.pages["/p"] = (200, {}, png(noise(13, 8)))
+    server.pages["/away"] = (302, {"Location": server.address.replace("127.0.0.1", "localhost") + "/p"}, b"")
+    address = server.address.replace("//", "//me:pass%40word@")
+    pictures.load_image(address + "/p")
+    assert server.asked[-1][1]["Authorization"] == "Basic bWU6cGFzc0B3b3Jk"
+    pictures.load_image(address + "/away")
+    assert "Authorization" not in server.asked[-1][1]
+    pictures.load_image(server.address + "/p")  # what lies here for other programs stays here
+    assert "Authorization" not in server.asked[-1][1]
+    assert "pass" not in refused(address + "/missing", "/missing cannot be fetched")
+    assert "pass" not in refused("http://me:password@127.0.0.1:99999/", "cannot be fetched")
+
+
+def test_redirects_come_to_an_end(server):
+    server.pages["/round"] = (302, {"Location": "/round"}, b"")
+    refused(server.address + "/round", "/round cannot be fetched", "20 times")
+    assert len(server.asked) == 20
+
+
+def test_pictures_in_urls_of_this_machine(tmp_path):
+    picture = noise(13, 8)
+    text = "data:image/png;base64," + base64.b64encode(png(picture)).decode()
+    path = tmp_path / "caf\u00e9 1.png"
+    picture.save(path)
+    assert "%20" in path.as_uri()
+    for address in (text, "DATA" + text[4:], path.as_uri(), f"file://{path}", f"file://localhost{path}"):
+        assert np.array_equal(np.asarray(pictures.load_image(address)), np.asarray(picture))
+    refused("data:", "no data URL")
+    assert len(refused("data:image/png;base64," + 5000 * "A", "is not a picture")) < 150
+    refused("file://elsewhere/p.png", "another machine")
+    refused("file:///missing.png", "there is no picture /missing.png")
+    refused("www.example.com/p.png", "http(s) URL")
 
 
 def test_urls_that_give_no_picture(server):
@@ -289,7 +486,7 @@ def test_urls_that_give_no_picture(server):
 
 
 def test_a_url_may_not_send_too_much(server, monkeypatch):
-    monkeypatch.setattr(pictures, "MAX_DOWNLOAD", 10_000)
+    monkeypatch.setattr(reading, "MAX_DOWNLOAD", 10_000)
     sent = []
 
     def endless(stream):
@@ -317,9 +514,9 @@ def test_a_url_may_not_take_too_long(server, monkeypatch):
     server.pages["/silent"] = (200, {}, silent)
     server.pages["/trickle"] = (200, {}, trickle)
     try:
-        monkeypatch.setattr(pictures, "URL_TIMEOUT", 0.3)
+        monkeypatch.setattr(reading, "URL_TIMEOUT", 0.3)
         refused(server.address + "/silent", "/silent cannot be fetched", "timed out")
-        monkeypatch.setattr(pictures, "DOWNLOAD_TIMEOUT", 0.3)
+        monkeypatch.setattr(reading, "DOWNLOAD_TIMEOUT", 0.3)
         refused(server.address + "/trickle", "/trickle has not sent")
     finally:
         stop.set()
@@ -361,8 +558,11 @@ def assert_same(ours, reference, image):
 def test_pil_pictures_equal_the_reference_s(both, height, width):
     picture = noise(height, width)
     assert_same(*both, picture)
-    # The first picture of a list gives the size of all.
-    assert_same(*both, [picture, noise(width, height, 1)])
+    assert_same(*both, [picture, noise(height, width, 1)])
+
+
+def test_pictures_of_a_list_that_are_worked_on_at_one_size_equal_the_reference_s(both):
+    assert_same(*both, [noise(66, 50), noise(67, 49, 1)])
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
@@ -481,6 +681,44 @@ def test_the_caller_s_array_is_not_written_to():
 def test_pictures_that_mean_nothing_are_refused(image, error, words):
     with pytest.raises(error, match=words):
         pictures.preprocess_image(image, 8)
+
+
+def test_the_advice_of_messages_helps(tmp_path):
+    """What is refused with advice is taken when the advice has been followed."""
+    image = np.random.default_rng(0).random((16, 16, 3))
+    mask = np.zeros((16, 16), np.uint8)
+    mask[:8] = 255
+    photos = [noise(16, 16), noise(16, 32)]
+    small = noise(5, 40)
+    for words, refused_, taken in (
+        ("divide by 255", lambda: pictures.preprocess_image(image * 255, 8),
+         lambda: pictures.preprocess_image(image, 8)),
+        ("as uint8", lambda: pictures.preprocess_image(image * 255, 8),
+         lambda: pictures.preprocess_image((image * 255).astype(np.uint8), 8)),
+        ("each picture alone", lambda: pictures.preprocess_image(photos, 8),
+         lambda: [pictures.preprocess_image(photo, 8) for photo in photos]),
+        ("resize them", lambda: pictures.preprocess_image(photos, 8),
+         lambda: pictures.preprocess_image([photo.resize((16, 16)) for photo in photos], 8)),
+        ("enlarge it", lambda: pictures.preprocess_image(small, 8),
+         lambda: pictures.preprocess_image(small.resize((320, 40)), 8)),
+        ("by 255", lambda: pictures.preprocess_mask(mask), lambda: pictures.preprocess_mask(mask / 255)),
+        ("mask[:, :, 0]", lambda: pictures.preprocess_mask(np.stack([mask / 255] * 3, -1)),
+         lambda: pictures.preprocess_mask(np.stack([mask / 255] * 3, -1)[:, :, 0])),
+        ("resize it", lambda: pictures.fit_mask(noise(30, 20), (90, 70), (11, 8), 8),
+         lambda: pictures.fit_mask(noise(30, 20).resize((90, 70)), (90, 70), (11, 8), 8)),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=re.escape(words)):
+            refused_()
+        taken()
+    many = [noise(8, 8 + i) for i in range(100)]
+    with pytest.raises(InputError) as caught:
+        pictures.preprocess_image(many, 1)
+    assert len(str(caught.value)) < 250 and caught.value.parameter == "image"
+    path = tmp_path / "p.png"
+    noise(64, 64).save(path)
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(InputError, match="`image` is truncated"):
+        pictures.preprocess_image(PIL.Image.open(path), 8)
 
 
 # --- postprocess_image -----------------------------------------------------------------------------
@@ -656,6 +894,19 @@ def test_large_pictures_are_scaled_down_in_their_proportions():
     assert notice is not None
     # Even the narrowest strip keeps one latent of width.
     assert pictures.fit_picture(noise(3000, 9), 8, max_pixels=4096)[0].width == 8
+
+
+def test_small_pictures_are_said_to_be_small_until_they_are_enlarged():
+    for height, width, multiple in ((64, 48, True), (128, 128, True), (67, 51, False), (30, 300, False)):
+        fitted, notice = pictures.fit_picture(noise(height, width), 8, max_pixels=int(1.5 * 256**2))
+        assert (fitted.size == (width, height)) == multiple
+        assert f"{width} x {height}" in notice and "far below what it was made for" in notice
+        enlarged = re.search(r"enlarge the picture first, to about (\d+) x (\d+)", notice)
+        larger, wider = int(enlarged[2]), int(enlarged[1])
+        assert 0.8 * 256**2 < larger * wider < 256**2 and abs(wider / larger - width / height) < 0.05 * width / height
+        _, notice = pictures.fit_picture(noise(larger, wider), 8, max_pixels=int(1.5 * 256**2))
+        assert notice is None or "far below" not in notice
+    assert pictures.fit_picture(noise(136, 136), 8, max_pixels=int(1.5 * 256**2))[1] is None
 
 
 def test_too_small_pictures_are_refused():

@@ -221,7 +221,7 @@ def _fitted(args: Namespace, settings: Dict[str, Any], configs) -> List[PIL.Imag
     """The pictures at the size that the models work at, all the same."""
     fitted = []
     for path in settings["image"]:
-        picture = pictures.load_image(path)
+        picture = pictures.to_srgb(pictures.load_image(path))  # B12: both sides are to see the same
         picture, notice = pictures.fit_picture(picture, *jobs.working_limits(configs, settings["size"]))
         if notice is not None:
             _say(args, f"{path}: {notice}")
