@@ -7,7 +7,9 @@ from PIL import Image
 from test_pipeline import PICTURE, SOURCE, TARGET, our_pipeline
 
 from mindiffedit import (
+    DDIMInverseScheduler,
     DiffEditOutput,
+    DPMSolverMultistepScheduler,
     MaskOptions,
     StableDiffusionDiffEditPipeline,
     edges,
@@ -118,6 +120,19 @@ def test_a_batch_edit_is_its_single_edits(ours):
     reference = dict(REFERENCE, outlier_quantile=0.9)
     first = edit(ours, [PICTURE, other], *prompts, generator=[5, 6], **reference).mask_image
     assert not np.array_equal(first, together.mask_image)  # there, a mask depends on its batch-mates
+
+
+def test_the_inversions_error_is_that_of_the_inversion_whatever_edits(sd1_folder):
+    """Taken from the edit's first step where that has it, computed where not: by the third-order solver's own steps."""
+    pipe = our_pipeline(sd1_folder)
+    config = pipe.scheduler.config
+    pipe.inverse_scheduler = DDIMInverseScheduler.from_config(config)
+    for scheduler in (pipe.scheduler, DPMSolverMultistepScheduler.from_config(config, solver_order=3)):
+        pipe.scheduler = scheduler
+        quick = edit(pipe)
+        anew = edit(pipe, callback_on_step_end=lambda *_: None)  # what such a callback may change is not taken
+        assert np.allclose(quick.report.inversion_error, anew.report.inversion_error, rtol=1e-4), scheduler
+        assert quick.report.inversion_error[0] > 1e-3
 
 
 def test_outputs(ours):
