@@ -176,6 +176,8 @@ class Editing:
         own = self._own_mask(mask_image, mask_combination, mask_options, grid, batch)
         if image_latents is not None:
             self._check_inverted(image_latents, (batch, steps, self.vae.config.latent_channels, *grid))
+        elif inversion == "ddim":
+            self._ready_inverse_scheduler()  # before the mask, which has to be at the noise levels of the same solver
 
         seen: Dict[str, np.ndarray] = {}
         seconds: Dict[str, float] = {}

@@ -24,8 +24,9 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 import numpy as np
 import PIL.Image
 
-from . import demo, devices, editing, hub, masks, options, pictures, survey
+from . import demo, devices, editing, hub, masks, options, pictures, schedules, survey
 from .arguments import CORRECTIONS, MASK_FIELDS, MASK_NUMBERS, SCHEDULERS, defaults_of, option
+from .errors import InputError
 from .generator import check_seed
 from .latents_file import read_latents
 from .outputs import DiffEditInversionPipelineOutput
@@ -568,15 +569,32 @@ def _load_pipeline(job: Job):
 
 
 def _choose_scheduler(job: Job, pipe) -> None:
-    """The solver asked for, or the model's own where it has an inverse, or DDIM; with its inverse."""
-    own = type(pipe.scheduler).__name__
-    known = [name for name, (forward, _) in SCHEDULERS.items() if forward == own]
-    wanted = job.args.scheduler or (job.made["scheduler"] if job.made is not None else None)
-    job.scheduler = wanted or (known[0] if known else "ddim")
+    """The solver asked for, or the model's own where it can be inverted, or DDIM; with its inverse."""
+    args = job.args
+    own, config = type(pipe.scheduler).__name__, pipe.scheduler.config
+    wanted = args.scheduler or (job.made["scheduler"] if job.made is not None else None)
+    known = next((name for name, (forward, _) in SCHEDULERS.items() if forward == own), None)
+    inverts = args.command != "mask" and job.settings["inversion"] != "noise"
+    why_not = schedules.why_not(config) if inverts else ""
+    if wanted == "dpm" and why_not:
+        raise InputError(
+            f"--scheduler dpm: the model's {own} cannot be inverted with {why_not}; give --scheduler ddim."
+        )
+    if known == "dpm" and why_not:
+        known = None
+    job.scheduler = wanted or known or "ddim"
+    forward, inverse = SCHEDULERS[job.scheduler]
+    as_there = job.scheduler == known or (args.reference and job.scheduler == "ddim")
+    options_ = {} if as_there else schedules.suited(forward, config)
+    if wanted is None and known is None:
+        spacing = options_.get("timestep_spacing")
+        job.note(
+            f"the model's {own} cannot be inverted{f' with {why_not}' if why_not else ''}, so DDIM is taken"
+            f"{f', its timesteps spaced as {spacing!r}' if spacing else ''}; --scheduler chooses."
+        )
     schedulers = importlib.import_module("mindiffedit.schedulers")
-    forward, inverse = (getattr(schedulers, name) for name in SCHEDULERS[job.scheduler])
-    config = pipe.scheduler.config
-    pipe.scheduler, pipe.inverse_scheduler = forward.from_config(config), inverse.from_config(config)
+    pipe.scheduler = getattr(schedulers, forward).from_config(config, **options_)
+    pipe.inverse_scheduler = getattr(schedulers, inverse).from_config(config, **options_)
 
 
 def _load_adapters(job: Job, pipe) -> None:

@@ -36,8 +36,8 @@ class FakeScheduler:
         self.config = config
 
     @classmethod
-    def from_config(cls, config):
-        return cls(config)
+    def from_config(cls, config, **options):
+        return cls({**config, **options})
 
 
 class PNDMScheduler(FakeScheduler):
