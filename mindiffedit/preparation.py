@@ -29,6 +29,11 @@ class Preparation(Adapters):
         from .schedulers import portable
 
         self.scheduler = portable(self.scheduler)
+        if type(self.scheduler).__name__ == "DDIMScheduler" and self.scheduler.config.clip_sample:
+            say_once(
+                "DDIMScheduler has clip_sample=True, which is its default where a configuration says nothing, and cuts"
+                " latents off; give from_config(..., clip_sample=False) to both schedulers."
+            )
         return self.scheduler
 
     def _ready_inverse_scheduler(self):

@@ -11,6 +11,7 @@ compiled. ``invert`` needs a scheduler that has an inverse.
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from typing import Optional
 
@@ -291,7 +292,10 @@ def inverse_of(scheduler):
             " with DPMSolverMultistepScheduler and DPMSolverMultistepInverseScheduler."
         )
     check_invertible(scheduler)
-    return inverse.from_config(scheduler.config)
+    known = inspect.signature(inverse.__init__).parameters
+    return inverse.from_config(
+        {name: value for name, value in scheduler.config.items() if name in known or name.startswith("_")}
+    )
 
 
 def check_invertible(scheduler) -> None:
