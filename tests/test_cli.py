@@ -424,7 +424,7 @@ def test_every_correction_reaches_the_call(work, capsys):
 
 
 def test_defaults_of_the_corrections_are_the_call_s():
-    call = inspect.signature(Editing.edit).parameters
+    call = inspect.signature(StableDiffusionDiffEditPipeline.edit).parameters
     names = dict(
         steps="num_inference_steps", strength="inpaint_strength", guidance="guidance_scale",
         invert_guidance="inversion_guidance_scale", maps="num_maps_per_mask", mask_strength="mask_encode_strength",
@@ -764,7 +764,7 @@ def test_the_picture_itself_reaches_the_model(work, capsys):
     _, err = ran(capsys, edit(picture="fits.png"))
     given = np.asarray(arguments("whole")["image"])
     np.testing.assert_array_equal(given, np.asarray(PIL.Image.open("fits.png")))
-    assert "note" not in err
+    assert err.count("note: ") == err.count("note: the model's PNDMScheduler") == 1
 
 
 def test_defaults_are_the_reference_s_and_the_demo_model_has_its_own(work, capsys, monkeypatch):
