@@ -611,6 +611,10 @@ def _choose_scheduler(job: Job, pipe) -> None:
     if known == "dpm" and why_not:
         known = None
     job.scheduler = wanted or known or "ddim"
+    if job.scheduler == "dpm" and inverts and job.settings["iterations"]:
+        raise InputError(
+            f"--iterations refines DDIM's inversion, and the model's solver is {own}; give --scheduler ddim."
+        )
     forward, inverse = SCHEDULERS[job.scheduler]
     as_there = job.scheduler == known or (args.reference and job.scheduler == "ddim")
     options_ = {} if as_there else schedules.suited(forward, config)

@@ -62,7 +62,8 @@ def occurring(words: Sequence[str], text: str, flags: int = 0) -> list[str]:
 
 def expanded(text: str, tokenizer) -> str:
     """The text with a word of several vectors followed by the words of its further vectors."""
-    words = {token.content for token in tokenizer.added_tokens_decoder.values() if not token.special}
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    words = {token.content for token in added.values() if not token.special}
 
     def family(found: re.Match) -> str:
         parts = [found[0]]

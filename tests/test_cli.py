@@ -900,6 +900,10 @@ def test_a_solver_that_cannot_be_inverted(work, solver, capsys, monkeypatch):
         assert solver(DPM, options_, edit("--scheduler", "dpm", "--inversion", "noise"))[0] == "dpm"
     for kind in ({"algorithm_type": "dpmsolver"}, {"solver_order": 3}, {"use_karras_sigmas": True}):
         assert solver(DPM, kind, edit()) == ("dpm", {}, [])
+    FakePipeline.calls.clear()
+    assert cli.main(edit("--iterations", "2")) == 2 and stages() == ["load"]
+    assert capsys.readouterr().err.splitlines()[-1].endswith(f"the model's solver is {DPM}; give --scheduler ddim.")
+    assert solver(DPM, kind, edit("--iterations", "2", "--scheduler", "ddim"))[0] == "ddim"
 
 
 def test_the_fake_pipeline_takes_what_the_real_one_takes():

@@ -192,7 +192,7 @@ def test_noise_of_a_solver_with_timesteps_that_come_twice(ours, loaded):
 def chosen(ours, own, **given):
     """What the command line makes of a model's own scheduler."""
     args = dict(command="edit", scheduler=None, reference=False, quiet=False)
-    job = jobs.Job(Namespace(**{**args, **given}), {"inversion": "ddim"})
+    job = jobs.Job(Namespace(**{**args, **given}), {"inversion": "ddim", "iterations": 0})
     put(ours, own)
     jobs._choose_scheduler(job, ours)
     return job.scheduler
