@@ -256,7 +256,8 @@ class Adapters(PipelineComponents):
         Args:
             pretrained_model_name_or_path: a safetensors file, a folder or hub id with one, a tensor (n, width), a dict
                 {token: tensor}, or a list of these. diffusers' and A1111's ("emb_params") forms.
-            token: the word(s), one for each; None: as the file says.
+            token: the word(s), one for each; None: as the file says, or the file's name where it says none, as A1111's
+                do.
             tokenizer: default: the pipeline's.
             text_encoder: default: the pipeline's.
             **kwargs: ``weight_name``, ``subfolder``, ``cache_dir``, ``force_download``, ``local_files_only``,
@@ -305,11 +306,9 @@ class Adapters(PipelineComponents):
         Returns:
             A text for a text, a list for a list.
         """
-        if all(token.special for token in getattr(tokenizer, "added_tokens_decoder", {}).values()):
-            return prompt
-        from mindone.diffusers.loaders.textual_inversion import TextualInversionLoaderMixin
-
-        return TextualInversionLoaderMixin().maybe_convert_prompt(prompt, tokenizer)
+        if isinstance(prompt, str):
+            return textual_inversion.expanded(prompt, tokenizer)
+        return [textual_inversion.expanded(text, tokenizer) for text in prompt]
 
     # --- saving --------------------------------------------------------------------------------------------------
 

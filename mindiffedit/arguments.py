@@ -130,6 +130,7 @@ _PARAMETERS = {
     "outlier_quantile": "--outliers",
     "source_prompt": "--source",
     "target_prompt": "--target",
+    "token": "--embedding FILE=WORD",
 }
 
 
@@ -499,7 +500,8 @@ def _add_common(command, model: bool = True) -> None:
         group.add_argument("--lora", metavar="FILE", action="append",
                            help="a LoRA (.safetensors), or FILE=WEIGHT (default weight: 1); several times for several")
         group.add_argument("--embedding", metavar="FILE", action="append",
-                           help="a textual inversion (.safetensors); several times for several")
+                           help="a textual inversion (.safetensors), or FILE=WORD (default word: the file's own, or its "
+                                "name); several times for several")
         if command.get_default("command") != "invert":
             group.add_argument("--prompt-model", metavar="MODEL",
                                help="a Flan-T5 (folder or hub id): --source and --target are concepts, such as 'bowl', "

@@ -331,4 +331,6 @@ def _common_result(job: Job) -> Dict[str, Any]:
         result["prompts"] = job.prompts
     if job.loras:
         result["loras"] = [{"file": path, "weight": weight} for path, weight in job.loras]
+    if job.embeddings:
+        result["embeddings"] = [{"file": path, "word": word} for path, word in job.embeddings]
     return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import logging
 import threading
@@ -76,8 +77,7 @@ class PipelineComponents:
             )
         self.vae, self.text_encoder, self.tokenizer, self.unet = vae, text_encoder, tokenizer, unet
         self.safety_checker, self.feature_extractor = safety_checker, feature_extractor
-        self._outdated_options_mended(scheduler)
-        self.scheduler, self.inverse_scheduler = scheduler, inverse_scheduler
+        self.scheduler, self.inverse_scheduler = self._outdated_options_mended(scheduler), inverse_scheduler
         self.requires_safety_checker = requires_safety_checker
         self.mode = mode
         self._fitting: tuple = ()
@@ -103,18 +103,27 @@ class PipelineComponents:
             self._fitting = parts
 
     @staticmethod
-    def _outdated_options_mended(scheduler) -> None:
-        """Options of first-generation checkpoints that the reference corrects too (steps_offset, skip_prk_steps)."""
+    def _outdated_options_mended(scheduler):
+        """The scheduler, or a copy of it without what first-generation checkpoints have wrong.
+
+        The reference corrects the same options (steps_offset, skip_prk_steps), in the scheduler that it is given.
+        """
         config = getattr(scheduler, "config", {})
+        corrections = {}
         if config.get("steps_offset", 1) != 1:
             say_once(
                 f"{type(scheduler).__name__} was configured with steps_offset={config['steps_offset']}; it is set to"
                 " 1, which Stable Diffusion's schedules expect. Correct scheduler_config.json to silence this."
             )
-            scheduler.register_to_config(steps_offset=1)
+            corrections["steps_offset"] = 1
         if config.get("skip_prk_steps", True) is False:
             say_once(f"{type(scheduler).__name__} was configured without skip_prk_steps; it is set to True.")
-            scheduler.register_to_config(skip_prk_steps=True)
+            corrections["skip_prk_steps"] = True
+        if not corrections:
+            return scheduler
+        scheduler = copy.copy(scheduler)  # the caller's own may serve other pipelines
+        scheduler.register_to_config(**corrections)
+        return scheduler
 
     # --- loading and saving --------------------------------------------------------------------------------------
 

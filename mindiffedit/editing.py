@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import re
 import time
+import unicodedata
 from typing import Any, Callable, Dict, List, Optional, Sequence, Union
 
 import numpy as np
 from PIL.Image import Image
 
 from . import colours, masks, options, pictures, randomness, schedules, turns
+from .errors import shown
 from .outputs import DiffEditInversionPipelineOutput, DiffEditOutput, EditReport
 
 INVERSIONS = ("ddim", "noise")
@@ -149,7 +151,7 @@ class Editing:
         schedule = dict(num_inference_steps=num_inference_steps, inpaint_strength=inpaint_strength)
         options.check_steps(num_inference_steps)
         options.check_strength(inpaint_strength, "inpaint_strength")
-        steps = options.effective_steps(num_inference_steps, inpaint_strength)
+        options.effective_steps(num_inference_steps, inpaint_strength)
         options.check_eta(eta)
         options.check_output_type(output_type, ("pil", "np", "latent"))
         options.check_output_type(inversion, INVERSIONS, "inversion")
@@ -180,7 +182,12 @@ class Editing:
         grid = tuple(side // factor for side in pixels.shape[2:])
         own = self._own_mask(mask_image, mask_combination, mask_options, grid, batch)
         if image_latents is not None:
-            self._check_inverted(image_latents, (batch, steps, self.vae.config.latent_channels, *grid))
+            timesteps, _ = self._schedule(self._ready_scheduler(), self.get_timesteps, *schedule.values())
+            self._check_inverted(
+                image_latents, (batch, len(timesteps), self.vae.config.latent_channels, *grid)
+            )
+        elif inversion == "ddim":
+            self._ready_inverse_scheduler()  # before the mask, which has to be at the noise levels of the same solver
 
         seconds: Dict[str, float] = {}
         with contextlib.nullcontext() if debug_callback is None else self.debugging(debug_callback):
@@ -503,13 +510,23 @@ def _warnings(report: EditReport, source_prompt, target_prompt, own_mask: bool) 
                 " what the picture shows."
             )
     for source, target in zip(_listed(source_prompt), _listed(target_prompt)):
-        words = [set(re.findall(r"\w+", text.lower())) for text in (source, target)]
+        words = [_words(text) for text in (source, target)]
         if all(words) and not words[0] & words[1]:
             found.append(
-                f"the prompts {source!r} and {target!r} have no word in common, so that the mask may take in everything;"
-                " repeat in the target prompt what shall stay."
+                f"the prompts {shown(source)} and {shown(target)} have no word in common, so that the mask may take in"
+                " everything; repeat in the target prompt what shall stay."
             )
     return found
+
+
+# Tibetan, and from Thai to Khmer; Javanese and its kin; kana, Chinese characters, Hangul and their extensions.
+_WITHOUT_SPACES = re.compile("[\u0e00-\u109f\u1100-\u11ff\u1780-\u1aaf\u2e80-\ud7ff\uf900-\ufaff\U00020000-\U0003ffff]")
+
+
+def _words(text: str) -> set:
+    """The words of a text; none of one in a script that does not set spaces between words, or joins endings to them."""
+    text = unicodedata.normalize("NFKC", text).casefold()
+    return set() if _WITHOUT_SPACES.search(text) else set(re.findall(r"\w+", text))
 
 
 def _listed(prompt) -> List[str]:

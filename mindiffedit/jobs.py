@@ -13,6 +13,7 @@ import hashlib
 import importlib
 import math
 import os
+import re
 import sys
 import time
 import warnings
@@ -24,8 +25,9 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 import numpy as np
 import PIL.Image
 
-from . import colours, demo, devices, editing, hub, masks, options, pictures, survey
+from . import colours, demo, devices, editing, hub, masks, options, pictures, schedules, survey, textual_inversion
 from .arguments import CORRECTIONS, MASK_FIELDS, MASK_NUMBERS, SCHEDULERS, defaults_of, option
+from .errors import InputError
 from .generator import check_seed
 from .latents_file import read_latents
 from .outputs import DiffEditInversionPipelineOutput
@@ -63,6 +65,7 @@ class Job:
     prompts: Optional[Dict[str, List[str]]] = None  # of --prompt-model, for "source" and "target"
     embeds: Dict[str, Any] = field(default_factory=dict)  # of these prompts, (1, L, D)
     loras: List[Tuple[str, float]] = field(default_factory=list)  # files and weights
+    embeddings: List[Tuple[str, Optional[str]]] = field(default_factory=list)  # files and words; None: the file's own
     latents: Optional[np.ndarray] = None
     clean_latents: Optional[np.ndarray] = None  # None in an old file, too
     made: Optional[Dict[str, Any]] = None  # metadata of `latents`
@@ -125,6 +128,7 @@ def begin(args: Namespace, extensions: Optional[Dict[str, Sequence[str]]] = None
     check_seed(args.seed, "--seed")
     job = Job(args, {}, _mask_options(args))
     job.loras = [_weighted(text) for text in getattr(args, "lora", None) or ()]
+    job.embeddings = [_worded(text) for text in getattr(args, "embedding", None) or ()]
     _check_contradictions(args)
     _take_texts(job)
     if args.output is None and not given(args, "sweep"):
@@ -205,6 +209,16 @@ def _weighted(text: str) -> Tuple[str, float]:
     if not math.isfinite(number):
         raise ValueError(f"--lora {text}: the weight has to be a finite number, but is {weight!r}.")
     return path, number
+
+
+def _worded(text: str) -> Tuple[str, Optional[str]]:
+    """File and word of FILE or FILE=WORD; a file whose name has a "=" is a file."""
+    found = re.fullmatch(r"(.+\.safetensors)=(.*)", text, re.IGNORECASE | re.DOTALL)
+    if found is None or os.path.exists(text):
+        return text, None
+    if not found[2].strip():
+        raise InputError(f"--embedding {text}: there is no word after the '='; give one, or leave the '=' out.")
+    return found[1], found[2].strip()
 
 
 def _check_contradictions(args: Namespace) -> None:
@@ -297,10 +311,10 @@ def check_outputs(job: Job, outputs: Dict[str, Any], extensions=None) -> None:
     """Paths that will be written: each can be, no two are one file, none is an input."""
     args = job.args
     inputs = {"the picture": [args.picture], "--model": [args.model]}
-    for name in ("mask", "latents", "embedding"):
-        paths = getattr(args, name, None)
-        inputs[option(name)] = paths if isinstance(paths, list) else [paths]
+    for name in ("mask", "latents"):
+        inputs[option(name)] = [getattr(args, name, None)]
     inputs["--lora"] = [path for path, _ in job.loras]
+    inputs["--embedding"] = [path for path, _ in job.embeddings]
     seen: Dict[str, str] = {}
     for name, path in outputs.items():
         if path is None:
@@ -406,10 +420,11 @@ def find_model(job: Job) -> None:
     args = job.args
     for name, paths in (
         ("--lora", [path for path, _ in job.loras]),
-        ("--embedding", getattr(args, "embedding", None)),
+        ("--embedding", [path for path, _ in job.embeddings]),
     ):
-        for path in paths or ():
+        for path in paths:
             _check_weights_file(path, name)
+    _take_words(job)
     for name in ("config", "prompt_model", "caption_model"):
         if given(args, name):
             _check_name(getattr(args, name), option(name))
@@ -425,6 +440,19 @@ def find_model(job: Job) -> None:
     else:
         return
     _check_folder(job)
+
+
+def _take_words(job: Job) -> None:
+    """The words of embeddings, each of another one."""
+    files: Dict[str, str] = {}
+    for path, word in job.embeddings:
+        word = textual_inversion.word_of(path) if word is None else word
+        if word in files:
+            raise InputError(
+                f"--embedding {files[word]} and {path} have the same word {word!r}; give one another by FILE=WORD."
+            )
+        files[word] = path
+    job.embeddings = [(path, word) for word, path in files.items()]
 
 
 def _check_weights_file(path: str, name: str) -> None:
@@ -551,6 +579,7 @@ def load(job: Job):
         with job.timed("prompts"):
             average = importlib.import_module("mindiffedit.prompts").average_embeddings
             job.embeds = {which: average(pipe, texts) for which, texts in job.prompts.items()}
+    _note_idle_words(job, pipe)
     return pipe
 
 
@@ -577,20 +606,62 @@ def _load_pipeline(job: Job):
 
 
 def _choose_scheduler(job: Job, pipe) -> None:
-    """The solver asked for, or the model's own where it has an inverse, or DDIM; with its inverse."""
-    own = type(pipe.scheduler).__name__
-    known = [name for name, (forward, _) in SCHEDULERS.items() if forward == own]
-    wanted = job.args.scheduler or (job.made["scheduler"] if job.made is not None else None)
-    job.scheduler = wanted or (known[0] if known else "ddim")
+    """The solver asked for, or the model's own where it can be inverted, or DDIM; with its inverse."""
+    args = job.args
+    own, config = type(pipe.scheduler).__name__, pipe.scheduler.config
+    wanted = args.scheduler or (job.made["scheduler"] if job.made is not None else None)
+    known = next((name for name, (forward, _) in SCHEDULERS.items() if forward == own), None)
+    inverts = args.command != "mask" and job.settings["inversion"] != "noise"
+    why_not = schedules.why_not(config) if inverts else ""
+    if wanted == "dpm" and why_not:
+        raise InputError(
+            f"--scheduler dpm: the model's {own} cannot be inverted with {why_not}; give --scheduler ddim."
+        )
+    if known == "dpm" and why_not:
+        known = None
+    job.scheduler = wanted or known or "ddim"
+    if job.scheduler == "dpm" and inverts and job.settings["iterations"]:
+        raise InputError(
+            f"--iterations refines DDIM's inversion, and the model's solver is {own}; give --scheduler ddim."
+        )
+    forward, inverse = SCHEDULERS[job.scheduler]
+    as_there = job.scheduler == known or (args.reference and job.scheduler == "ddim")
+    options_ = {} if as_there else schedules.suited(forward, config)
+    if wanted is None and known is None:
+        spacing = options_.get("timestep_spacing")
+        job.note(
+            f"the model's {own} cannot be inverted{f' with {why_not}' if why_not else ''}, so DDIM is taken"
+            f"{f', its timesteps spaced as {spacing!r}' if spacing else ''}; --scheduler chooses."
+        )
     schedulers = importlib.import_module("mindiffedit.schedulers")
-    forward, inverse = (getattr(schedulers, name) for name in SCHEDULERS[job.scheduler])
-    config = pipe.scheduler.config
-    pipe.scheduler, pipe.inverse_scheduler = forward.from_config(config), inverse.from_config(config)
+    pipe.scheduler = getattr(schedulers, forward).from_config(config, **options_)
+    pipe.inverse_scheduler = getattr(schedulers, inverse).from_config(config, **options_)
+
+
+def _note_idle_words(job: Job, pipe) -> None:
+    """Say which embeddings are in no prompt, and which words of prompts look like ones that were to be loaded."""
+    texts = [job.source, job.target, job.caption, getattr(job.args, "negative", None)]
+    texts += sum((job.prompts or {}).values(), [])
+    text = "\n".join(filter(None, texts))
+    words = [word for _, word in job.embeddings]
+    used = textual_inversion.occurring(words, text)
+    for path, word in job.embeddings:
+        if word not in used:
+            near = textual_inversion.occurring([word, Path(path).stem], text, re.IGNORECASE)
+            job.note(
+                f"the word {word!r} of --embedding {path} is in no prompt, so it changes nothing; "
+                + (f"{near[0]!r} is, which has to be written {word!r}." if near else "write it there just so.")
+            )
+    for word in sorted([*words, *pipe.tokenizer.added_tokens_encoder], key=len, reverse=True):
+        text = text.replace(word, " ")
+    for word in sorted(set(re.findall(r"<lora:[^<>\n]+>|<[^<>\s]+>", text))):
+        what, name = ("LoRA", "--lora") if word.startswith("<lora:") else ("embedding", "--embedding")
+        job.note(f"{word} in a prompt stands for no {what} that is loaded and is read as plain text; give {name} FILE.")
 
 
 def _load_adapters(job: Job, pipe) -> None:
-    for path in getattr(job.args, "embedding", None) or ():
-        pipe.load_textual_inversion(path)
+    for path, word in job.embeddings:
+        pipe.load_textual_inversion(path, token=word)
     names = [f"lora_{i}" for i in range(len(job.loras))]
     for name, (path, _) in zip(names, job.loras):
         pipe.load_lora_weights(path, adapter_name=name)

@@ -222,10 +222,10 @@ def _make_scheduler(folder: Path, class_name: str, config: Mapping[str, Any]) ->
 
         scheduler_class = getattr(schedulers, class_name)
     else:
-        import mindone.diffusers
+        import mindone.diffusers.schedulers  # all of them; the package above leaves some out
 
         scheduler_class = (
-            getattr(mindone.diffusers, class_name, None) if class_name.endswith("Scheduler") else None
+            getattr(mindone.diffusers.schedulers, class_name, None) if class_name.endswith("Scheduler") else None
         )
     if scheduler_class is None:
         raise CheckpointError(

@@ -8,7 +8,7 @@ from typing import Any, Dict, List, Optional
 
 import numpy as np
 
-from . import options, pictures, randomness, turns
+from . import options, pictures, randomness, schedules, turns
 from .adapters import Adapters
 from .notices import say_once
 
@@ -29,20 +29,45 @@ class Preparation(Adapters):
         from .schedulers import portable
 
         self.scheduler = portable(self.scheduler)
+        if type(self.scheduler).__name__ == "DDIMScheduler" and self.scheduler.config.clip_sample:
+            say_once(
+                "DDIMScheduler has clip_sample=True, which is its default where a configuration says nothing, and cuts"
+                " latents off; give from_config(..., clip_sample=False) to both schedulers."
+            )
         return self.scheduler
 
     def _ready_inverse_scheduler(self):
-        """The inverse scheduler in use: the one that was set, or else the one that belongs to the scheduler."""
-        from .schedulers import inverse_of, portable
+        """The inverse scheduler in use: the one that was set, or else the one that belongs to the scheduler.
 
-        if self.inverse_scheduler is not None:
-            self.inverse_scheduler = portable(self.inverse_scheduler)
-            return self.inverse_scheduler
-        scheduler = self._ready_scheduler()
-        # Not stored as ``inverse_scheduler``: it has to follow when another scheduler is set.
-        if self._own_inverse is None or self._own_inverse[0] is not scheduler:
-            self._own_inverse = (scheduler, inverse_of(scheduler))
-        return self._own_inverse[1]
+        A scheduler that has none gives way to DDIM (W14), for the mask and the edit too: the three have to be at the
+        same noise levels.
+        """
+        from .schedulers import INVERSES, DDIMScheduler, check_invertible, inverse_of, portable
+
+        scheduler, inverse = self._ready_scheduler(), self.inverse_scheduler
+        belonging = INVERSES.get(type(scheduler).__name__)
+        if inverse is not None:
+            inverse = self.inverse_scheduler = portable(inverse)
+            check_invertible(inverse)
+            if belonging is None or belonging.__name__ != type(inverse).__name__:
+                say_once(
+                    f"{type(inverse).__name__} is not the inverse of {type(scheduler).__name__}, so the edit does not"
+                    " lead back from what it inverts; `pipeline.inverse_scheduler = None` takes the one that is."
+                )
+            return inverse
+        if belonging is None:
+            options_ = schedules.suited("DDIMScheduler", scheduler.config)
+            say_once(
+                f"{type(scheduler).__name__} has no inverse, so the pipeline takes DDIM in its place from now on, with"
+                f" timestep_spacing={options_['timestep_spacing']!r}; to choose yourself, set `pipeline.scheduler` to a"
+                " DDIMScheduler or DPMSolverMultistepScheduler."
+            )
+            scheduler = self.scheduler = DDIMScheduler.from_config(scheduler.config, **options_)
+        # Not stored as ``inverse_scheduler``: it has to follow when another scheduler is set, or its options change.
+        made_for = (scheduler, scheduler.config)
+        if self._own_inverse is None or any(a is not b for a, b in zip(self._own_inverse, made_for)):
+            self._own_inverse = (*made_for, inverse_of(scheduler))
+        return self._own_inverse[2]
 
     def _schedule(self, scheduler, chosen, num_inference_steps: int, strength: float):
         """Sets the scheduler's timesteps and returns what ``chosen`` (a ``get_…timesteps``) leaves of them.

@@ -11,6 +11,7 @@ compiled. ``invert`` needs a scheduler that has an inverse.
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from typing import Optional
 
@@ -23,6 +24,7 @@ from mindone.diffusers.schedulers import DPMSolverMultistepInverseScheduler as _
 from mindone.diffusers.schedulers import DPMSolverMultistepScheduler as _DPM
 
 from . import schedules
+from .errors import InputError
 from .kernels import portable_kernels
 
 
@@ -53,11 +55,13 @@ def _with_exact_tables(cls):
             )
             self.sigmas = ms.Tensor(np.sqrt((np.float32(1) - bar) / bar))
 
-    @functools.wraps(parent.set_timesteps)
+    inner = cls.set_timesteps
+
+    @functools.wraps(inner)
     def set_timesteps(self, *args, **kwargs):
         kwargs.pop("device", None)  # diffusers' argument; MindSpore places tensors itself
         with portable_kernels():
-            parent.set_timesteps(self, *args, **kwargs)
+            inner(self, *args, **kwargs)
         self.exact_timesteps = self.timesteps.asnumpy()
         if isinstance(self, (_DPM, _DPMInverse)):
             self.exact_sigmas = self._exact_sigmas()
@@ -152,7 +156,18 @@ class DDIMScheduler(_DDIMTables, _DDIM):
 
 @_with_exact_tables
 class DDIMInverseScheduler(_DDIMTables, _DDIMInverse):
-    """DDIM run from clean to noisy; options and methods of diffusers' class of that name."""
+    """DDIM run from clean to noisy; options and methods of diffusers' class of that name.
+
+    ``timestep_spacing`` can be "linspace", too, as in DDIM's class.
+    """
+
+    def set_timesteps(self, num_inference_steps: int) -> None:
+        if self.config.timestep_spacing != "linspace":
+            super().set_timesteps(num_inference_steps)
+            return
+        # W14: the reference's class refuses this spacing; DDIM's timesteps, the other way round, are what belongs to it.
+        _DDIM.set_timesteps(self, num_inference_steps)
+        self.timesteps = ms.Tensor(self.timesteps.asnumpy()[::-1].copy())
 
     def plan(self, timesteps: np.ndarray) -> Optional[schedules.StepPlan]:
         """Coefficients for inverting along ``timesteps``."""
@@ -266,17 +281,38 @@ def inverse_of(scheduler):
         scheduler: a DDIMScheduler or DPMSolverMultistepScheduler.
 
     Raises:
-        ValueError: when the scheduler has no inverse here.
+        InputError: when the scheduler has no inverse here, or its options allow none.
     """
     inverse = INVERSES.get(type(scheduler).__name__)
     if inverse is None:
-        raise ValueError(
+        raise InputError(
             f"{type(scheduler).__name__} has no inverse scheduler, which `invert` needs. Set"
             " `pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)` and"
             " `pipeline.inverse_scheduler = DDIMInverseScheduler.from_config(pipeline.scheduler.config)`, or the same"
             " with DPMSolverMultistepScheduler and DPMSolverMultistepInverseScheduler."
         )
-    return inverse.from_config(scheduler.config)
+    check_invertible(scheduler)
+    known = inspect.signature(inverse.__init__).parameters
+    return inverse.from_config(
+        {name: value for name, value in scheduler.config.items() if name in known or name.startswith("_")}
+    )
+
+
+def check_invertible(scheduler) -> None:
+    """InputError for a DPM-Solver++, or an inverse of one, that cannot be run backwards as it is configured.
+
+    E14: the reference's results are NaN, far too large, or a crash within the loop.
+    """
+    obstacles = schedules.obstacles(scheduler.config)
+    if not isinstance(scheduler, (_DPM, _DPMInverse)) or not obstacles:
+        return
+    remedy = ", ".join(f"{name}={value!r}" for name, (_, value) in obstacles.items())
+    raise InputError(
+        f"{type(scheduler).__name__} cannot be inverted with {schedules.why_not(scheduler.config)}. Set `pipeline.scheduler ="
+        f" DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config, {remedy})`, or"
+        " `pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)`; and then"
+        " `pipeline.inverse_scheduler = None`, which takes its inverse."
+    )
 
 
 def portable(scheduler):

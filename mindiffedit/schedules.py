@@ -4,6 +4,9 @@ The tables of the reference come from ``torch.linspace`` and ``torch.cumprod`` i
 float64 differs in the last bits, which is enough to move latents by 1e-4 over a few steps, so the float32 recipes are
 followed here. Square roots, exponentials and logarithms are correctly rounded. Torch takes them from a vector library,
 also for single numbers, and about one in a hundred has a wrong last bit there; that is all that differs.
+
+Then what a scheduler's configuration says about inversion, for the pipeline and, before MindSpore is imported, the
+command line.
 """
 
 from __future__ import annotations
@@ -155,3 +158,38 @@ def index_of_timestep(timesteps: np.ndarray, timestep: int) -> int:
     if len(found) == 0:
         return len(timesteps) - 1
     return int(found[1] if len(found) > 1 else found[0])
+
+
+# --- configurations: which can be run backwards, and which options go from one solver to another ---
+
+
+def obstacles(config) -> dict:
+    """Options of a DPM-Solver++ that cannot be run backwards, as ``{option: (why, value that can be)}``."""
+    found = {}
+    if str(config.get("algorithm_type", "")).startswith("sde"):
+        found["algorithm_type"] = ("it adds noise in every step", "dpmsolver++")
+    if config.get("thresholding"):
+        found["thresholding"] = ("backwards it makes latents several times too large", False)
+    if config.get("use_flow_sigmas"):
+        found["use_flow_sigmas"] = ("its noise levels are not Stable Diffusion's", False)
+    if config.get("variance_type") in ("learned", "learned_range"):
+        found["variance_type"] = ("it takes a UNet that predicts a variance, too", None)
+    return found
+
+
+def why_not(config) -> str:
+    """The obstacles of a configuration for a message; empty where there are none."""
+    return " and ".join(f"{name}={config[name]!r} ({why})" for name, (why, _) in obstacles(config).items())
+
+
+def suited(class_name: str, config) -> dict:
+    """Options for ``from_config`` of DDIM or DPM-Solver++ with the configuration of a scheduler of another class.
+
+    Such a configuration does not know DDIM's options, whose defaults are not made for latents: they are not to be
+    clipped. And "linspace" gives timesteps that DDIM's steps do not arrive at. Other solvers' names of
+    ``algorithm_type`` are none of DPM-Solver++.
+    """
+    if class_name == "DPMSolverMultistepScheduler":
+        return dict(algorithm_type="dpmsolver++")
+    spacing = "trailing" if config.get("timestep_spacing") == "trailing" else "leading"
+    return dict(clip_sample=False, steps_offset=1, timestep_spacing=spacing)

@@ -6,34 +6,75 @@ The table has one row more for each vector, so the text encoder is compiled agai
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from .errors import InputError
 from .hub import resolve_file
 from .pictures import is_tensor, to_numpy
 from .weight_files import read_tensors
 
-__all__ = ["add", "check", "read", "remove"]
+__all__ = ["add", "check", "expanded", "occurring", "read", "remove", "word_of"]
 
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "learned_embeds.safetensors"
+
+NAMELESS = ("emb_params", "*", "clip_l", "clip_g")
+"""What trainers other than diffusers call an embedding in its file."""
 
 
 def read(source, **place) -> tuple[Any, str]:
     """The embeddings that a user means, an array or a dict of arrays, and what to call them in messages.
 
     ``source`` is a file, folder or hub id, for which ``place`` has further arguments of ``hub.resolve_file``; a
-    tensor or array; or a dict from token to tensor, or of A1111's form.
+    tensor or array; or a dict from token to tensor, or of A1111's form. A file that does not name its embedding does so
+    by its own name, as A1111 has it.
     """
     if isinstance(source, np.ndarray) or is_tensor(source):
         return to_numpy(source), "the given embedding"
     if isinstance(source, Mapping):
         return dict(source), "the given embedding"
     path = resolve_file(source, default=FILE_NAME, **place)
-    return read_tensors(path)[0], str(path)
+    content = read_tensors(path)[0]
+    if len(content) == 1 and set(content) <= set(NAMELESS):
+        content = {path.stem: value for value in content.values()}  # W15
+    return content, str(path)
+
+
+def word_of(path) -> str:
+    """The word that an embedding's file gives itself.
+
+    Raises:
+        ValueError: the file cannot be read or holds no textual inversion.
+    """
+    return _named(*read(path), token=None)[0]
+
+
+def occurring(words: Sequence[str], text: str, flags: int = 0) -> list[str]:
+    """Which of the words a tokenizer finds in a text, as they stand there; where several begin alike, the longest."""
+    return re.findall(_any_of(words), text, flags) if words else []
+
+
+def expanded(text: str, tokenizer) -> str:
+    """The text with a word of several vectors followed by the words of its further vectors."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    words = {token.content for token in added.values() if not token.special}
+
+    def family(found: re.Match) -> str:
+        parts = [found[0]]
+        while f"{found[0]}_{len(parts)}" in words:
+            parts.append(f"{found[0]}_{len(parts)}")
+        return " ".join(parts)
+
+    return re.sub(_any_of(words), family, text) if words else text
+
+
+def _any_of(words) -> str:
+    return "|".join(map(re.escape, sorted(words, key=len, reverse=True)))
 
 
 def check(contents: Sequence[tuple[Any, str]], tokens: Sequence[Any], tokenizer, text_encoder):
@@ -54,36 +95,43 @@ def check(contents: Sequence[tuple[Any, str]], tokens: Sequence[Any], tokenizer,
         rows, what = contents[0]
         contents = [(row, what) for row in rows]
     if len(contents) != len(tokens):
-        raise ValueError(
-            f"There are {len(tokens)} tokens for {len(contents)} embeddings; give a token for each, or None."
+        raise InputError(
+            "There are {count} tokens for {of} embeddings; give a {token} for each, or none.",
+            count=len(tokens),
+            of=len(contents),
         )
     width = text_encoder.config.hidden_size
     vocabulary = tokenizer.get_vocab()
     names: list[str] = []
     vectors: list[np.ndarray] = []
     for (content, what), token in zip(contents, tokens):
-        name, embedding = _named(content, token, what)
+        name, embedding = _named(content, what, token)
         embedding = np.atleast_2d(to_numpy(embedding))
         if embedding.dtype.kind != "f" or embedding.ndim != 2 or embedding.shape[1] != width:
-            raise ValueError(
-                f"{what}: the embedding of {name!r} has shape {embedding.shape} and dtype {embedding.dtype}, but this"
-                f" text encoder takes vectors of {width} floats; it was made for another model."
+            raise InputError(
+                "{what}: the embedding of {name!r} has shape {shape} and dtype {dtype}, but this text encoder takes vectors"
+                " of {width} floats; it was made for another model.",
+                **dict(what=what, name=name, shape=embedding.shape, dtype=embedding.dtype, width=width),
             )
         if not len(embedding) or not np.isfinite(embedding).all():
-            raise ValueError(f"{what}: the embedding of {name!r} is empty, or has NaN or infinite values.")
+            raise InputError(
+                "{what}: the embedding of {name!r} is empty, or has NaN or infinite values.", what=what, name=name
+            )
         family = [name, *(f"{name}_{i}" for i in range(1, len(embedding)))]
         taken = [part for part in [*family, f"{name}_1"] if part in vocabulary or part in names]
         if taken:
-            raise ValueError(
-                f"{what}: the token {taken[0]!r} is in the tokenizer already; give another name as token=..., or take"
-                " that one out with unload_textual_inversion()."
+            raise InputError(
+                "{what}: the token {name!r} is in the tokenizer already, as a part of words or as another embedding; give"
+                " another by {token}.",
+                what=what,
+                name=taken[0],
             )
         names += family
         vectors += list(embedding.astype(np.float32))
     return names, vectors
 
 
-def _named(content, token, what: str) -> tuple[str, Any]:
+def _named(content, what: str, token) -> tuple[str, Any]:
     """Token and embedding of one file or tensor."""
     if isinstance(content, np.ndarray):
         own, embedding = None, content
@@ -93,15 +141,19 @@ def _named(content, token, what: str) -> tuple[str, Any]:
         own, embedding = content.get("name"), content["string_to_param"]["*"]
     else:
         held = ", ".join(list(map(str, content))[:8]) or "nothing"
-        raise ValueError(
-            f"{what} is no textual inversion for this pipeline: it holds {held}; expected a single embedding, named by"
-            " its token or emb_params."
+        xl = {"clip_l", "clip_g"} <= set(content)
+        raise InputError(
+            "{what} is no textual inversion for this pipeline: it holds {held}; expected a single embedding, named by its"
+            " token or emb_params.{kind}",
+            what=what,
+            held=held,
+            kind=" This one is for Stable Diffusion XL; take the one that was made for 1.x or 2.x." if xl else "",
         )
     name = own if token is None else token
     if name is None:
-        raise ValueError(f"{what} does not name its token; give one as token=...")
+        raise InputError(f"{what} does not name its token; give one as token=...")
     if not isinstance(name, str) or not name.strip():
-        raise ValueError(f"`token` has to be a word such as '<cat-toy>', but is {name!r}.")
+        raise InputError("{parameter} has to be a word such as '<cat-toy>', but is {name!r}.", "token", name=name)
     if token is None and own == "emb_params":
         logger.warning("%s does not name its token, so it is called emb_params; token=... names it.", what)
     return name, embedding

@@ -667,6 +667,56 @@ def test_lists_dicts_and_tensors(ours, theirs, tmp_path):
     assert "<six>" in ours.tokenizer.get_vocab()
 
 
+def test_a_file_without_a_word_is_called_by_its_name(ours, theirs, tmp_path):
+    """As A1111 has it; what is called so is the embedding that diffusers makes of the file under that word."""
+    (tmp_path / "deeper").mkdir()
+    texts = dict(prompt="a photo, EasyNegative", negative_prompt="bad hands v1.2, badhand4 badhand, ugly")
+    files = {
+        "EasyNegative": saved(tmp_path / "EasyNegative.safetensors", {"emb_params": VECTORS[:2]}),
+        "bad hands v1.2": saved(tmp_path / "bad hands v1.2.safetensors", {"emb_params": VECTORS[2:3]}),
+        "badhand": saved(tmp_path / "deeper/badhand.safetensors", {"*": VECTORS[3:5]}),
+        "badhand4": saved(tmp_path / "badhand4.safetensors", {"clip_l": VECTORS[1:2].half()}),
+    }
+    try:
+        ours.load_textual_inversion([files["EasyNegative"], files["bad hands v1.2"]])
+        ours.load_textual_inversion(tmp_path / "deeper")
+        ours.load_textual_inversion(tmp_path, weight_name="badhand4.safetensors")
+        for word, file in files.items():
+            theirs.load_textual_inversion(file, token=word)
+        added = {token: i for token, i in theirs.tokenizer.added_tokens_encoder.items()}
+        assert ours.tokenizer.added_tokens_encoder == added
+        # diffusers puts the second vector of "badhand" into the word "badhand4", too.
+        assert ours.maybe_convert_prompt("badhand4 badhand, EasyNegative", ours.tokenizer) == (
+            "badhand4 badhand badhand_1, EasyNegative EasyNegative_1"
+        )
+        assert apart(ours, theirs, prompt="bad hands v1.2, EasyNegative", negative_prompt="badhand") < ROUNDING
+        converted = dict(prompt="badhand4", negative_prompt="a badhand")
+        assert apart(ours, theirs, **converted) < ROUNDING
+        other_case = embedded(ours, prompt="a photo, easynegative", negative_prompt=texts["negative_prompt"])
+        assert parity.relative(embedded(ours, **texts), other_case) > SEEN
+        with pytest.raises(ValueError, match="'EasyNegative' is in the tokenizer already.*`token`"):
+            ours.load_textual_inversion(files["EasyNegative"])
+        ours.load_textual_inversion(files["EasyNegative"], token="again")
+    finally:
+        for pipe in (ours, theirs):
+            pipe.unload_textual_inversion()
+
+
+def test_files_that_are_no_embedding_of_this_model(ours, tmp_path):
+    xl = saved(tmp_path / "xl.safetensors", {"clip_g": torch.ones(2, 48), "clip_l": torch.ones(2, 32)})
+    lora_ = saved(tmp_path / "lora.safetensors", {"unet.a.lora_A.weight": torch.ones(2), "unet.b": torch.ones(2)})
+    word = saved(tmp_path / "apple.safetensors", {"emb_params": VECTORS[:1]})
+    before = len(ours.tokenizer)
+    with pytest.raises(ValueError, match="xl.safetensors .*Stable Diffusion XL"):
+        ours.load_textual_inversion(xl)
+    with pytest.raises(ValueError, match="no textual inversion.*lora_A"):
+        ours.load_textual_inversion(lora_)
+    taken = next(word_ for word_ in ours.tokenizer.get_vocab() if word_.isalpha() and len(word_) > 2)
+    with pytest.raises(ValueError, match=f"'{taken}' is in the tokenizer already"):
+        ours.load_textual_inversion(word, token=taken)
+    assert len(ours.tokenizer) == before
+
+
 def test_words_and_lora_together_saved_and_loaded(sd1_folder, theirs, files, tmp_path):
     ours = our_pipeline(sd1_folder, mode="pynative")
     texts = dict(prompt="a <one> apple")

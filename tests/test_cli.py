@@ -4,6 +4,7 @@ Most tests run with a pipeline that only notes what it is asked; a few with a re
 """
 
 import contextlib
+import functools
 import dataclasses
 import inspect
 import json
@@ -22,9 +23,10 @@ from safetensors.numpy import save_file
 
 from mindiffedit import cli, demo, masks, options, pictures
 from mindiffedit.arguments import CORRECTED_DEFAULTS, DEFAULTS, SCHEDULERS, as_options, build_parser
-from mindiffedit.editing import EDIT_MASK, Editing
+from mindiffedit.editing import EDIT_MASK
 from mindiffedit.latents_file import read_latents
 from mindiffedit.outputs import DiffEditInversionPipelineOutput, DiffEditOutput, EditReport
+from mindiffedit.pipeline import StableDiffusionDiffEditPipeline
 
 SOURCE, TARGET = "a red apple on a table", "a yellow pear on a table"
 
@@ -36,8 +38,8 @@ class FakeScheduler:
         self.config = config
 
     @classmethod
-    def from_config(cls, config):
-        return cls(config)
+    def from_config(cls, config, **options):
+        return cls({**config, **options})
 
 
 class PNDMScheduler(FakeScheduler):
@@ -48,11 +50,25 @@ class DPMSolverMultistepScheduler(FakeScheduler):
     pass
 
 
+def as_the_real_one(method):
+    """A method of the fake that takes what the pipeline's method of its name takes, and nothing else."""
+    real = inspect.signature(getattr(StableDiffusionDiffEditPipeline, method.__name__))
+
+    @functools.wraps(method)
+    def called(self, *args, **kwargs):
+        real.bind(self, *args, **kwargs)
+        return method(self, *args, **kwargs)
+
+    return called
+
+
 class FakePipeline:
     """Notes every call in `calls`. The mask marks the left half; the edit is a flat picture."""
 
     calls = []
     own_scheduler = PNDMScheduler
+    own_options = {"beta_start": 0.2}
+    tokenizer = types.SimpleNamespace(added_tokens_encoder={"<|endoftext|>": 1})
     breaks = {}  # stage: what it does instead
     flags = None
     warnings = []
@@ -71,7 +87,7 @@ class FakePipeline:
     from_single_file = from_pretrained
 
     def __init__(self):
-        self.scheduler = self.own_scheduler({"beta_start": 0.2})
+        self.scheduler = self.own_scheduler(self.own_options)
         self.view = lambda stage, array, step: None
 
     def set_progress_bar_config(self, **kwargs):
@@ -87,15 +103,19 @@ class FakePipeline:
         self.calls.append((stage, kwargs, self))
         self.breaks.get(stage, lambda: None)()
 
+    @as_the_real_one
     def load_lora_weights(self, path, **kwargs):
         self._note("lora", dict(kwargs, path=path))
 
+    @as_the_real_one
     def set_adapters(self, names, weights):
         self._note("adapters", dict(zip(names, weights)))
 
-    def load_textual_inversion(self, path):
-        self._note("embedding", dict(path=path))
+    @as_the_real_one
+    def load_textual_inversion(self, path, token):
+        self._note("embedding", dict(path=path, token=token))
 
+    @as_the_real_one
     def generate_mask(self, **kwargs):
         self._note("mask", kwargs)
         seen = self._map(kwargs["image"])
@@ -116,20 +136,23 @@ class FakePipeline:
         values = np.random.default_rng(kwargs["generator"] % 2**64).normal(size=shape).astype(np.float32)
         return DiffEditInversionPipelineOutput(latents=values[:, 1:], clean_latents=values[:, 0])
 
+    @as_the_real_one
     def invert(self, **kwargs):
         return self._inverted("invert", kwargs)
 
+    @as_the_real_one
     def noise_image(self, **kwargs):
         return self._inverted("noise", kwargs)
 
+    @as_the_real_one
     def __call__(self, **kwargs):
         self._note("edit", kwargs)
         height, width = kwargs["image_latents"].shape[-2:]
         image = PIL.Image.new("RGB", (width * 8, height * 8), (10, 200, 30))
         return types.SimpleNamespace(images=[image], nsfw_content_detected=self.flags)
 
+    @as_the_real_one
     def edit(self, **kwargs):
-        inspect.signature(Editing.edit).bind(self, **kwargs)  # no argument that the real one does not know
         self._note("whole", kwargs)
         computes = kwargs["mask_image"] is None or kwargs["mask_combination"] != "replace"
         mask = self._map(kwargs["image"]) > 1
@@ -401,7 +424,7 @@ def test_every_correction_reaches_the_call(work, capsys):
 
 
 def test_defaults_of_the_corrections_are_the_call_s():
-    call = inspect.signature(Editing.edit).parameters
+    call = inspect.signature(StableDiffusionDiffEditPipeline.edit).parameters
     names = dict(
         steps="num_inference_steps", strength="inpaint_strength", guidance="guidance_scale",
         invert_guidance="inversion_guidance_scale", maps="num_maps_per_mask", mask_strength="mask_encode_strength",
@@ -525,17 +548,74 @@ def weights(name):
     return name
 
 
-def test_loras_and_embeddings(work, capsys):
-    for name in ("a.safetensors", "b=2.safetensors", "c.safetensors", "e.safetensors"):
+def test_loras(work, capsys):
+    for name in ("a.safetensors", "b=2.safetensors", "c.safetensors"):
         weights(name)
     line, _ = ran(capsys, edit("--lora", "a.safetensors=0.5", "--lora", "b=2.safetensors", "--lora",
-                               "c.safetensors=-1", "--embedding", "e.safetensors", "--json"))  # fmt: skip
-    assert stages() == ["load", "embedding", "lora", "lora", "lora", "adapters", "whole"]
+                               "c.safetensors=-1", "--json"))  # fmt: skip
+    assert stages() == ["load", "lora", "lora", "lora", "adapters", "whole"]
     loras = [call[1] for call in FakePipeline.calls if call[0] == "lora"]
     assert [lora["path"] for lora in loras] == ["a.safetensors", "b=2.safetensors", "c.safetensors"]
     assert arguments("adapters") == dict(zip([lora["adapter_name"] for lora in loras], [0.5, 1.0, -1.0]))
-    assert arguments("embedding") == {"path": "e.safetensors"}
     assert json.loads(line)["loras"][0] == {"file": "a.safetensors", "weight": 0.5}
+
+
+def embedding(name, key="emb_params", **more):
+    os.makedirs(os.path.dirname(name) or ".", exist_ok=True)
+    save_file({key: np.ones((2, 32), np.float32), **more}, name)
+    return name
+
+
+def test_words_of_embeddings(work, capsys):
+    """The file's word, or its name where it says none, or the one that is given."""
+    cases = {
+        embedding("EasyNegative.safetensors"): ("EasyNegative.safetensors", "EasyNegative"),
+        embedding("bad hands v1.2.safetensors"): ("bad hands v1.2.safetensors", "bad hands v1.2"),
+        embedding("toy.safetensors", "<cat-toy>"): ("toy.safetensors", "<cat-toy>"),
+        embedding("xl.safetensors", "clip_l"): ("xl.safetensors", "xl"),
+        embedding("a=b.safetensors"): ("a=b.safetensors", "a=b"),
+        embedding("a.safetensors") + "=<a> b": ("a.safetensors", "<a> b"),
+        embedding("c.SAFETENSORS") + "=d=e": ("c.SAFETENSORS", "d=e"),
+        embedding("other/EasyNegative.safetensors") + "=again": ("other/EasyNegative.safetensors", "again"),
+    }
+    prompt = ", ".join(word for _, word in cases.values())
+    line, err = ran(capsys, edit(*sum((["--embedding", text] for text in cases), []), "--negative", prompt, "--json"))
+    loaded = [(call[1]["path"], call[1]["token"]) for call in FakePipeline.calls if call[0] == "embedding"]
+    assert loaded == list(cases.values()) and "--embedding" not in err
+    assert json.loads(line)["embeddings"][0] == {"file": "EasyNegative.safetensors", "word": "EasyNegative"}
+    assert stages()[:2] == ["load", "embedding"]
+    FakePipeline.calls.clear()
+    xl = embedding("XL2.safetensors", "clip_l", clip_g=np.ones((2, 48), np.float32))
+    refused(capsys, edit("--embedding", xl), "XL2.safetensors", "Stable Diffusion XL")
+    refused(capsys, edit("--embedding", weights("lora.safetensors") + "="), "no word after the '='")
+    same = ["--embedding", "EasyNegative.safetensors", "--embedding"]
+    refused(capsys, edit(*same, "other/EasyNegative.safetensors"), "same word 'EasyNegative'", "FILE=WORD")
+    refused(capsys, edit("--embedding", "no.safetensors=word"), "--embedding no.safetensors: there is no such file")
+    ran(capsys, edit(*same, "other/EasyNegative.safetensors=other"))
+
+
+def test_words_that_were_meant_are_not_ignored_in_silence(work, capsys):
+    bad, worse = embedding("badhand.safetensors"), embedding("badhand4.safetensors")
+    toy = embedding("my-toy.safetensors", "<toy>")
+
+    def notes(*more):
+        _, err = ran(capsys, edit(*more))
+        FakePipeline.calls.clear()
+        return [line for line in err.splitlines() if "--embedding" in line or "--lora" in line]
+
+    assert notes("--embedding", bad, "--negative", "a (badhand:1.2)") == []
+    assert notes("--embedding", bad, "--embedding", worse, "--negative", "badhand4, badhand") == []
+    (note,) = notes("--embedding", bad, "--embedding", worse, "--negative", "badhand4")
+    assert "'badhand'" in note and bad in note and "in no prompt" in note
+    (note,) = notes("--embedding", bad, "--negative", "ugly, BadHand")
+    assert "'BadHand'" in note and "'badhand'" in note
+    (note,) = notes("--embedding", toy, "--negative", "my-toy")
+    assert "'my-toy' is, which has to be written '<toy>'" in note
+    (note,) = notes("--negative", "a <cat-toy> <|endoftext|>")
+    assert "<cat-toy>" in note and "--embedding FILE" in note
+    (note,) = notes("--negative", "apple <lora:more detail:0.8>")
+    assert "<lora:more detail:0.8>" in note and "--lora FILE" in note
+    assert notes("--negative", "a < b > c <3") == notes() == notes("--embedding", bad, "--quiet") == []
 
 
 def test_a_model_that_is_one_file(work, capsys):
@@ -684,7 +764,7 @@ def test_the_picture_itself_reaches_the_model(work, capsys):
     _, err = ran(capsys, edit(picture="fits.png"))
     given = np.asarray(arguments("whole")["image"])
     np.testing.assert_array_equal(given, np.asarray(PIL.Image.open("fits.png")))
-    assert "note" not in err
+    assert err.count("note: ") == err.count("note: the model's PNDMScheduler") == 1
 
 
 def test_defaults_are_the_reference_s_and_the_demo_model_has_its_own(work, capsys, monkeypatch):
@@ -757,22 +837,86 @@ def test_advice_of_libraries_is_off_when_they_are_loaded(work, capsys, monkeypat
     assert seen == ["1", ""]
 
 
-def test_the_scheduler_has_an_inverse(work, capsys, monkeypatch):
-    def used():
-        pipe = next(call for call in FakePipeline.calls if call[0] == "whole")[2]
-        assert pipe.scheduler.config == pipe.inverse_scheduler.config == {"beta_start": 0.2}
-        return type(pipe.scheduler).__name__, type(pipe.inverse_scheduler).__name__
+@pytest.fixture
+def solver(capsys, monkeypatch):
+    """The solver of a command, its options and its notes, for a model with a scheduler of a class."""
 
-    ran(capsys, edit())
-    assert used() == ("DDIMScheduler", "DDIMInverseScheduler")
+    def of(scheduler, options, argv):
+        FakePipeline.calls.clear()
+        monkeypatch.setattr(FakePipeline, "own_scheduler", type(scheduler, (FakeScheduler,), {}))
+        monkeypatch.setattr(FakePipeline, "own_options", options)
+        line, err = ran(capsys, [*argv, "--json"])
+        pipe = [call for call in FakePipeline.calls if len(call) == 3 and call[0] != "load"][-1][2]
+        assert type(pipe.inverse_scheduler).__name__ == type(pipe.scheduler).__name__.replace("Sch", "InverseSch")
+        assert pipe.scheduler.config == pipe.inverse_scheduler.config
+        assert SCHEDULERS[json.loads(line)["scheduler"]][0] == type(pipe.scheduler).__name__
+        notes = [note for note in err.splitlines() if "scheduler" in note]
+        changed = {name: value for name, value in pipe.scheduler.config.items() if options.get(name) != value}
+        return json.loads(line)["scheduler"], changed, notes
+
+    return of
+
+
+DDIM, DPM = "DDIMScheduler", "DPMSolverMultistepScheduler"
+
+
+def test_the_scheduler_has_an_inverse(work, solver):
+    plain = {"beta_start": 0.2}
+    assert solver(DDIM, plain, edit()) == ("ddim", {}, [])
+    assert solver(DPM, plain, edit()) == ("dpm", {}, [])
+    suited = {"clip_sample": False, "steps_offset": 1, "timestep_spacing": "leading"}
+    assert solver(DPM, plain, edit("--scheduler", "ddim")) == ("ddim", suited, [])
+    assert solver(DPM, {**plain, "timestep_spacing": "trailing"}, edit("--scheduler", "ddim"))[1] == {
+        "clip_sample": False, "steps_offset": 1}  # fmt: skip
+    for own in ("PNDMScheduler", "EulerAncestralDiscreteScheduler", "UniPCMultistepScheduler"):
+        name, changed, notes = solver(own, {"timestep_spacing": "linspace", "algorithm_type": "deis"}, edit())
+        assert (name, changed, len(notes)) == ("ddim", suited, 1)
+        assert own in notes[0] and "'leading'" in notes[0] and "--scheduler" in notes[0]
+        name, changed, notes = solver(own, {"algorithm_type": "deis"}, edit("--scheduler", "dpm"))
+        assert (name, changed, notes) == ("dpm", {"algorithm_type": "dpmsolver++"}, [])
+    # As diffusers has it.
+    assert solver("PNDMScheduler", plain, edit("--reference"))[:2] == ("ddim", {})
+
+
+def test_a_solver_that_cannot_be_inverted(work, solver, capsys, monkeypatch):
+    monkeypatch.setattr(FakePipeline, "own_scheduler", type(DPM, (FakeScheduler,), {}))
+    for options_ in (
+        {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True},
+        {"thresholding": True},
+        {"use_flow_sigmas": True},
+        {"variance_type": "learned_range"},
+    ):
+        option = next(iter(options_))
+        name, _, notes = solver(DPM, options_, edit())
+        assert name == "ddim" and len(notes) == 1 and option in notes[0] and "--scheduler" in notes[0]
+        # Refused where it is asked for, before a model runs; the advice helps.
+        FakePipeline.calls.clear()
+        assert cli.main(edit("--scheduler", "dpm")) == 2
+        err = capsys.readouterr().err.splitlines()[-1]
+        assert stages() == ["load"] and option in err and DPM in err
+        assert err.endswith("give --scheduler ddim.")
+        assert solver(DPM, options_, edit("--scheduler", "ddim"))[0] == "ddim"
+        # Nothing is inverted.
+        assert solver(DPM, options_, edit("--scheduler", "dpm", "--inversion", "noise"))[0] == "dpm"
+    for kind in ({"algorithm_type": "dpmsolver"}, {"solver_order": 3}, {"use_karras_sigmas": True}):
+        assert solver(DPM, kind, edit()) == ("dpm", {}, [])
     FakePipeline.calls.clear()
-    monkeypatch.setattr(FakePipeline, "own_scheduler", DPMSolverMultistepScheduler)
-    ran(capsys, edit())
-    assert used() == ("DPMSolverMultistepScheduler", "DPMSolverMultistepInverseScheduler")
-    FakePipeline.calls.clear()
-    line, _ = ran(capsys, edit("--scheduler", "ddim", "--json"))
-    assert used() == ("DDIMScheduler", "DDIMInverseScheduler")
-    assert json.loads(line)["scheduler"] == "ddim"
+    assert cli.main(edit("--iterations", "2")) == 2 and stages() == ["load"]
+    assert capsys.readouterr().err.splitlines()[-1].endswith(f"the model's solver is {DPM}; give --scheduler ddim.")
+    assert solver(DPM, kind, edit("--iterations", "2", "--scheduler", "ddim"))[0] == "ddim"
+
+
+def test_the_fake_pipeline_takes_what_the_real_one_takes():
+    pipe = FakePipeline()
+    image = dict(image=None)
+    for method, given in (
+        *((pipe, {}), (pipe.generate_mask, image), (pipe.invert, image)),
+        *((pipe.noise_image, image), (pipe.edit, image)),
+    ):
+        with pytest.raises(TypeError, match="unexpected keyword argument 'number_of_steps'"):
+            method(**given, number_of_steps=5)
+    with pytest.raises(TypeError, match="word"):
+        pipe.load_textual_inversion("e.safetensors", word="e")
 
 
 def test_large_pictures_are_worked_on_near_the_model_s_size(work, capsys):

@@ -17,6 +17,7 @@ from mindiffedit import (
     masks,
     options,
 )
+from mindiffedit.outputs import EditReport
 from mindiffedit.pictures import to_numpy
 
 SHORT = dict(num_inference_steps=4, inpaint_strength=0.75)
@@ -501,6 +502,10 @@ def test_a_debugging_callback_sees_every_intermediate(ours):
 # --- what a report says -------------------------------------------------------------------------------------------
 
 
+def report_of(coverage):
+    return EditReport([coverage])
+
+
 def test_warnings_say_what_to_turn(ours):
     def said(**arguments):
         return " ".join(edit(ours, **arguments).report.warnings)
@@ -508,6 +513,24 @@ def test_warnings_say_what_to_turn(ours):
     assert "mask is empty" in said(mask_image=np.zeros((8, 10), np.float32))
     assert "covers 100% of the picture; draw less" in said(mask_image=np.ones((8, 10), np.float32))
     assert "no word in common" in said(target="seven dogs", mask_image=BOX)
+    for source, target in (
+        ("桌子上的红苹果", "桌子上的黄梨"),
+        ("赤いりんご", "きいろいなし"),
+        ("ﾘﾝｺﾞ", "ﾅｼ"),
+        ("แอปเปิ้ลสีแดง", "ลูกแพร์"),
+        ("빨간 사과가", "노란 배를"),
+        ("ផ្លែប៉ោម", "ព្រីស"),
+        ("𠀀", "a 梨"),
+        ("Ein Apfel auf der STRASSE", "Hunde auf der Straße"),
+        ("une pomme a\u0300 table", "deux poires \u00e0 manger"),
+        ("яблоко на столе", "груша на столе"),
+        ("🍎", "🍐"),
+    ):
+        assert not editing._warnings(report_of(0.5), source, target, False), (source, target)
+    for source, target in (("красное яблоко", "жёлтая груша"), ("μήλο", "αχλάδι"), ("une pomme", "deux poires")):
+        assert "no word in common" in editing._warnings(report_of(0.5), source, target, False)[0]
+    (long,) = editing._warnings(report_of(0.5), "apple " * 900, "pear " * 900, False)
+    assert len(long) < 500
     empty = edit(ours, mask_options=MaskOptions(erosion=9))
     assert "mask_thresholding_ratio" in empty.report.warnings[0]
     assert np.array_equal(np.asarray(empty.images[0]), np.asarray(PICTURE))
