@@ -78,7 +78,7 @@ def test_a_path_that_is_not_there_is_not_looked_up(name, no_network):
 
 def test_names_of_the_wrong_kind(tmp_path):
     for name in (None, 3, ["a/b"]):
-        with pytest.raises(TypeError, match="expected a folder or a hub id"):
+        with pytest.raises(TypeError, match="has to be a folder or a hub id"):
             resolve_folder(name)
     with pytest.raises(CheckpointError, match="empty name"):
         resolve_folder(" ")
