@@ -60,6 +60,6 @@ def scheduler_names(config: Mapping[str, Any]) -> dict[str, Any]:
     if old_end is not None:
         config["set_alpha_to_one"] = old_end
     # Written before there was a choice. W13: the reference takes its new default, which these solvers refuse.
-    if config.get("algorithm_type") in ("dpmsolver", "sde-dpmsolver"):
+    if config.get("algorithm_type") in ("dpmsolver", "sde-dpmsolver", "deis"):
         config.setdefault("final_sigmas_type", "sigma_min")
     return config

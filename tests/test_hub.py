@@ -80,7 +80,7 @@ def test_names_of_the_wrong_kind(tmp_path):
     for name in (None, 3, ["a/b"]):
         with pytest.raises(TypeError, match="has to be a folder or a hub id"):
             resolve_folder(name)
-    with pytest.raises(CheckpointError, match="empty name"):
+    with pytest.raises(CheckpointError, match="the name is empty"):
         resolve_folder(" ")
     (tmp_path / "model.ckpt").write_bytes(b"x")
     with pytest.raises(CheckpointError, match="is a file.*from_single_file"):
