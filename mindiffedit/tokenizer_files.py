@@ -60,8 +60,7 @@ def load_clip_tokenizer(folder: Path, class_name: str) -> Any:
         CheckpointError: its files are missing or cannot be read.
     """
     check_tokenizer_files(folder)
-    whole = (folder / _WHOLE).is_file()
-    if class_name == "CLIPTokenizerFast" or (class_name != "CLIPTokenizer" and not whole):
+    if class_name == "CLIPTokenizerFast":
         tokenizer = load_tokenizer(folder, "CLIPTokenizerFast")
     elif all((folder / name).is_file() for name in _PARTS):
         tokenizer = load_tokenizer(folder, "CLIPTokenizer")
