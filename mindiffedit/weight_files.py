@@ -95,7 +95,7 @@ def no_weights(
     pickles = [f for f in files if f.endswith(PICKLES)]
     if variants:
         what = f"holds only the variant{'s' if len(variants) > 1 else ''} {', '.join(variants)}"
-        do = "Give {variants[0]!r} as {parameter}."
+        do = "Give {parameter} {variants[0]}."
     elif pickles:
         what = (
             f"holds only pickle weights ({some(pickles)}), which are not read because a pickle can run code"

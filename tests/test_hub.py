@@ -330,3 +330,17 @@ def test_a_repository_with_pickles_only(hub, tmp_path):
     with pytest.raises(CheckpointError, match="no safetensors weights for unet in what the hub gave.*Pickle"):
         resolve_folder("someone/tiny-model", HubOptions(tmp_path / "cache"))
     assert not any(path.endswith(".bin") for _, path, _ in hub.requests)
+
+
+def test_the_demo_model_by_its_name(tmp_path, monkeypatch, no_network):
+    """As --model demo: the one that comes with the package, also beside a folder of that name."""
+    from mindiffedit import StableDiffusionDiffEditPipeline, demo, load_component
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()
+    assert resolve_folder("demo") == demo.checkpoint_folder()
+    for folder in ("./demo", Path("demo"), str(tmp_path / "demo")):
+        assert resolve_folder(folder).resolve() == tmp_path / "demo"
+    pipe = StableDiffusionDiffEditPipeline.from_pretrained("demo", mode="pynative", requires_safety_checker=False)
+    scheduler = load_component("demo", "scheduler")
+    assert dict(scheduler.config) == dict(pipe.scheduler.config)

@@ -203,7 +203,7 @@ def test_variant(sd1_folder, tmp_path):
     assert_same(parts["unet"], {key: t.astype(np.float32) for key, t in unet.items()})
     assert_same(parts["vae"], read_tensors(sd1_folder / MODEL_FILES["vae"]))
 
-    with pytest.raises(CheckpointError, match=r"holds only the variant fp16.*Give 'fp16' as `variant`"):
+    with pytest.raises(CheckpointError, match=r"holds only the variant fp16.*Give `variant` fp16"):
         load_components(folder)
     with pytest.raises(CheckpointError, match=r"no weights of `variant` 'ema'"):
         load_components(sd1_folder, variant="ema")
