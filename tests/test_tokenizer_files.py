@@ -182,3 +182,35 @@ def test_a_tokenizer_without_special_tokens(copy, sd1_folder):
     (copy / "tokenizer/special_tokens_map.json").unlink()
     tokenizer = models.load_component(copy, "tokenizer")
     assert np.array_equal(ids(tokenizer), ids(load_component(sd1_folder, "tokenizer")))
+
+
+def test_language_models_of_version_5(t5_folder, blip_folder, tmp_path):
+    """Their tokenizers' lists of special tokens, and BLIP's image processor inside the config of its processor."""
+    from mindiffedit import Captioner, PromptGenerator, language_models
+
+    picture = np.random.default_rng(0).integers(0, 255, (40, 50, 3), np.uint8)
+    for kind, writer, folder, gone in (
+        ("prompt model", PromptGenerator, t5_folder, ("special_tokens_map.json",)),
+        ("caption model", Captioner, blip_folder, ("special_tokens_map.json", "vocab.txt")),
+    ):
+        new = Path(shutil.copytree(folder, tmp_path / kind))
+        for file in gone:
+            (new / file).unlink()
+        path = new / "tokenizer_config.json"
+        config = json.loads(path.read_text())
+        more = config.pop("additional_special_tokens")
+        path.write_text(json.dumps({**config, "extra_special_tokens": more, "backend": "tokenizers"}))
+        if kind == "caption model":
+            inside = json.loads((new / "preprocessor_config.json").read_text())
+            (new / "preprocessor_config.json").unlink()
+            (new / "processor_config.json").write_text(json.dumps({"image_processor": inside}))
+        mine, expected = (
+            writer._preparation(place, language_models.find(kind, place).config) for place in (new, folder)
+        )
+        tokenizers = [getattr(found, "tokenizer", found) for found in (mine, expected)]
+        for text in ("a red apple on a table", "dog"):
+            assert tokenizers[0](text).input_ids == tokenizers[1](text).input_ids
+        assert tokenizers[0].all_special_tokens == tokenizers[1].all_special_tokens
+        if kind == "caption model":
+            pixels = [found.image_processor(picture, return_tensors="np").pixel_values for found in (mine, expected)]
+            assert np.array_equal(*pixels)
