@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import logging
 from typing import Any, Callable, Dict, Optional
@@ -75,11 +76,10 @@ class PipelineComponents:
             )
         self.vae, self.text_encoder, self.tokenizer, self.unet = vae, text_encoder, tokenizer, unet
         self.safety_checker, self.feature_extractor = safety_checker, feature_extractor
-        self._outdated_options_mended(scheduler)
         changes = old_configs.unet_changes(getattr(unet, "config", {}))
         if changes:
             unet.register_to_config(**changes)  # as the reference does; a UNet's config is no part of its graph
-        self.scheduler, self.inverse_scheduler = scheduler, inverse_scheduler
+        self.scheduler, self.inverse_scheduler = self._outdated_options_mended(scheduler), inverse_scheduler
         self.requires_safety_checker = requires_safety_checker
         self.mode = mode
         self._fitting: tuple = ()
@@ -105,11 +105,13 @@ class PipelineComponents:
             self._fitting = parts
 
     @staticmethod
-    def _outdated_options_mended(scheduler) -> None:
-        """Options of first-generation checkpoints that the reference corrects, too."""
+    def _outdated_options_mended(scheduler):
+        """The scheduler, or a copy of it without what first-generation checkpoints have wrong."""
         changes = old_configs.scheduler_changes(getattr(scheduler, "config", {}))
         if changes:
+            scheduler = copy.copy(scheduler)  # the caller's own may serve other pipelines
             scheduler.register_to_config(**changes)
+        return scheduler
 
     # --- loading and saving --------------------------------------------------------------------------------------
 

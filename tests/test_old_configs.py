@@ -113,7 +113,9 @@ def test_schedulers_are_corrected_as_diffusers_does(name, copy, theirs, parts):
     change_json(copy / "model_index.json", scheduler=["diffusers", kind])
     loaded = load_component(copy, "scheduler")
     given = type(loaded).from_config(old_configs.scheduler_names(config))
+    before = dict(given.config)
     pipeline = StableDiffusionDiffEditPipeline(**{**parts, "scheduler": given})
+    assert dict(given.config) == before  # the caller's own
     for ours in (loaded, pipeline.scheduler):
         for key, value in pipe.scheduler.config.items():
             if not key.startswith("_"):
