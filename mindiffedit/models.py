@@ -232,7 +232,7 @@ def _make_scheduler(folder: Path, class_name: str, config: Mapping[str, Any]) ->
             f"{folder}: no {class_name} can be made of its config: {first_line(error)}."
         ) from error
     # Not of an inverse: the reference takes that as it is.
-    changes = {} if "Inverse" in class_name else old_configs.scheduler_changes(scheduler.config)
+    changes = {} if "Inverse" in class_name else old_configs.scheduler_changes(scheduler.config, loaded=True)
     if changes:
         scheduler.register_to_config(**changes)
     return scheduler

@@ -30,11 +30,12 @@ def unet_changes(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"sample_size": 64}
 
 
-def scheduler_changes(config: Mapping[str, Any]) -> dict[str, Any]:
+def scheduler_changes(config: Mapping[str, Any], loaded: bool = False) -> dict[str, Any]:
     """The right values of a scheduler's outdated options; each said once.
 
     Args:
         config: of the scheduler as it is, with its defaults: a default can be as wrong as what a file says.
+        loaded: whether it comes from a checkpoint. One that was made by hand clips where it is asked to.
     """
     changes = {}
     if config.get("steps_offset", 1) != 1:
@@ -42,7 +43,7 @@ def scheduler_changes(config: Mapping[str, Any]) -> dict[str, Any]:
     if config.get("skip_prk_steps", True) is False:
         changes["skip_prk_steps"] = True
     # W12: StableDiffusionPipeline of the reference corrects this one; its DiffEdit does not, and clips latents.
-    if config.get("clip_sample", False) is True:
+    if loaded and config.get("clip_sample", False) is True:
         changes["clip_sample"] = False
     for name, value in changes.items():
         say_once(
