@@ -9,8 +9,8 @@ A checkpoint is a folder as diffusers writes it for Stable Diffusion:
     scheduler/, inverse_scheduler/ (optional)        scheduler_config.json
     feature_extractor/ (optional)                    preprocessor_config.json
 
-Names of files, classes and weights are those that diffusers and transformers have written over the years, as far as they
-mean the same.
+Names of files, classes and weights are those that diffusers and transformers have written over the years, as far as
+they mean the same.
 """
 
 from __future__ import annotations

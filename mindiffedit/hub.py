@@ -83,8 +83,8 @@ def resolve_folder(
 ) -> Path:
     """Folder of the checkpoint called `name_or_path`, downloaded from the hub where needed.
 
-    A folder on this machine is returned as it is, and for "demo" that of the demo model. Anything else is a hub id: of its repository only the files that
-    `models.load_components` reads are fetched, into the hub's cache.
+    A folder on this machine is returned as it is, and for "demo" that of the demo model. Anything else is a hub id: of
+    its repository only the files that `models.load_components` reads are fetched, into the hub's cache.
 
     Args:
         name_or_path: a folder or a hub id.
@@ -125,7 +125,7 @@ def folder_here(
 ) -> Path | None:
     """The folder of this name on this machine; None where the name can be a hub id.
 
-    The model "demo" is the one that comes with the package, even where there is a folder of that name: that is "./demo".
+    The model "demo" is the one that comes with the package, even beside a folder of that name: that is "./demo".
 
     Args:
         name_or_path: a folder or a hub id.
@@ -214,8 +214,8 @@ def resolve_file(
         return path
     if path.suffix == ".safetensors" or not _is_hub_id(name, is_path=not isinstance(name_or_path, str)):
         raise CheckpointError(
-            "{name}: there is no such file or folder (looked in {here}). Give a safetensors file, a folder that holds one,"
-            " or a hub id with {parameter}.",
+            "{name}: there is no such file or folder (looked in {here}). Give a safetensors file, a folder that holds"
+            " one, or a hub id with {parameter}.",
             parameter="weight_name",
             name=name,
             here=Path.cwd(),

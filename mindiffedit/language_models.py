@@ -14,7 +14,16 @@ from typing import Any
 import numpy as np
 
 from . import devices
-from .checkpoints import INDEX_FILE, POSITION_IDS, CheckpointError, ModelKind, WeightsError, read_json, read_processor, some
+from .checkpoints import (
+    INDEX_FILE,
+    POSITION_IDS,
+    CheckpointError,
+    ModelKind,
+    WeightsError,
+    read_json,
+    read_processor,
+    some,
+)
 from .hub import HubOptions, Repository, folder_here
 from .models import EAGER, build, give_weights
 from .survey import Source

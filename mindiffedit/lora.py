@@ -157,7 +157,7 @@ def _diffusers_names(tensors: Mapping[str, np.ndarray], what: str):
     ]
     if bad:  # E15
         raise WeightsError(
-            f"{what} has alphas that are not one finite number each: {_some(bad)}. The file is damaged; use another copy."
+            f"{what} has alphas that are not one finite number each: {_some(bad)}. The file is damaged; use another."
         )
     if tensors and all(
         name.startswith(("lora_te_", "lora_unet_", "lora_te1_", "lora_te2_")) for name in tensors

@@ -110,8 +110,8 @@ def load_components(
     predicts = getattr(components["scheduler"], "config", {}).get("prediction_type", "epsilon")
     if weights.predicts_v and predicts != "v_prediction":
         logger.warning(
-            "%s says that its UNet predicts v, but its scheduler is configured for %s, so results will be noise: give the"
-            " configuration that belongs to it.",
+            "%s says that its UNet predicts v, but its scheduler is configured for %s, so results will be noise: give"
+            " the configuration that belongs to it.",
             file,
             predicts,
         )
@@ -239,8 +239,8 @@ class SingleFile:
             converted = _convert(name, given, config)
         except Exception as error:  # whatever a layout that the conversion does not know makes it raise
             raise CheckpointError(
-                "{file}: the weights of {name} cannot be given diffusers' names by this configuration ({error}). Give the"
-                " {parameter} that belongs to the file.",
+                "{file}: the weights of {name} cannot be given diffusers' names by this configuration ({error}). Give"
+                " the {parameter} that belongs to the file.",
                 parameter="config",
                 file=self.file,
                 name=name,
@@ -325,8 +325,8 @@ def _config_folder(file: Path, config: str | os.PathLike | None, kind: str, opti
             )
         return folder
     raise CheckpointError(
-        "{file} holds weights alone, and their configuration, tokenizer and scheduler could not be had from the hub: give"
-        " {parameter}, a folder in diffusers' layout or a hub id of the same kind of model ({failed})",
+        "{file} holds weights alone, and their configuration, tokenizer and scheduler could not be had from the hub:"
+        " give {parameter}, a folder in diffusers' layout or a hub id of the same kind of model ({failed})",
         parameter="config",
         file=file,
         failed=failed,

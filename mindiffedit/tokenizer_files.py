@@ -49,8 +49,8 @@ def load_tokenizer(folder: Path, class_name: str) -> Any:
 def load_clip_tokenizer(folder: Path, class_name: str) -> Any:
     """The tokenizer of a Stable Diffusion checkpoint.
 
-    A ``tokenizer.json`` alone, as transformers 5 writes it, becomes a tokenizer of Python code, as older versions make of
-    the class ``CLIPTokenizer``: it can forget the words of textual inversions.
+    A ``tokenizer.json`` alone, as transformers 5 writes it, becomes a tokenizer of Python code, as older versions make
+    of the class ``CLIPTokenizer``: it can forget the words of textual inversions.
 
     Args:
         folder: with ``tokenizer.json``, or ``vocab.json`` and ``merges.txt``.

@@ -139,7 +139,7 @@ class Stored:
             # The upper half of a float16.
             values = (values.astype(np.uint16) << 8).view(np.float16).astype(np.float32)
         elif self.dtype == "F8_E4M3":
-            # One bit less of exponent than a float16, whose bias is greater by 8; all ones are NaN, and nothing is infinite.
+            # An exponent of one bit less than a float16's, whose bias is greater by 8; all ones are NaN, none is infinite.
             bits = values.astype(np.uint16)
             halves = ((bits & 0x80) << 8 | (bits & 0x7F) << 7).view(np.float16)
             values = np.where(bits & 0x7F == 0x7F, np.float32(np.nan), halves.astype(np.float32) * np.float32(256))

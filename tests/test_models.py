@@ -299,7 +299,8 @@ def test_all_misfits_of_all_files_are_listed(copy):
         "extra: conv_in.weigth (16, 4, 3, 3)",
         "missing: conv_in.weight (16, 4, 3, 3)",
         "misshapen: conv_out.bias is (3,), the model has (4,)",
-        "of the wrong type: mid_block.resnets.0.norm1.weight is I32, expected one of F64, F32, F16, BF16, F8_E4M3, F8_E5M2",
+        "of the wrong type: mid_block.resnets.0.norm1.weight is I32, expected one of F64, F32, F16, BF16, F8_E4M3,"
+        " F8_E5M2",
         "missing: text_model.final_layer_norm.bias (32,)",
         "misshapen: text_model.embeddings.position_embedding.weight is (32, 77), the model has (77, 32)",
     }

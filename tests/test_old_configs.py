@@ -1,4 +1,4 @@
-"""Configs as the first versions of diffusers and transformers wrote them, against what diffusers makes of them today."""
+"""Configs as the first versions of diffusers and transformers wrote them, against what diffusers makes of them."""
 
 import contextlib
 import io

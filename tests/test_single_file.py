@@ -222,12 +222,13 @@ VARIANTS = {
     "VAE by its short name": ("sd1", lambda t: renamed(t, ("first_stage_model.", "vae."))),
     "VAE attention of diffusers": (
         "sd1",
-        lambda t: renamed(t, *((f"attn_1.{old}.", f"attn_1.{new}.") for new, old in VAE_ATTENTION.items() if old != "norm")),
+        lambda t: renamed(t, *((f"attn_1.{old}.", f"attn_1.{new}.") for new, old in VAE_ATTENTION.items()
+                               if old != "norm")),
     ),
     "VAE attention of older diffusers": (
         "sd2",
-        lambda t: renamed(t, ("attn_1.q.", "attn_1.query."), ("attn_1.k.", "attn_1.key."), ("attn_1.v.", "attn_1.value."),
-                          ("attn_1.proj_out.", "attn_1.proj_attn.")),
+        lambda t: renamed(t, ("attn_1.q.", "attn_1.query."), ("attn_1.k.", "attn_1.key."),
+                          ("attn_1.v.", "attn_1.value."), ("attn_1.proj_out.", "attn_1.proj_attn.")),
     ),
     "leftovers of training": (
         "sd1",
