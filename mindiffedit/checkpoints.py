@@ -8,6 +8,9 @@ A checkpoint is a folder as diffusers writes it for Stable Diffusion:
     tokenizer/                                       vocab.json, merges.txt or tokenizer.json
     scheduler/, inverse_scheduler/ (optional)        scheduler_config.json
     feature_extractor/ (optional)                    preprocessor_config.json
+
+Names of files, classes and weights are those that diffusers and transformers have written over the years, as far as
+they mean the same.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from .errors import InputError
 
 __all__ = [
     "COMPONENTS",
@@ -32,12 +37,13 @@ __all__ = [
     "named_class",
     "read_index",
     "read_json",
+    "read_processor",
     "small_files",
     "some",
 ]
 
 
-class CheckpointError(ValueError):
+class CheckpointError(InputError):
     """A checkpoint that is missing, incomplete, corrupt or of another kind. The message says what to do."""
 
 
@@ -74,12 +80,15 @@ class ModelKind:
         stem: its weights are `<stem>.safetensors`.
         extra: pattern of weights that files hold and models rightly have no parameter for.
         wide: pattern of weights that are float32 where float16 is asked for.
+        inner: what the parameters' names begin with and the names in a file may lack, since transformers 5.6 has CLIP's
+            halves without a model inside.
     """
 
     class_names: tuple[str, ...]
     stem: str
     extra: str | None = None
     wide: str | None = None
+    inner: str = ""
 
 
 POSITION_IDS = r"(.*\.)?embeddings\.position_ids"
@@ -87,9 +96,11 @@ POSITION_IDS = r"(.*\.)?embeddings\.position_ids"
 
 MODELS = {
     "vae": ModelKind(("AutoencoderKL",), "diffusion_pytorch_model"),
-    "text_encoder": ModelKind(("CLIPTextModel",), "model", POSITION_IDS),
+    "text_encoder": ModelKind(("CLIPTextModel",), "model", POSITION_IDS, inner="text_model."),
     "unet": ModelKind(("UNet2DConditionModel",), "diffusion_pytorch_model"),
-    "safety_checker": ModelKind(("StableDiffusionSafetyChecker",), "model", POSITION_IDS),
+    "safety_checker": ModelKind(
+        ("StableDiffusionSafetyChecker",), "model", POSITION_IDS, inner="vision_model."
+    ),
 }
 """The components with weights."""
 
@@ -99,9 +110,16 @@ REQUIRED = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
 COMPONENTS = (*REQUIRED, "inverse_scheduler", "safety_checker", "feature_extractor")
 """All components."""
 
-_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
+# transformers 5 has one class for both kinds; those after the first two are its names for a tokenizer.json alone.
+_TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast", "TokenizersBackend", "PreTrainedTokenizerFast")
 # The second is the old name of the first; transformers 5 drops it.
-_FEATURE_EXTRACTORS = ("CLIPImageProcessor", "CLIPFeatureExtractor", "CLIPImageProcessorFast")
+_FEATURE_EXTRACTORS = (
+    "CLIPImageProcessor",
+    "CLIPFeatureExtractor",
+    "CLIPImageProcessorFast",
+    "CLIPImageProcessorPil",
+)
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 # Components that only other families of models have; the name of the family is for the message.
 _OTHER_FAMILIES = {
@@ -140,7 +158,7 @@ def small_files(component: str) -> tuple[str, ...]:
         return ("config.json",)
     if component == "tokenizer":
         return _TOKENIZER_FILES
-    return ("preprocessor_config.json",) if component == "feature_extractor" else ("scheduler_config.json",)
+    return _PROCESSOR_FILES if component == "feature_extractor" else ("scheduler_config.json",)
 
 
 # --- json ------------------------------------------------------------------------------------------
@@ -165,6 +183,18 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content
+
+
+def read_processor(folder: Path) -> dict[str, Any]:
+    """The config of a folder's image processor; transformers 5 writes it into that of the processor around it.
+
+    Raises:
+        CheckpointError: as for ``read_json``.
+    """
+    file = next((folder / name for name in _PROCESSOR_FILES if (folder / name).is_file()), None)
+    config = read_json(file or folder / _PROCESSOR_FILES[0])
+    inner = config.get("image_processor")
+    return inner if isinstance(inner, dict) else config
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -205,4 +235,4 @@ def named_class(index: Mapping[str, Any], folder: Path, component: str) -> str |
         isinstance(entry, list) and len(entry) == 2 and all(e is None or isinstance(e, str) for e in entry)
     ):
         raise CheckpointError(f"{folder / INDEX_FILE}: {component}: expected [library, class], got {entry!r}")
-    return entry[1]
+    return None if entry[1] is None else entry[1].removeprefix("Flax")

@@ -12,7 +12,7 @@ from typing import Any, Callable, Dict, Optional
 import numpy as np
 
 from . import compile_cache as compile_caches
-from . import devices, hub, models, saving, survey, tiling, turns
+from . import devices, hub, models, old_configs, saving, survey, tiling, turns
 from .notices import say_once
 
 logger = logging.getLogger(__name__)
@@ -77,6 +77,9 @@ class PipelineComponents:
             )
         self.vae, self.text_encoder, self.tokenizer, self.unet = vae, text_encoder, tokenizer, unet
         self.safety_checker, self.feature_extractor = safety_checker, feature_extractor
+        changes = old_configs.unet_changes(getattr(unet, "config", {}))
+        if changes:
+            unet.register_to_config(**changes)  # as the reference does; a UNet's config is no part of its graph
         self.scheduler, self.inverse_scheduler = self._outdated_options_mended(scheduler), inverse_scheduler
         self.requires_safety_checker = requires_safety_checker
         self.mode = mode
@@ -104,25 +107,11 @@ class PipelineComponents:
 
     @staticmethod
     def _outdated_options_mended(scheduler):
-        """The scheduler, or a copy of it without what first-generation checkpoints have wrong.
-
-        The reference corrects the same options (steps_offset, skip_prk_steps), in the scheduler that it is given.
-        """
-        config = getattr(scheduler, "config", {})
-        corrections = {}
-        if config.get("steps_offset", 1) != 1:
-            say_once(
-                f"{type(scheduler).__name__} was configured with steps_offset={config['steps_offset']}; it is set to"
-                " 1, which Stable Diffusion's schedules expect. Correct scheduler_config.json to silence this."
-            )
-            corrections["steps_offset"] = 1
-        if config.get("skip_prk_steps", True) is False:
-            say_once(f"{type(scheduler).__name__} was configured without skip_prk_steps; it is set to True.")
-            corrections["skip_prk_steps"] = True
-        if not corrections:
-            return scheduler
-        scheduler = copy.copy(scheduler)  # the caller's own may serve other pipelines
-        scheduler.register_to_config(**corrections)
+        """The scheduler, or a copy of it without what first-generation checkpoints have wrong."""
+        changes = old_configs.scheduler_changes(getattr(scheduler, "config", {}))
+        if changes:
+            scheduler = copy.copy(scheduler)  # the caller's own may serve other pipelines
+            scheduler.register_to_config(**changes)
         return scheduler
 
     # --- loading and saving --------------------------------------------------------------------------------------
@@ -152,7 +141,8 @@ class PipelineComponents:
         missing, extra or of the wrong shape are all listed in one error; nothing is left at random values.
 
         Args:
-            pretrained_model_name_or_path: a folder in diffusers' layout, or a model id on the Hugging Face hub.
+            pretrained_model_name_or_path: a folder in diffusers' layout, a model id on the Hugging Face hub, or "demo",
+                the small model that comes with the package (a folder of that name is "./demo").
             mode: "graph" compiles every stage the first time it runs; "pynative" runs operator by operator, to debug.
             compile_cache: where compiled graphs are kept for the next process. None is the folder that the
                 environment variable ``MINDIFFEDIT_CACHE`` names, or one in the user's cache folder; False is nowhere;

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from . import demo
 from .checkpoints import (
     COMPONENTS,
     INDEX_FILE,
@@ -23,9 +24,13 @@ from .checkpoints import (
     small_files,
     some,
 )
+from .errors import InputTypeError
 from .weight_files import PICKLES, find_weights, weight_patterns
 
 __all__ = ["HubOptions", "Repository", "folder_here", "resolve_file", "resolve_folder"]
+
+DEMO = "demo"
+"""The name of the model that comes with the package."""
 
 # Fetched first: they tell whether the rest is worth gigabytes.
 _SMALL_FILES = (INDEX_FILE, *(f"{name}/{file}" for name in COMPONENTS for file in small_files(name)))
@@ -78,8 +83,8 @@ def resolve_folder(
 ) -> Path:
     """Folder of the checkpoint called `name_or_path`, downloaded from the hub where needed.
 
-    A folder on this machine is returned as it is. Anything else is a hub id: of its repository only the files that
-    `models.load_components` reads are fetched, into the hub's cache.
+    A folder on this machine is returned as it is, and for "demo" that of the demo model. Anything else is a hub id: of
+    its repository only the files that `models.load_components` reads are fetched, into the hub's cache.
 
     Args:
         name_or_path: a folder or a hub id.
@@ -120,6 +125,8 @@ def folder_here(
 ) -> Path | None:
     """The folder of this name on this machine; None where the name can be a hub id.
 
+    The model "demo" is the one that comes with the package, even beside a folder of that name: that is "./demo".
+
     Args:
         name_or_path: a folder or a hub id.
         what: what it is the name of, for messages.
@@ -131,10 +138,14 @@ def folder_here(
         CheckpointError: it is empty, a file, or neither a folder here nor spelt like a hub id.
     """
     if not isinstance(name_or_path, (str, os.PathLike)):
-        raise TypeError(f"{what}: expected a folder or a hub id, got {name_or_path!r}")
+        raise InputTypeError(
+            "The {what} has to be a folder or a hub id, but is {value!r}.", what=what, value=name_or_path
+        )
     name = os.fspath(name_or_path)
     if not name.strip():
-        raise CheckpointError(f"{what}: expected a folder or a hub id, got an empty name")
+        raise CheckpointError(f"The {what} has to be a folder or a hub id, but the name is empty.")
+    if name == DEMO and what == "model" and isinstance(name_or_path, str):
+        return demo.checkpoint_folder()
     path = Path(name).expanduser()
     if path.is_dir():
         return path
@@ -185,12 +196,16 @@ def resolve_file(
         TypeError: `name_or_path`, `weight_name` or `subfolder` is not a string or path.
         CheckpointError: there is no such file here or on the hub, or it is a pickle.
     """
-    for what, value in (("weights", name_or_path), ("weight_name", weight_name), ("subfolder", subfolder)):
-        if not isinstance(value, (str, os.PathLike)) and (value is not None or what == "weights"):
-            raise TypeError(f"{what}: expected a file, a folder or a hub id, got {value!r}")
+    if not isinstance(name_or_path, (str, os.PathLike)):
+        raise InputTypeError(
+            "The weights have to be a file, a folder or a hub id, but are {value!r}.", value=name_or_path
+        )
+    for parameter, value in (("weight_name", weight_name), ("subfolder", subfolder)):
+        if value is not None and not isinstance(value, (str, os.PathLike)):
+            raise InputTypeError("{parameter} has to be a name, but is {value!r}.", parameter, value=value)
     name = os.fspath(name_or_path)
     if not name.strip():
-        raise CheckpointError("weights: expected a file, a folder or a hub id, got an empty name")
+        raise CheckpointError("The weights have to be a file, a folder or a hub id, but the name is empty.")
     path, inside = Path(name).expanduser(), Path(subfolder or "")
     if path.is_dir():
         return _file_in(path / inside, weight_name, default)
@@ -199,14 +214,20 @@ def resolve_file(
         return path
     if path.suffix == ".safetensors" or not _is_hub_id(name, is_path=not isinstance(name_or_path, str)):
         raise CheckpointError(
-            f"{name}: there is no such file or folder (looked in {Path.cwd()}). Give a safetensors file, a "
-            f"folder that holds one, or a hub id with weight_name=..."
+            "{name}: there is no such file or folder (looked in {here}). Give a safetensors file, a folder that holds"
+            " one, or a hub id with {parameter}.",
+            parameter="weight_name",
+            name=name,
+            here=Path.cwd(),
         )
     wanted = (inside / (weight_name or default)).as_posix()
     file = Repository(name, options).fetch([wanted]) / wanted
     if not file.is_file():
         raise CheckpointError(
-            f"{name} on the hub has no {wanted}. Give weight_name=..., one of the safetensors files on its page."
+            "{name} on the hub has no {wanted}. Give one of the safetensors files on its page as {parameter}.",
+            parameter="weight_name",
+            name=name,
+            wanted=wanted,
         )
     return file
 
@@ -219,7 +240,12 @@ def _file_in(folder: Path, weight_name: str | None, default: str) -> Path:
     elif default in files or len(files) == 1:
         weight_name = default if default in files else files[0]
     elif files:
-        raise CheckpointError(f"{folder} holds {some(files)}: say which with weight_name=...")
+        raise CheckpointError(
+            "{folder} holds {files}: say which, by {parameter}.",
+            parameter="weight_name",
+            folder=folder,
+            files=some(files),
+        )
     else:
         for name in held:
             _refuse_pickle(folder / name)
@@ -273,7 +299,7 @@ class Repository:
         except errors.GatedRepoError as error:
             raise CheckpointError(
                 f"{not_here}, and access to it on the hub is restricted: accept the model's terms on its "
-                f"page, then give token=... or set HF_TOKEN."
+                f"page, then log in with `hf auth login` or set HF_TOKEN."
             ) from error
         except errors.RevisionNotFoundError as error:
             raise CheckpointError(
@@ -283,7 +309,7 @@ class Repository:
         except errors.RepositoryNotFoundError as error:
             raise CheckpointError(
                 f"{not_here}, and the hub has no such repository, or a private one. "
-                f"Check the spelling; for a private one give token=... or set HF_TOKEN."
+                f"Check the spelling; for a private one log in with `hf auth login` or set HF_TOKEN."
             ) from error
         except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
             # The hub's library says this also for a server that did not answer.
@@ -333,14 +359,14 @@ class Repository:
         self,
         missing: Sequence[str] = (),
         variant: str | None = None,
-        look_for: str = "another revision, or for a variant such as variant='fp16'",
+        look_for: str = "another revision, or for a {variant} such as fp16",
     ) -> CheckpointError:
         """The error for weights that were not to be had, of the components `missing` where there are several models.
 
         `look_for` is what to try instead, on the repository's page.
         """
         parts = f" for {', '.join(missing)}" if missing else ""
-        kinds = "" if variant is None else f", neither variant {variant!r} nor plain"
+        kinds = "" if variant is None else f", neither of variant {variant!r} nor plain"
         if self.offline:
             where, do = "in the local cache", "Go online once to download them."
         else:
@@ -349,4 +375,5 @@ class Repository:
                 f"Pickle weights are not read: look on the model's page for {look_for}. "
                 f"If the network was down, try again."
             )
-        return CheckpointError(f"{self.name}: no safetensors weights{parts} {where}{kinds}. {do}")
+        what = f"{self.name}: no safetensors weights{parts} {where}{kinds}"
+        return CheckpointError("{what}. " + do, what=what)

@@ -14,7 +14,16 @@ from typing import Any
 import numpy as np
 
 from . import devices
-from .checkpoints import INDEX_FILE, POSITION_IDS, CheckpointError, ModelKind, WeightsError, read_json, some
+from .checkpoints import (
+    INDEX_FILE,
+    POSITION_IDS,
+    CheckpointError,
+    ModelKind,
+    WeightsError,
+    read_json,
+    read_processor,
+    some,
+)
 from .hub import HubOptions, Repository, folder_here
 from .models import EAGER, build, give_weights
 from .survey import Source
@@ -64,6 +73,7 @@ _SMALL_FILES = (
     "config.json",
     "generation_config.json",
     "preprocessor_config.json",
+    "processor_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -99,7 +109,7 @@ def resolve_folder(kind: str, name_or_path: str | os.PathLike, options: HubOptio
     repository.pin(folder)
     folder = repository.fetch(weight_patterns(known.stem))
     if find_weights(folder, known.stem) is None:
-        raise repository.without_weights(look_for="a revision with safetensors (revision='refs/pr/...')")
+        raise repository.without_weights(look_for="a revision with safetensors, such as a pull request's (refs/pr/1)")
     return folder
 
 
@@ -121,7 +131,7 @@ def find(kind: str, folder: str | os.PathLike) -> Source:
             f"Copy or download it again."
         )
     if kind == "caption model":
-        read_json(folder / "preprocessor_config.json")
+        read_processor(folder)
     file = find_weights(folder, known.stem)
     if file is None:
         raise no_weights(folder, known.stem, None, "transformers: model")

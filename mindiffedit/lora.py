@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -70,7 +71,11 @@ def read(source, **place) -> tuple[dict[str, np.ndarray], dict[str, Any] | None,
     from .pictures import to_numpy
 
     if isinstance(source, Mapping):
-        return {name: to_numpy(value) for name, value in source.items()}, None, "the given LoRA"
+        tensors = {name: to_numpy(value) for name, value in source.items()}
+        others = [f"{name} ({value.dtype})" for name, value in tensors.items() if value.dtype.kind not in "fiu"]
+        if others:
+            raise CheckpointError(f"The given LoRA holds values that are no numbers: {_some(others)}.")
+        return tensors, None, "the given LoRA"
     path = resolve_file(source, default=FILE_NAME, **place)
     tensors, notes = read_tensors(path)
     if _METADATA not in notes:
@@ -139,7 +144,22 @@ def _diffusers_names(tensors: Mapping[str, np.ndarray], what: str):
     if any("dora_scale" in name for name in tensors):
         logger.warning("%s is a DoRA; its dora_scale weights are left out, as in diffusers.", what)
         tensors = {name: value for name, value in tensors.items() if "dora_scale" not in name}
+    # Trained with transformers 5.6 or later, whose text encoder has no model inside.
+    tensors = {
+        re.sub(r"^(text_encoder|lora_te1?)([._])encoder(?=[._])", r"\1\2text_model\2encoder", name): value
+        for name, value in tensors.items()
+    }
+    # Of any number type: kohya's extraction and merging scripts write whole numbers.
     alphas: dict[str, float] = {}
+    bad = [
+        name
+        for name, value in tensors.items()
+        if name.endswith(".alpha") and (value.size != 1 or not np.isfinite(value).all())
+    ]
+    if bad:  # E15
+        raise WeightsError(
+            f"{what} has alphas that are not one finite number each: {_some(bad)}. The file is damaged; use another."
+        )
     if tensors and all(
         name.startswith(("lora_te_", "lora_unet_", "lora_te1_", "lora_te2_")) for name in tensors
     ):

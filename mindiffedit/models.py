@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from . import devices, hub, quick_imports
+from . import devices, hub, old_configs, quick_imports
 from .checkpoints import (
     COMPONENTS,
     INDEX_FILE,
@@ -29,9 +29,12 @@ from .checkpoints import (
     WeightsError,
     first_line,
     read_json,
+    read_processor,
     small_files,
 )
-from .survey import Source, Survey, check_tokenizer_files, find_sources, place_of, text_part
+from .errors import InputError, InputTypeError
+from .survey import Source, Survey, find_sources, place_of, text_part
+from .tokenizer_files import load_clip_tokenizer
 from .weight_files import FLOATS, Stored
 
 __all__ = [
@@ -40,7 +43,6 @@ __all__ = [
     "give_weights",
     "load_component",
     "load_components",
-    "load_tokenizer",
     "parameters_by_name",
 ]
 
@@ -81,18 +83,19 @@ def load_components(
     given = dict(overrides or {})
     unknown = sorted(given.keys() - {*COMPONENTS, "requires_safety_checker"})
     if unknown:
-        raise TypeError(f"components: {', '.join(unknown)} is none of {', '.join(COMPONENTS)}")
+        raise InputTypeError(f"components: {', '.join(unknown)} is none of {', '.join(COMPONENTS)}")
     if use_safetensors is False:
         raise CheckpointError(
-            "use_safetensors=False asks for pickle weights, which are not read because a pickle can run "
-            "code. Leave it out, and give a checkpoint with safetensors files."
+            "{parameter} is False, which asks for pickle weights; these are not read because a pickle can run code."
+            " Leave it out, and give a checkpoint with safetensors files.",
+            parameter="use_safetensors",
         )
 
     found = Survey.of(folder, given, variant, weights)
     classes = found.classes
     components: dict[str, Any] = {name: None for name in COMPONENTS} | given
     if classes.get("tokenizer") is not None:
-        components["tokenizer"] = _load_clip_tokenizer(folder / "tokenizer", classes["tokenizer"])
+        components["tokenizer"] = load_clip_tokenizer(folder / "tokenizer", classes["tokenizer"])
     if classes.get("feature_extractor") is not None:
         components["feature_extractor"] = _load_feature_extractor(folder / "feature_extractor")
     found.check_together(given, components.get("tokenizer"))
@@ -142,11 +145,16 @@ def load_component(
         ValueError: ``name`` is no component.
     """
     if name not in COMPONENTS:
-        raise ValueError(f"name: expected one of {', '.join(COMPONENTS)}, got {name!r}")
+        raise InputError(
+            "{parameter} has to be one of {known}, but is {value!r}.",
+            parameter="name",
+            known=", ".join(COMPONENTS),
+            value=name,
+        )
     options = hub.HubOptions(cache_dir, force_download, local_files_only, token, revision, proxies)
     place, class_name = _resolve_component(pretrained_model_name_or_path, name, options, variant)
     if name == "tokenizer":
-        return _load_clip_tokenizer(place, class_name)
+        return load_clip_tokenizer(place, class_name)
     if name == "feature_extractor":
         return _load_feature_extractor(place)
     if name not in MODELS:
@@ -175,30 +183,10 @@ def _resolve_component(
 # --- what has no weights ---------------------------------------------------------------------------
 
 
-def _load_clip_tokenizer(folder: Path, class_name: str) -> Any:
-    """A checkpoint's tokenizer, whose files are checked to be there first."""
-    check_tokenizer_files(folder, class_name)
-    return load_tokenizer(folder, class_name)
-
-
-def load_tokenizer(folder: Path, class_name: str) -> Any:
-    """The tokenizer of transformers that a folder holds.
-
-    Raises:
-        CheckpointError: its files cannot be read.
-    """
-    import transformers
-
-    try:
-        return getattr(transformers, class_name).from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # whatever a broken vocabulary makes transformers raise
-        raise CheckpointError(f"{folder}: the tokenizer cannot be read: {first_line(error)}.") from error
-
-
 def _load_feature_extractor(folder: Path) -> Any:
     from transformers import CLIPImageProcessor
 
-    config = read_json(folder / "preprocessor_config.json")
+    config = read_processor(folder)
     try:
         return CLIPImageProcessor.from_dict(config)
     except Exception as error:  # whatever a broken config makes transformers raise
@@ -229,16 +217,25 @@ def _make_scheduler(folder: Path, class_name: str, config: Mapping[str, Any]) ->
         )
     if scheduler_class is None:
         raise CheckpointError(
-            f"{folder}: mindone has no scheduler {class_name!r}. Put DDIMScheduler in its place in "
-            f"{INDEX_FILE}, or give scheduler=... yourself."
+            "{folder}: mindone has no scheduler {class_name!r}. Put DDIMScheduler in its place in {index}, or give"
+            " another one as {parameter}.",
+            parameter="scheduler",
+            folder=folder,
+            class_name=class_name,
+            index=INDEX_FILE,
         )
     try:
         with _portable_kernels():
-            return scheduler_class.from_config(dict(config))
+            scheduler = scheduler_class.from_config(old_configs.scheduler_names(config))
     except Exception as error:  # whatever a broken config makes the scheduler raise
         raise CheckpointError(
             f"{folder}: no {class_name} can be made of its config: {first_line(error)}."
         ) from error
+    # Not of an inverse: the reference takes that as it is.
+    changes = {} if "Inverse" in class_name else old_configs.scheduler_changes(scheduler.config, loaded=True)
+    if changes:
+        scheduler.register_to_config(**changes)
+    return scheduler
 
 
 def _portable_kernels():
@@ -387,7 +384,9 @@ def give_weights(sources: Mapping[str, Source], models: dict[str, Any], dtype: A
     if misfits:
         one_file = any(source.file.parent != source.config_file.parent for source in sources.values())
         hint = _hint(misfits, one_file)
-        raise WeightsError("Weights do not fit their models:\n" + "\n".join(misfits) + "\n" + hint)
+        raise WeightsError(
+            "Weights do not fit their models:\n{misfits}\n" + hint, misfits="\n".join(misfits)
+        )
     for name, source in sources.items():
         _fill(source, plans[name], dtype)
         models[name].set_train(False)
@@ -409,7 +408,7 @@ def _match(source: Source, model: Any) -> tuple[dict[str, tuple[Stored, Any]], l
     pairs: dict[str, tuple[Stored, Any]] = {}
     left = dict(parameters)
     for name, stored in source.tensors.items():
-        target = _current_name(name, left)
+        target = _current_name(name, left, source.kind.inner)
         if target is None:
             pattern = source.kind.extra
             if pattern is None or not re.fullmatch(pattern, name):
@@ -430,18 +429,17 @@ def _match(source: Source, model: Any) -> tuple[dict[str, tuple[Stored, Any]], l
     return pairs, lines
 
 
-def _current_name(name: str, parameters: Mapping[str, Any]) -> str | None:
+# mindone's own save_pretrained keeps MindSpore's names.
+_MINDSPORE_ENDINGS = {"embedding_table": "weight", "gamma": "weight", "beta": "bias"}
+
+
+def _current_name(name: str, parameters: Mapping[str, Any], inner: str) -> str | None:
     """Key of `parameters` that a weight called `name` in a file is for; None where there is none."""
-    if name in parameters:
-        return name
-    candidates = []
-    parts = name.split(".")
-    if len(parts) > 2 and parts[-2] in _OLD_ATTENTION:
-        candidates.append(".".join([*parts[:-2], _OLD_ATTENTION[parts[-2]], parts[-1]]))
-    # mindone's own save_pretrained keeps MindSpore's names.
-    for ending, torch_ending in (("embedding_table", "weight"), ("gamma", "weight"), ("beta", "bias")):
-        if parts[-1] == ending:
-            candidates.append(".".join([*parts[:-1], torch_ending]))
+    *path, ending = name.split(".")
+    candidates = [name, ".".join([*path, _MINDSPORE_ENDINGS.get(ending, ending)])]
+    if len(path) > 1 and path[-1] in _OLD_ATTENTION:
+        candidates.append(".".join([*path[:-1], _OLD_ATTENTION[path[-1]], ending]))
+    candidates += [inner + candidate for candidate in candidates]
     return next((candidate for candidate in candidates if candidate in parameters), None)
 
 
@@ -450,7 +448,7 @@ def _hint(misfits: list[str], one_file: bool) -> str:
     if any("lora" in line.lower() for line in extra):
         return "Some are LoRA weights: fuse them into the model before saving it (fuse_lora in diffusers)."
     if one_file:
-        return "The file belongs to another configuration: give config=, a folder or hub id whose models are these."
+        return "The file belongs to another configuration: give {config}, a folder or hub id whose models are these."
     if extra and any(line.startswith("  missing") for line in misfits):
         return "The file holds another model, or an original checkpoint not converted to diffusers' names."
     return "The config.json beside the file belongs to another model, or the file is damaged."

@@ -127,6 +127,15 @@ class Preparation(Adapters):
             del given[name]
         return {**given, **scale}
 
+    @property
+    def _tokens_read(self) -> int:
+        """Tokens of a prompt: the tokenizer's length, and never more than the text encoder has positions for.
+
+        A tokenizer whose config says no length has one of 10**30.
+        """
+        length = self.tokenizer.model_max_length
+        return min(length, getattr(self.text_encoder.config, "max_position_embeddings", length))
+
     def _tokens(self, texts: List[str], length: int):
         return self.tokenizer(
             texts, padding="max_length", max_length=length, truncation=True, return_tensors="np"
@@ -135,7 +144,7 @@ class Preparation(Adapters):
     def _warn_of_truncation(self, texts: List[str], token_ids: np.ndarray) -> None:
         whole = self.tokenizer(texts, padding="longest", return_tensors="np").input_ids
         if whole.shape[-1] >= token_ids.shape[-1] and not np.array_equal(whole, token_ids):
-            limit = self.tokenizer.model_max_length
+            limit = self._tokens_read
             removed = self.tokenizer.batch_decode(whole[:, limit - 1 : -1])
             logger.warning(
                 "The text encoder reads %d tokens; this part of the prompt was cut off: %s", limit, removed
@@ -149,12 +158,12 @@ class Preparation(Adapters):
         skip: Optional[int] = None,
         lora_scale: float = 1.0,
     ) -> np.ndarray:
-        """Prompt embeddings (B, L, D) float32 of texts, padded or cut to the tokenizer's length.
+        """Prompt embeddings (B, L, D) float32 of texts, padded or cut to the length that is read.
 
         ``stage`` is the name that the token ids are observed under.
         """
         texts = self.maybe_convert_prompt(texts, self.tokenizer)
-        inputs = self._tokens(texts, length or self.tokenizer.model_max_length)
+        inputs = self._tokens(texts, length or self._tokens_read)
         if length is None:
             self._warn_of_truncation(texts, inputs.input_ids)
         uses_mask = getattr(self.text_encoder.config, "use_attention_mask", False)
@@ -285,7 +294,7 @@ class Preparation(Adapters):
                 raise ValueError(f"`{prefix}{name}` is {embeds.shape[-1]} wide, but this UNet takes {width}.")
         if prompt_embeds is None or negative_prompt_embeds is not None or not is_guided:
             return batch
-        most = self.tokenizer.model_max_length
+        most = self._tokens_read
         if prompt_embeds.shape[1] > most:
             raise ValueError(
                 f"`{prefix}prompt_embeds` is {prompt_embeds.shape[1]} tokens long, but the text encoder, which makes the"

@@ -18,9 +18,9 @@ import PIL.Image
 
 from . import compile_cache as compile_caches
 from . import devices, language_models, options, pictures, randomness
-from .checkpoints import CheckpointError
+from .checkpoints import CheckpointError, read_processor
 from .hub import HubOptions
-from .models import load_tokenizer
+from .tokenizer_files import load_tokenizer
 
 __all__ = ["Captioner", "PromptGenerator", "average_embeddings"]
 
@@ -282,12 +282,12 @@ class Captioner(_Writer):
     def _preparation(cls, folder: Path, config: dict):
         from transformers import BlipImageProcessor, BlipProcessor
 
-        settings = folder / "preprocessor_config.json"
+        settings = read_processor(folder)
         try:
             # Not the fast one, which is torchvision's.
-            image_processor = BlipImageProcessor.from_json_file(str(settings))
+            image_processor = BlipImageProcessor.from_dict(settings)
         except Exception as error:  # whatever a broken config makes transformers raise
-            raise CheckpointError(f"{settings}: no image processor can be made of it: {error}.") from error
+            raise CheckpointError(f"{folder}: no image processor can be made of its config: {error}.") from error
         size = (config.get("text_config") or {}).get("vocab_size", 30524)
         return BlipProcessor(image_processor, _tokenizer(folder, "BertTokenizerFast", size))
 

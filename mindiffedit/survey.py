@@ -22,9 +22,13 @@ from .checkpoints import (
     named_class,
     read_index,
     read_json,
+    read_processor,
     small_files,
     some,
 )
+from .errors import InputError
+from .old_configs import unet_changes
+from .tokenizer_files import check_tokenizer_files
 from .weight_files import Stored, find_weights, no_weights, read_headers
 
 __all__ = [
@@ -32,7 +36,6 @@ __all__ = [
     "Survey",
     "check_fit",
     "check_folder",
-    "check_tokenizer_files",
     "find_sources",
     "place_of",
     "scheduler_class",
@@ -62,9 +65,9 @@ def check_folder(
     folder = Path(folder)
     found = Survey.of(folder, set(skip), variant)
     if found.classes.get("tokenizer") is not None:
-        check_tokenizer_files(folder / "tokenizer", found.classes["tokenizer"])
+        check_tokenizer_files(folder / "tokenizer")
     if found.classes.get("feature_extractor") is not None:
-        read_json(folder / "feature_extractor" / "preprocessor_config.json")
+        read_processor(folder / "feature_extractor")
     found.check_together()
     return found.configs()
 
@@ -143,7 +146,7 @@ class Source:
     Attributes:
         name: of the model, for messages; a component is called by its name.
         kind: what is known of such models.
-        config: the content of its config.json.
+        config: the content of its config.json, with what is outdated put right.
         config_file: that file.
         file: the weight file, or the index of its shards.
         tensors: where each weight lies, by the parameters' names, which are diffusers' or transformers'.
@@ -159,9 +162,10 @@ class Source:
     @classmethod
     def elsewhere(cls, name: str, place: Path, weights: Any) -> Source:
         """The source of a component whose folder, `place`, has its config alone, and `weights` the rest."""
-        file = place / "config.json"
-        config = read_json(file)
-        return cls(name, MODELS[name], config, file, weights.file, weights.tensors(name, config))
+        config = _read_config(name, place)
+        return cls(
+            name, MODELS[name], config, place / "config.json", weights.file, weights.tensors(name, config)
+        )
 
 
 def find_sources(places: Mapping[str, Path], variant: str | None, where: Path) -> dict[str, Source]:
@@ -178,19 +182,26 @@ def find_sources(places: Mapping[str, Path], variant: str | None, where: Path) -
     """
     sources, any_of_variant = {}, False
     for name, place in places.items():
-        kind, file = MODELS[name], place / "config.json"
-        config = read_json(file)
+        kind, config = MODELS[name], _read_config(name, place)
         weights = find_weights(place, kind.stem, variant)
         any_of_variant |= weights is not None
         weights = weights or find_weights(place, kind.stem)
         if weights is None:
             raise no_weights(place, kind.stem, variant)
-        sources[name] = Source(name, kind, config, file, weights, read_headers(weights))
+        sources[name] = Source(name, kind, config, place / "config.json", weights, read_headers(weights))
     if sources and not any_of_variant:
         raise CheckpointError(
-            f"{where} has no weights of variant {variant!r}. Leave variant out to read the plain files."
+            "{where} has no weights of {parameter} {value!r}. Leave {parameter} out to read the plain files.",
+            parameter="variant",
+            where=where,
+            value=variant,
         )
     return sources
+
+
+def _read_config(name: str, place: Path) -> dict[str, Any]:
+    config = read_json(place / "config.json")
+    return config | unet_changes(config) if name == "unet" else config
 
 
 def place_of(folder: Path, name: str) -> tuple[Path, str]:
@@ -217,7 +228,7 @@ def place_of(folder: Path, name: str) -> tuple[Path, str]:
         config = read_json(part / "tokenizer_config.json") if has_config else {}
         stated = config.get("tokenizer_class", class_names(name)[0])
     elif name == "feature_extractor":
-        config = read_json(part / marks[0])
+        config = read_processor(part)
         usual = config.get("feature_extractor_type", class_names(name)[0])
         stated = config.get("image_processor_type", usual)
     else:
@@ -251,16 +262,6 @@ def _class_of(index: Mapping[str, Any], folder: Path, name: str, where: Path | N
     return found
 
 
-def check_tokenizer_files(folder: Path, class_name: str) -> None:
-    """CheckpointError where a tokenizer's folder lacks a file that its class reads."""
-    files = ("tokenizer.json",) if (folder / "tokenizer.json").is_file() else ("vocab.json", "merges.txt")
-    if class_name == "CLIPTokenizer":
-        files = ("vocab.json", "merges.txt")
-    missing = [name for name in files if not (folder / name).is_file()]
-    if missing:
-        raise CheckpointError(f"{folder} lacks {' and '.join(missing)}: the checkpoint is incomplete.")
-
-
 def scheduler_class(folder: str | os.PathLike) -> str | None:
     """Class of a checkpoint folder's scheduler, as its model_index.json names it."""
     folder = Path(folder)
@@ -271,13 +272,13 @@ def scheduler_class(folder: str | os.PathLike) -> str | None:
 
 
 def check_fit(components: Mapping[str, Any]) -> None:
-    """ValueError, in one sentence, where unet, vae, text_encoder and tokenizer cannot work together.
+    """InputError, in one sentence, where unet, vae, text_encoder and tokenizer cannot work together.
 
     By their configs alone, so in no time; a component without a config is not judged.
     """
     problems = _misfits(_configs_of(components), components.get("tokenizer"))
     if problems:
-        raise ValueError(
+        raise InputError(
             f"These components cannot work together: {'; '.join(problems)}. Take components from checkpoints of one"
             f" family, or train one to fit the other."
         )

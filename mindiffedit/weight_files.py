@@ -35,8 +35,10 @@ __all__ = [
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 """Endings of files that are never read, since reading a pickle can run code."""
 
-FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-"""The types that are read, and what NumPy reads their bytes as."""
+FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "u1", "F8_E5M2": "u1"}
+"""The types that weights can have, and what NumPy reads their bytes as."""
+
+_INTEGERS = {"I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1"}
 
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4}
 SIZES |= {"U16": 2, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
@@ -93,7 +95,7 @@ def no_weights(
     pickles = [f for f in files if f.endswith(PICKLES)]
     if variants:
         what = f"holds only the variant{'s' if len(variants) > 1 else ''} {', '.join(variants)}"
-        do = f"Give variant={variants[0]!r}."
+        do = "Give {parameter} {variants[0]}."
     elif pickles:
         what = (
             f"holds only pickle weights ({some(pickles)}), which are not read because a pickle can run code"
@@ -102,7 +104,14 @@ def no_weights(
     else:
         what = f"has no weights; it holds {some(files)}"
         do = "The checkpoint is incomplete: copy or download it again."
-    return CheckpointError(f"{folder} {what}. Expected {tried}. {do}")
+    return CheckpointError(
+        "{folder} {what}. Expected {tried}. " + do,
+        parameter="variant",
+        folder=folder,
+        what=what,
+        tried=tried,
+        variants=variants,
+    )
 
 
 # --- what is in them -------------------------------------------------------------------------------
@@ -118,13 +127,22 @@ class Stored:
     offset: int
 
     def read(self) -> np.ndarray:
-        """Values as float32, or float64 where the file has these; exact in both cases."""
-        values = np.fromfile(self.file, FLOATS[self.dtype], math.prod(self.shape), offset=self.offset)
+        """Values as float32, float64 where the file has these, or integers; always exact."""
+        kind = (FLOATS | _INTEGERS)[self.dtype]
+        values = np.fromfile(self.file, kind, math.prod(self.shape), offset=self.offset)
         if self.dtype == "BF16":
             # A bfloat16 is the upper half of a float32.
             values = (values.astype(np.uint32) << 16).view(np.float32)
         elif self.dtype == "F16":
             values = values.astype(np.float32)
+        elif self.dtype == "F8_E5M2":
+            # The upper half of a float16.
+            values = (values.astype(np.uint16) << 8).view(np.float16).astype(np.float32)
+        elif self.dtype == "F8_E4M3":
+            # An exponent of one bit less than a float16's, whose bias is greater by 8; all ones are NaN, none is infinite.
+            bits = values.astype(np.uint16)
+            halves = ((bits & 0x80) << 8 | (bits & 0x7F) << 7).view(np.float16)
+            values = np.where(bits & 0x7F == 0x7F, np.float32(np.nan), halves.astype(np.float32) * np.float32(256))
         return values.reshape(self.shape)
 
     def rows(self, first: int, count: int) -> Stored:
@@ -134,18 +152,19 @@ class Stored:
 
 
 def read_tensors(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """All tensors of a safetensors file, in the order of the file, as float32 or float64; and its metadata.
+    """All tensors of a safetensors file, in the order of the file, as ``Stored.read`` gives them; and its metadata.
 
     Raises:
         CheckpointError: the file cannot be read, is not a whole safetensors file, or holds a tensor that is not of
-            floats.
+            numbers.
     """
     notes: dict[str, str] = {}
     stored = read_header(Path(path), notes)
-    others = [f"{name} ({entry.dtype})" for name, entry in stored.items() if entry.dtype not in FLOATS]
+    numbers = (*FLOATS, *_INTEGERS)
+    others = [f"{name} ({entry.dtype})" for name, entry in stored.items() if entry.dtype not in numbers]
     if others:
         raise CheckpointError(
-            f"{path} holds tensors of other types than {', '.join(FLOATS)}: {some(others)}. Convert them first."
+            f"{path} holds tensors of other types than {', '.join(numbers)}: {some(others)}. Convert them first."
         )
     return {name: entry.read() for name, entry in stored.items()}, notes
 

@@ -14,7 +14,8 @@ import torch
 from diffusers import StableDiffusionDiffEditPipeline as Reference
 from test_pipeline import CLOSE, PICTURE, SOURCE, TARGET, our_pipeline, their_pipeline
 
-from mindiffedit import StableDiffusionDiffEditPipeline, compile_cache, devices, lora, models, options
+from mindiffedit import StableDiffusionDiffEditPipeline, compile_cache, devices, lora, models, options, weight_files
+from mindiffedit.checkpoints import CheckpointError
 from mindiffedit.survey import check_folder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -260,6 +261,11 @@ FORMATS = {
         kohya_names(parts, lambda module: 1.0 if "conv" in module or "fc2" in module else 3.0),
         None,
     ),
+    "kohya, whole alphas, as merging scripts write them": lambda parts: (
+        {name: value.to(torch.int64) if name.endswith(".alpha") else value
+         for name, value in kohya_names(parts, 2.0).items()},
+        None,
+    ),
     "kohya, alphas that differ in attention": lambda parts: (
         kohya_names(parts, lambda module: 1.0 if "to_q" in module or "q_proj" in module else 3.0),
         None,
@@ -280,6 +286,64 @@ def test_formats(ours, theirs, parts, tmp_path, name):
     ours.load_lora_weights(file)
     assert ours.get_list_adapters() == theirs.get_list_adapters()
     assert distance(ours, theirs, scale=0.8) < ROUNDING
+
+
+def test_alphas_of_any_number_type(ours, parts, tmp_path):
+    """Of no and of one dimension, in a file and as a dict; what is not one number is refused."""
+    import safetensors.torch
+
+    targets = {"unet": ours.unet, "text_encoder": ours.text_encoder}
+    floats = kohya_names(parts[0], 2.0)
+
+    def ratios(source):
+        found = lora.parse(lora.read(source)[0], None, targets)
+        return {name: matrices.ratio for part in found.values() for name, matrices in part.items()}
+
+    expected = ratios(floats)
+    assert set(expected.values()) == {0.5}
+    file = tmp_path / "lora.safetensors"
+    types = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.float64, torch.float16,
+             torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)  # fmt: skip
+    for kind in types:
+        for shape in ((), (1,)):
+            alpha = torch.tensor(2).to(kind).reshape(shape)
+            tensors = {name: alpha.clone() if name.endswith(".alpha") else t for name, t in floats.items()}
+            safetensors.torch.save_file(tensors, file)
+            assert ratios(file) == expected, kind
+            if not str(kind).startswith("torch.float8"):
+                assert ratios(tensors) == expected, kind
+    assert ratios({name: 2 if name.endswith(".alpha") else t for name, t in floats.items()}) == expected
+    bad = (torch.tensor(True), torch.tensor(torch.nan), torch.tensor([1.0, 2.0]), torch.tensor([]))
+    for alpha in bad:
+        tensors = {name: alpha.clone() if name.endswith(".alpha") else t for name, t in floats.items()}
+        safetensors.torch.save_file(tensors, file)
+        for source in (file, tensors):
+            with pytest.raises(CheckpointError, match=r"\.alpha"):
+                ratios(source)
+
+
+def test_eight_bit_floats_are_read_exactly(tmp_path):
+    import safetensors.torch
+
+    for kind in (torch.float8_e4m3fn, torch.float8_e5m2):
+        every = torch.arange(256, dtype=torch.uint8).view(kind)
+        safetensors.torch.save_file({"x": every}, tmp_path / "x.safetensors")
+        found = weight_files.read_tensors(tmp_path / "x.safetensors")[0]["x"]
+        assert found.dtype == np.float32 and np.array_equal(found, every.float().numpy(), equal_nan=True)
+
+
+def test_text_encoders_without_an_inner_model(ours, parts):
+    """Names of LoRAs that were trained with transformers from 5.6 on."""
+    targets = {"unet": ours.unet, "text_encoder": ours.text_encoder}
+    for names in (peft_names, diffusers_names, lambda parts: kohya_names(parts, 2.0)):
+        plain = names(parts[0])
+        newer = {re.sub("text_model[._]", "", name): value for name, value in plain.items()}
+        assert newer.keys() != plain.keys()
+        one, other = (lora.parse(lora.read(tensors)[0], None, targets) for tensors in (plain, newer))
+        assert one["text_encoder"].keys() == other["text_encoder"].keys() and one["text_encoder"]
+        for name, matrices in one["text_encoder"].items():
+            assert np.array_equal(matrices.up, other["text_encoder"][name].up)
+            assert matrices.ratio == other["text_encoder"][name].ratio
 
 
 def test_processors_without_a_component_are_the_unets(ours, theirs, parts, tmp_path):

@@ -78,9 +78,9 @@ def test_a_path_that_is_not_there_is_not_looked_up(name, no_network):
 
 def test_names_of_the_wrong_kind(tmp_path):
     for name in (None, 3, ["a/b"]):
-        with pytest.raises(TypeError, match="expected a folder or a hub id"):
+        with pytest.raises(TypeError, match="has to be a folder or a hub id"):
             resolve_folder(name)
-    with pytest.raises(CheckpointError, match="empty name"):
+    with pytest.raises(CheckpointError, match="the name is empty"):
         resolve_folder(" ")
     (tmp_path / "model.ckpt").write_bytes(b"x")
     with pytest.raises(CheckpointError, match="is a file.*from_single_file"):
@@ -330,3 +330,17 @@ def test_a_repository_with_pickles_only(hub, tmp_path):
     with pytest.raises(CheckpointError, match="no safetensors weights for unet in what the hub gave.*Pickle"):
         resolve_folder("someone/tiny-model", HubOptions(tmp_path / "cache"))
     assert not any(path.endswith(".bin") for _, path, _ in hub.requests)
+
+
+def test_the_demo_model_by_its_name(tmp_path, monkeypatch, no_network):
+    """As --model demo: the one that comes with the package, also beside a folder of that name."""
+    from mindiffedit import StableDiffusionDiffEditPipeline, demo, load_component
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()
+    assert resolve_folder("demo") == demo.checkpoint_folder()
+    for folder in ("./demo", Path("demo"), str(tmp_path / "demo")):
+        assert resolve_folder(folder).resolve() == tmp_path / "demo"
+    pipe = StableDiffusionDiffEditPipeline.from_pretrained("demo", mode="pynative", requires_safety_checker=False)
+    scheduler = load_component("demo", "scheduler")
+    assert dict(scheduler.config) == dict(pipe.scheduler.config)

@@ -203,9 +203,9 @@ def test_variant(sd1_folder, tmp_path):
     assert_same(parts["unet"], {key: t.astype(np.float32) for key, t in unet.items()})
     assert_same(parts["vae"], read_tensors(sd1_folder / MODEL_FILES["vae"]))
 
-    with pytest.raises(CheckpointError, match=r"holds only the variant fp16.*variant='fp16'"):
+    with pytest.raises(CheckpointError, match=r"holds only the variant fp16.*Give `variant` fp16"):
         load_components(folder)
-    with pytest.raises(CheckpointError, match=r"no weights of variant 'ema'"):
+    with pytest.raises(CheckpointError, match=r"no weights of `variant` 'ema'"):
         load_components(sd1_folder, variant="ema")
 
 
@@ -299,7 +299,8 @@ def test_all_misfits_of_all_files_are_listed(copy):
         "extra: conv_in.weigth (16, 4, 3, 3)",
         "missing: conv_in.weight (16, 4, 3, 3)",
         "misshapen: conv_out.bias is (3,), the model has (4,)",
-        "of the wrong type: mid_block.resnets.0.norm1.weight is I32, expected one of F64, F32, F16, BF16",
+        "of the wrong type: mid_block.resnets.0.norm1.weight is I32, expected one of F64, F32, F16, BF16, F8_E4M3,"
+        " F8_E5M2",
         "missing: text_model.final_layer_norm.bias (32,)",
         "misshapen: text_model.embeddings.position_embedding.weight is (32, 77), the model has (77, 32)",
     }

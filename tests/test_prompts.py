@@ -663,8 +663,8 @@ def test_each_loads_its_own_kind(t5_folder, blip_folder, tmp_path):
     "name, kind, words",
     [
         ("./nowhere", CheckpointError, "no such folder"),
-        ("", CheckpointError, "empty name"),
-        (7, TypeError, "folder or a hub id, got 7"),
+        ("", CheckpointError, "name is empty"),
+        (7, TypeError, "folder or a hub id, but is 7"),
         (None, TypeError, "folder or a hub id"),
     ],
 )

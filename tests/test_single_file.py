@@ -11,6 +11,7 @@ from checkpoint_files import (
     COMMIT,
     MODEL_FILES,
     assert_same,
+    change_json,
     make_cache,
     parameters,
     read_tensors,
@@ -199,6 +200,102 @@ def test_all_weights_are_those_that_diffusers_reads(layout, request):
     assert ours.safety_checker is None and theirs.safety_checker is None
 
 
+SGM = "conditioner.embedders.0."
+
+
+def renamed(tensors, *pairs):
+    for old, new in pairs:
+        tensors = {name.replace(old, new): values for name, values in tensors.items()}
+    return tensors
+
+
+def inner_gone(tensors):
+    return renamed(tensors, ("transformer.text_model.", "transformer."))
+
+
+VARIANTS = {
+    "SD-Turbo": ("sd2", lambda t: renamed(t, ("cond_stage_model.", SGM), ("alphas_cumprod", "denoiser.sigmas"))),
+    "sgm with CLIP": ("sd1", lambda t: renamed(t, ("cond_stage_model.", SGM))),
+    "CLIP without its inner model": ("sd1", inner_gone),
+    "sgm, CLIP without its inner model": ("sd1", lambda t: inner_gone(renamed(t, ("cond_stage_model.", SGM)))),
+    "CLIP of ComfyUI": ("sd1", lambda t: renamed(t, ("cond_stage_model.", "text_encoders.clip_l."))),
+    "VAE by its short name": ("sd1", lambda t: renamed(t, ("first_stage_model.", "vae."))),
+    "VAE attention of diffusers": (
+        "sd1",
+        lambda t: renamed(t, *((f"attn_1.{old}.", f"attn_1.{new}.") for new, old in VAE_ATTENTION.items()
+                               if old != "norm")),
+    ),
+    "VAE attention of older diffusers": (
+        "sd2",
+        lambda t: renamed(t, ("attn_1.q.", "attn_1.query."), ("attn_1.k.", "attn_1.key."),
+                          ("attn_1.v.", "attn_1.value."), ("attn_1.proj_out.", "attn_1.proj_attn.")),
+    ),
+    "leftovers of training": (
+        "sd1",
+        lambda t: t | {f"model_ema.diffusion_model{i}": np.ones(2, np.float32) for i in range(120)}
+        | {"first_stage_model.loss.logvar": np.ones(1), "first_stage_model.model_ema.decay": np.ones(1),
+           "cond_stage_model.transformer.text_projection.weight": np.ones((4, 4)), "global_step": np.int64([875000]),
+           "cond_stage_model.logit_scale": np.ones(()), "cond_stage_model.transformer.vision_model.x": np.ones(3)},
+    ),
+    "leftovers of OpenCLIP": ("sd2", lambda t: t | {"cond_stage_model.model.attn_mask": np.ones((77, 77), np.float32)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_layouts_that_mean_the_same(name, request, tmp_path):
+    layout, change = VARIANTS[name]
+    file = request.getfixturevalue(f"{layout}_file")
+    folder = request.getfixturevalue({"sd1": "sd1_folder", "sd2": "sd2_of_23_layers"}[layout])
+    write_tensors(tmp_path / "file.safetensors", change(read_tensors(file)))
+    ours = loaded(tmp_path / "file.safetensors", folder)
+    for part in ("unet", "vae", "text_encoder"):
+        assert_same(getattr(ours, part), read_tensors(folder / MODEL_FILES[part]))
+
+
+def test_sgms_layout_is_read_as_diffusers_does(sd2_file, sd2_of_23_layers, tmp_path):
+    from diffusers import StableDiffusionPipeline
+
+    file = tmp_path / "sd_turbo.safetensors"
+    write_tensors(file, VARIANTS["SD-Turbo"][1](read_tensors(sd2_file)))
+    theirs = StableDiffusionPipeline.from_single_file(
+        str(file), config=str(sd2_of_23_layers), local_files_only=True
+    )
+    ours = loaded(file, sd2_of_23_layers)
+    expected = {key: value.numpy() for key, value in theirs.text_encoder.state_dict().items()}
+    assert_same(ours.text_encoder, expected)
+
+
+def test_a_layer_less_than_the_file_has(sd1_file, sd1_folder, tmp_path):
+    """A text encoder whose last layer is left out, as fine-tunes "with clip skip" were published; not two of them."""
+    folder = Path(shutil.copytree(sd1_folder, tmp_path / "folder"))
+    change_json(folder / "text_encoder/config.json", num_hidden_layers=2)
+    found = parameters(loaded(sd1_file, folder).text_encoder)
+    whole = read_tensors(sd1_folder / MODEL_FILES["text_encoder"])
+    assert found.keys() == {name for name in whole if ".layers.2." not in name}
+    change_json(folder / "text_encoder/config.json", num_hidden_layers=1)
+    with pytest.raises(WeightsError, match=r"extra: .*layers\.2\."):
+        loaded(sd1_file, folder)
+
+
+def test_a_file_that_says_that_it_predicts_v(sd1_file, sd1_folder, tmp_path, caplog):
+    write_tensors(tmp_path / "v.safetensors", read_tensors(sd1_file) | {"v_pred": np.zeros(0, np.float32)})
+    loaded(tmp_path / "v.safetensors", sd1_folder)
+    assert "predicts v, but its scheduler is configured for epsilon" in caplog.text
+    caplog.clear()
+    folder = Path(shutil.copytree(sd1_folder, tmp_path / "folder"))
+    change_json(folder / "scheduler/scheduler_config.json", prediction_type="v_prediction")
+    loaded(tmp_path / "v.safetensors", folder)
+    assert "predicts v" not in caplog.text
+
+
+def test_old_configs_count_here_too(sd1_file, sd1_folder, tmp_path):
+    folder = Path(shutil.copytree(sd1_folder, tmp_path / "folder"))
+    change_json(folder / "unet/config.json", sample_size=32, _diffusers_version="0.6.0")
+    change_json(folder / "scheduler/scheduler_config.json", steps_offset=0)
+    ours = loaded(sd1_file, folder)
+    assert ours.unet.config.sample_size == 64 and ours.scheduler.config.steps_offset == 1
+
+
 def test_a_swapped_weight_is_seen(sd1_file, sd1_folder, tmp_path):
     """The comparison above can fail."""
     tensors = read_tensors(sd1_file)
@@ -232,7 +329,7 @@ def test_components_that_are_given_are_not_looked_for(sd1_file, sd1_folder, tmp_
     file = tmp_path / "bare.safetensors"
     write_tensors(file, tensors)
     with pytest.raises(
-        CheckpointError, match=r"no weights of vae .*first_stage_model\.\*.*vae=\.\.\. besides"
+        CheckpointError, match=r"no weights of vae .*first_stage_model\.\*.*from_single_file .*vae=\.\.\."
     ):
         loaded(file, sd1_folder)
     vae = models.load_component(sd1_folder, "vae")
@@ -258,7 +355,7 @@ def test_all_misfits_are_listed(sd1_file, sd1_folder, tmp_path):
     tensors = read_tensors(sd1_file)
     del tensors["model.diffusion_model.time_embed.0.bias"]
     tensors["model.diffusion_model.out.2.bias"] = np.zeros(3, np.float32)
-    tensors["model.diffusion_model.label_emb.0.0.weight"] = np.zeros((2, 2), np.float32)
+    tensors["model.diffusion_model.style_emb.0.0.weight"] = np.zeros((2, 2), np.float32)
     tensors["first_stage_model.encoder.mid.attn_2.q.weight"] = np.zeros((2, 2), np.float32)
     del tensors["cond_stage_model.transformer.text_model.final_layer_norm.weight"]
     file = tmp_path / "odd.safetensors"
@@ -269,11 +366,11 @@ def test_all_misfits_are_listed(sd1_file, sd1_folder, tmp_path):
     assert {line.strip() for line in lines if line.startswith("  ")} == {
         "missing: time_embedding.linear_1.bias (64,)",
         "misshapen: conv_out.bias is (3,), the model has (4,)",
-        "extra: model.diffusion_model.label_emb.0.0.weight (2, 2)",
+        "extra: model.diffusion_model.style_emb.0.0.weight (2, 2)",
         "extra: encoder.mid.attn_2.to_q.weight (2, 2)",
         "missing: text_model.final_layer_norm.weight (32,)",
     }
-    assert "config=" in lines[-1] and str(file) in str(caught.value)
+    assert "`config`" in lines[-1] and str(file) in str(caught.value)
 
 
 def test_another_models_configuration(sd1_file, sd2_folder):
@@ -321,7 +418,7 @@ def test_names_that_are_no_file(tmp_path, sd1_folder):
         loaded(sd1_folder, sd1_folder)
     with pytest.raises(CheckpointError, match="no such file.*huggingface.co"):
         loaded(tmp_path / "none.safetensors", sd1_folder)
-    with pytest.raises(TypeError, match="expected a .safetensors file"):
+    with pytest.raises(TypeError, match="has to be a .safetensors file"):
         loaded(None, sd1_folder)
 
 
@@ -332,9 +429,12 @@ def tiny(name, shape):
 OTHER_KINDS = {
     "inpainting": tiny("input_blocks.0.0.weight", (4, 9, 3, 3)),
     "InstructPix2Pix": tiny("input_blocks.0.0.weight", (4, 8, 3, 3)),
+    "depth-to-image": tiny("input_blocks.0.0.weight", (4, 5, 3, 3)) | tiny("out.2.weight", (4, 4, 3, 3)),
+    "upscaling": tiny("input_blocks.0.0.weight", (4, 7, 3, 3)) | tiny("out.2.weight", (4, 4, 3, 3)),
+    "unCLIP": tiny("input_blocks.0.0.weight", (4, 4, 3, 3)) | tiny("label_emb.0.0.weight", (4, 4)),
     "Stable Diffusion XL": {
         **tiny("input_blocks.0.0.weight", (4, 4, 3, 3)),
-        "conditioner.embedders.0.transformer.text_model.final_layer_norm.bias": np.zeros(3, np.float32),
+        "conditioner.embedders.1.model.ln_final.bias": np.zeros(3, np.float32),
     },
     "no weights of unet, vae, text_encoder": {"lora_unet_down_blocks_0.lora_down.weight": np.zeros((4, 4))},
     "no weights of vae, text_encoder": tiny("input_blocks.0.0.weight", (4, 4, 3, 3)),
@@ -386,7 +486,7 @@ def test_the_usual_configuration_comes_from_the_cache(kind, sd1_file, sd1_folder
 
 def test_a_configuration_that_cannot_be_had(sd1_file, tmp_path):
     with pytest.raises(
-        CheckpointError, match="give config=, a folder in diffusers' layout.*offline"
+        CheckpointError, match="give `config`, a folder in diffusers' layout.*offline"
     ) as caught:
         StableDiffusionDiffEditPipeline.from_single_file(sd1_file, cache_dir=tmp_path, local_files_only=True)
     assert "stable-diffusion-v1-5/stable-diffusion-v1-5" in one_sentence(caught)

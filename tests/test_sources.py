@@ -305,6 +305,7 @@ GROUND = {
     "lora",
     "models",
     "notices",
+    "old_configs",
     "options",
     "outputs",
     "parity.case",
@@ -326,6 +327,7 @@ GROUND = {
     "sweeps",
     "tiling",
     "textual_inversion",
+    "tokenizer_files",
     "weight_files",
 }
 # The half of the parity tool that runs the reference; imported by `parity record` alone.

@@ -207,7 +207,7 @@ def test_a_component_from_the_hubs_cache(other_folder, tmp_path, whole, variant)
 
 
 def test_a_variant_that_is_not_there(other_folder):
-    with pytest.raises(CheckpointError, match="no weights of variant 'ema'. Leave variant out"):
+    with pytest.raises(CheckpointError, match="no weights of `variant` 'ema'. Leave `variant` out"):
         load_component(other_folder, "vae", variant="ema")
 
 
@@ -224,7 +224,7 @@ def test_a_component_is_read_as_strictly_as_a_checkpoint(other_folder, tmp_path)
 
 
 def test_names_and_folders_of_the_wrong_kind(other_folder, tmp_path):
-    with pytest.raises(ValueError, match="expected one of vae, text_encoder, .* got 'controlnet'"):
+    with pytest.raises(ValueError, match="has to be one of vae, text_encoder, .* is 'controlnet'"):
         load_component(other_folder, "controlnet")
     with pytest.raises(CheckpointError, match="vae is a UNet2DConditionModel, expected AutoencoderKL"):
         load_component(other_folder / "unet", "vae")
