@@ -6,16 +6,13 @@ import collections
 from typing import Any, Callable, Optional, Sequence
 
 import mindspore as ms
-from mindspore.common import api
+from mindspore.common.api import JitExecutor_, ms_compile_cache
 
 from . import native, turns
 from .kernels import portable_kernels
 
 MAX_GRAPHS = 16
-"""Graphs that a pipeline keeps: those of two sizes of pictures. Without a limit every new size would stay.
-
-What is needed again comes back from the compile cache, in a tenth of the time and memory that compiling takes.
-"""
+"""Graphs that a pipeline keeps: those of two sizes of pictures. Without a limit every new size would stay."""
 
 MAX_GRAPHS_WITHOUT_CACHE = 64
 """The same where a graph that has gone has to be compiled again."""
@@ -23,6 +20,9 @@ MAX_GRAPHS_WITHOUT_CACHE = 64
 
 class Graphs:
     """Compiles functions, once for every combination of shapes and dtypes.
+
+    What goes comes back from the compile cache. It is then a quarter of the size of a graph that was compiled here,
+    which MindSpore keeps with all that it went through, so of each function only the newest of those stays.
 
     Args:
         cache: a ``compile_cache.CompileCache`` that a graph is looked for in before it is compiled, or None.
@@ -64,6 +64,8 @@ class Graphs:
                 graph = _Graph(function, self.cache, key, models)
                 with portable_kernels():
                     result = graph.first_run(*arguments)
+                if graph.is_stored:
+                    self._forget(function, lambda other: other.is_stored)
                 self._graphs[place] = graph
                 after()
                 return result
@@ -71,17 +73,22 @@ class Graphs:
         run.forget = lambda: self._forget(function)
         return run
 
-    def _forget(self, function: Callable) -> None:
-        for place in [place for place in self._graphs if place[0] is function]:
+    def _forget(self, function: Callable, chosen: Callable[["_Graph"], bool] = lambda graph: True) -> None:
+        for place in [place for place, graph in self._graphs.items() if place[0] is function and chosen(graph)]:
             self._graphs.pop(place).release()
 
 
 class _Graph:
-    """A function compiled for one combination of shapes."""
+    """A function compiled for one combination of shapes.
+
+    Attributes:
+        run: the function.
+        is_stored: whether it was compiled here and is in the cache.
+    """
 
     def __init__(self, function: Callable, cache: Optional[Any], key, models):
         self._name = f"{function.__module__}.{function.__name__}."
-        self._phases: set = set()
+        self._cache, self._phases, self.is_stored = cache, set(), False
         # A jit object of its own: nothing is shared with the graphs of other shapes.
         if cache is None:
             self.run = ms.jit(function)
@@ -89,12 +96,13 @@ class _Graph:
             self.run = cache.compiled(function, key, models=models, extra=native.identity())
 
     def first_run(self, *arguments):
-        before = set(api.ms_compile_cache)
+        before, stored = set(ms_compile_cache), getattr(self._cache, "stored", 0)
         result = self.run(*arguments)
-        self._phases = {phase for phase in api.ms_compile_cache - before if phase.startswith(self._name)}
+        self.is_stored = getattr(self._cache, "stored", 0) > stored
+        self._phases = {phase for phase in ms_compile_cache - before if phase.startswith(self._name)}
         return result
 
     def release(self) -> None:
         """Gives the graph's memory back, which MindSpore otherwise holds until the process ends."""
-        api.JitExecutor_.get_instance().del_net_res(None, self._phases)
-        api.ms_compile_cache.difference_update(self._phases)
+        JitExecutor_.get_instance().del_net_res(None, self._phases)
+        ms_compile_cache.difference_update(self._phases)
