@@ -6,11 +6,12 @@ which of the two is meant is known only where the sentence is shown.
 
 from __future__ import annotations
 
+import re
 import string
 from typing import Any, Callable, Iterator, Optional, Sequence
 
 LONGEST_VALUE = 100  # characters of a value's repr in a message
-LONGEST_TEXT = 400  # of a text in a message that is shown without quotes, such as a path
+LONGEST_TEXT = 250  # of a text in a message that is shown without quotes, such as a path
 
 __all__ = ["InputError", "InputTypeError", "Message", "cut", "named", "shown"]
 
@@ -26,8 +27,8 @@ def shown(value: Any) -> str:
 
 
 def in_backticks(parameter: str) -> str:
-    """How Python's users are told of a parameter or a part of it; an option, such as --steps, stays as it is."""
-    return f"`{parameter}`" if parameter.partition("[")[0].isidentifier() else parameter
+    """How Python's users are told of a parameter; what is none, such as --steps, stays as it is."""
+    return f"`{parameter}`" if re.match(r"[^\W\d]\w*([\[=].*)?$", parameter) else parameter
 
 
 class _Name(str):
@@ -38,9 +39,9 @@ class Message(str):
     """A sentence that names parameters; as a string it names Python's, in backticks.
 
     Args:
-        template: as for ``str.format``. A field without a value in ``values`` is the name of a parameter. Of a value
-            ``!r`` shows the repr and ``!t`` its type's name; what is long is cut. Values that are messages themselves
-            are told with it.
+        template: as for ``str.format``. A field without a value in ``values`` is the name of a parameter, or a
+            parameter with the value that it should have (``{guidance_scale=1}``). Of a value ``!r`` shows the repr and
+            ``!t`` its type's name; what is long is cut. Values that are messages themselves are told with it.
         parameter: what the field ``{parameter}`` names; a name of Python, or what is to be shown as it is (--steps).
         **values: of the other fields. They are not kept: a message holds text only.
     """
@@ -54,9 +55,9 @@ class Message(str):
         """The sentence with other names: ``name`` is called with Python's name of each parameter."""
         return "".join(name(str(part)) if isinstance(part, _Name) else part for part in self._parts)
 
-    def about(self, old: Optional[str], new: str) -> "Message":
-        """The sentence with another parameter's name in place of one of its own."""
-        return _joined(_Name(new) if isinstance(part, _Name) and part == old else part for part in self._parts)
+    def renamed(self, **names: str) -> "Message":
+        """The sentence with other parameters, by the names that they replace."""
+        return _joined(_Name(names.get(part, part)) if isinstance(part, _Name) else part for part in self._parts)
 
     def __reduce__(self):
         return _joined, (self._parts,)
@@ -108,9 +109,9 @@ class _AboutInput:
         self.parameter, self.message = parameter, message
         super().__init__(message)
 
-    def about(self, parameter: str):
-        """The same error about another parameter, for who has handed on a value that has another name with them."""
-        return type(self)(self.message.about(self.parameter, parameter), parameter)
+    def renamed(self, **names: str):
+        """The same error about other parameters, for who has handed on what has another name with them."""
+        return type(self)(self.message.renamed(**names), names.get(self.parameter, self.parameter))
 
     def __reduce__(self):
         return type(self), (self.message, self.parameter), self.__dict__

@@ -689,7 +689,9 @@ def _number(entry: str, text: str, name: str):
             return kind(entry)
         except ValueError:
             pass
-    what = Message("{entry!r} in {text!r}" if entry else "an empty place in {text!r}", entry=entry, text=text)
+    what = Message("an empty place in {text!r}", text=text)
+    if entry:
+        what = Message("{entry!r} in {text!r}", entry=entry, text=text)
     raise InputError(
         "{parameter} to sweep over has {what}; give numbers with commas between, as 0.3,0.5,0.7.",
         parameter=name,

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from .errors import InputError, InputTypeError
 from .hub import resolve_file
 from .pictures import is_tensor, to_numpy
 from .weight_files import read_tensors
@@ -55,8 +56,11 @@ def check(contents: Sequence[tuple[Any, str]], tokens: Sequence[Any], tokenizer,
         rows, what = contents[0]
         contents = [(row, what) for row in rows]
     if len(contents) != len(tokens):
-        raise ValueError(
-            f"There are {len(tokens)} tokens for {len(contents)} embeddings; give a token for each, or None."
+        raise InputError(
+            "There are {count} tokens for {embeddings} embeddings; give a token for each, or None.",
+            parameter="token",
+            count=len(tokens),
+            embeddings=len(contents),
         )
     width = text_encoder.config.hidden_size
     vocabulary = tokenizer.get_vocab()
@@ -66,18 +70,28 @@ def check(contents: Sequence[tuple[Any, str]], tokens: Sequence[Any], tokenizer,
         name, embedding = _named(content, token, what)
         embedding = np.atleast_2d(to_numpy(embedding))
         if embedding.dtype.kind != "f" or embedding.ndim != 2 or embedding.shape[1] != width:
-            raise ValueError(
-                f"{what}: the embedding of {name!r} has shape {embedding.shape} and dtype {embedding.dtype}, but this"
-                f" text encoder takes vectors of {width} floats; it was made for another model."
+            raise InputError(
+                "{what}: the embedding of {name!r} has shape {shape} and dtype {dtype}, but this text encoder takes "
+                "vectors of {width} floats; it was made for another model.",
+                what=what,
+                name=name,
+                shape=embedding.shape,
+                dtype=embedding.dtype,
+                width=width,
             )
         if not len(embedding) or not np.isfinite(embedding).all():
-            raise ValueError(f"{what}: the embedding of {name!r} is empty, or has NaN or infinite values.")
+            raise InputError(
+                "{what}: the embedding of {name!r} is empty, or has NaN or infinite values.",
+                what=what,
+                name=name,
+            )
         family = [name, *(f"{name}_{i}" for i in range(1, len(embedding)))]
         taken = [part for part in [*family, f"{name}_1"] if part in vocabulary or part in names]
         if taken:
-            raise ValueError(
-                f"{what}: the token {taken[0]!r} is in the tokenizer already; give another name as token=..., or take"
-                " that one out with unload_textual_inversion()."
+            raise InputError(
+                "{what}: the token {name!r} is in the tokenizer already; give another name by {token}.",
+                what=what,
+                name=taken[0],
             )
         names += family
         vectors += list(embedding.astype(np.float32))
@@ -94,15 +108,21 @@ def _named(content, token, what: str) -> tuple[str, Any]:
         own, embedding = content.get("name"), content["string_to_param"]["*"]
     else:
         held = ", ".join(list(map(str, content))[:8]) or "nothing"
-        raise ValueError(
-            f"{what} is no textual inversion for this pipeline: it holds {held}; expected a single embedding, named by"
-            " its token or emb_params."
+        raise InputError(
+            "{what} is no textual inversion for this pipeline: it holds {held}; expected a single embedding, named by "
+            "its token or emb_params.",
+            what=what,
+            held=held,
         )
     name = own if token is None else token
     if name is None:
-        raise ValueError(f"{what} does not name its token; give one as token=...")
+        raise InputError(
+            "{what} does not name its token; give one by {parameter}.", parameter="token", what=what
+        )
     if not isinstance(name, str) or not name.strip():
-        raise ValueError(f"`token` has to be a word such as '<cat-toy>', but is {name!r}.")
+        raise InputError(
+            "{parameter} has to be a word such as '<cat-toy>', but is {name!r}.", parameter="token", name=name
+        )
     if token is None and own == "emb_params":
         logger.warning("%s does not name its token, so it is called emb_params; token=... names it.", what)
     return name, embedding
@@ -131,8 +151,11 @@ def remove(tokens: Sequence[str] | None, tokenizer, text_encoder) -> None:
     else:
         unknown = [token for token in tokens if token not in added]
         if unknown:
-            raise ValueError(
-                f"The tokens {unknown} are no textual inversions that are loaded; these are {list(added)}."
+            raise InputError(
+                "The tokens {unknown!r} are no textual inversions that are loaded; these are {known!r}.",
+                parameter="tokens",
+                unknown=unknown,
+                known=list(added),
             )
         chosen = set()
         for token in tokens:
@@ -144,8 +167,9 @@ def remove(tokens: Sequence[str] | None, tokenizer, text_encoder) -> None:
     if not chosen:
         return
     if not hasattr(tokenizer, "_update_trie"):
-        raise TypeError(
-            f"{type(tokenizer).__name__} does not give up tokens; load the checkpoint with a CLIPTokenizer instead."
+        raise InputTypeError(
+            "{tokenizer!t} does not give up tokens; load the checkpoint with a CLIPTokenizer instead.",
+            tokenizer=tokenizer,
         )
     gone = sorted(added[token] for token in chosen)
     kept = {i: token for i, token in tokenizer.added_tokens_decoder.items() if i not in gone}

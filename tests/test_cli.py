@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from mindiffedit import cli, demo, masks, options, pictures
-from mindiffedit.arguments import CORRECTED_DEFAULTS, DEFAULTS, SCHEDULERS, as_options, build_parser
+from mindiffedit.arguments import CORRECTED_DEFAULTS, DEFAULTS, SCHEDULERS, build_parser, option_of
 from mindiffedit.editing import EDIT_MASK, Editing
 from mindiffedit.latents_file import read_latents
 from mindiffedit.outputs import DiffEditInversionPipelineOutput, DiffEditOutput, EditReport
