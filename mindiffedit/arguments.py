@@ -13,7 +13,7 @@ from typing import Any, Callable, Dict
 from . import __version__, demo
 from .devices import DEVICE_TARGETS
 from .editing import EDIT_MASK, INVERSIONS
-from .errors import shown
+from .errors import Message, shown
 from .masks import COMBINATIONS
 
 __all__ = [
@@ -29,7 +29,10 @@ __all__ = [
     "build_parser",
     "defaults_of",
     "option",
+    "on_one_line",
     "option_of",
+    "printable",
+    "told",
 ]
 
 BAD_INPUT = 2  # exit code
@@ -170,16 +173,31 @@ def option_of(command: str) -> Callable[[str], str]:
     """How a command tells of Python's parameters, for `errors.Message.told`: `num_inference_steps` is its --steps."""
     options = {**_PARAMETERS, **_PARAMETERS_OF.get(command, {})}
 
-    def told(parameter: str) -> str:
+    def named(parameter: str) -> str:
         if parameter in options:
             return options[parameter]
         name, equals, value = parameter.partition("=")
         name = re.sub(r"(_embeds)?(\[.*)?$", "", name)
         if name in options:
             return " ".join([options[name], *([value.strip("'")] if equals else [])])
-        return parameter if parameter.startswith("-") else parameter.replace("_", " ")
+        return parameter if parameter.startswith("-") else name.replace("_", " ")
 
-    return told
+    return named
+
+
+def told(sentence: str, command: str) -> str:
+    """A sentence as the command says it: a message in the names of its options, any other text as it is; on one line."""
+    return on_one_line(sentence.told(option_of(command)) if isinstance(sentence, Message) else str(sentence))
+
+
+def on_one_line(text: str) -> str:
+    """A text of any lines as one that can be printed."""
+    return " ".join(printable(text).split())
+
+
+def printable(text: str, encoding: str = "utf-8") -> str:
+    """A text that a stream of this encoding can carry, be there a path in it whose name is no text."""
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def option(name: str) -> str:
@@ -190,7 +208,7 @@ def option(name: str) -> str:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         """One sentence in place of argparse's page of usage."""
-        message = " ".join(message.split())
+        message = on_one_line(message)
         if len(message) > 2 * _LONGEST_PART:  # a long value is in its middle
             message = f"{message[:_LONGEST_PART]}... {message[-_LONGEST_PART:]}"
         print(f"{self.prog}: error: {message} (see {self.prog} --help)", file=sys.stderr)
@@ -355,8 +373,8 @@ def _yes(value: bool) -> str:
 
 
 def _quantile(text: str):
-    if text == "none":
-        return text
+    if text.lower() == "none":
+        return "none"
     try:
         return float(text)
     except ValueError:

@@ -22,8 +22,8 @@ from typing import Any, Dict, List, Optional
 import numpy as np
 
 from . import __version__, demo, jobs, masks, pictures, runs, strips, sweeps
-from .arguments import BAD_INPUT, MASK_FIELDS, MASK_NUMBERS, build_parser, option_of
-from .errors import InputError, InputTypeError, Message
+from .arguments import BAD_INPUT, MASK_FIELDS, MASK_NUMBERS, build_parser, on_one_line, printable, told
+from .errors import LONGEST_TEXT, InputError, InputTypeError, cut
 from .jobs import Job
 from .latents_file import write_latents
 from .options import NumericalError
@@ -47,7 +47,8 @@ def main(argv: Optional[List[str]] = None) -> int:
         # Libraries print; stdout is for the result alone.
         with contextlib.redirect_stdout(sys.stderr), _warnings_as_notes(args):
             line, result, *code = _COMMANDS[args.command](args)
-        print(json.dumps(result, ensure_ascii=True) if args.json else _printable(line), flush=True)
+        line = json.dumps(result, ensure_ascii=True) if args.json else line
+        print(printable(line, sys.stdout.encoding or "utf-8"), flush=True)
         return code[0] if code else OK
     except KeyboardInterrupt:
         print("mindiffedit: interrupted.", file=sys.stderr)
@@ -59,11 +60,11 @@ def main(argv: Optional[List[str]] = None) -> int:
 def _report(error: Exception, command: str) -> int:
     """Say what went wrong on stderr; returns the exit code."""
     if isinstance(error, (InputError, InputTypeError, NumericalError)):
-        print(f"mindiffedit: error: {_one_line(_told(error.message, command))}", file=sys.stderr)
+        print(f"mindiffedit: error: {told(error.message, command)}", file=sys.stderr)
         return BAD_INPUT
-    what = ": ".join(filter(None, (type(error).__name__, _one_line(error))))
+    what = cut(on_one_line(f"{type(error).__name__}: {error}").rstrip(": ."), 2 * LONGEST_TEXT)
     if isinstance(error, (OSError, MemoryError)):  # of the surroundings: a full disk
-        print(f"mindiffedit: failed: {what}", file=sys.stderr)
+        print(f"mindiffedit: failed: {what}.", file=sys.stderr)
         return FAILED
     traceback.print_exception(type(error), error, error.__traceback__, file=sys.stderr)
     print(
@@ -72,21 +73,6 @@ def _report(error: Exception, command: str) -> int:
         file=sys.stderr,
     )
     return FAILED
-
-
-def _told(sentence: str, command: str) -> str:
-    """A sentence about parameters as one about the command's options."""
-    return sentence.told(option_of(command)) if isinstance(sentence, Message) else str(sentence)
-
-
-def _one_line(text) -> str:
-    return " ".join(str(text).split())
-
-
-def _printable(line: str) -> str:
-    """A line that stdout can carry, be there a path in it whose name is no text."""
-    encoding = sys.stdout.encoding or "utf-8"
-    return line.encode(encoding, "backslashreplace").decode(encoding)
 
 
 class _Notes(logging.Handler):
@@ -98,7 +84,7 @@ class _Notes(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         said = record.args[0] if record.msg == "%s" and len(record.args) == 1 else record.getMessage()
-        print(f"note: {_one_line(_told(said, self.command))}", file=sys.stderr)
+        print(f"note: {told(said, self.command)}", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -229,7 +215,7 @@ def _report_of(report, command: str) -> Dict[str, Any]:
     for name, value in values.items():
         if name != "warnings" and isinstance(value, list):
             values[name] = value[0]
-    values["warnings"] = [_told(warning, command) for warning in report.warnings]
+    values["warnings"] = [told(warning, command) for warning in report.warnings]
     values["seconds"] = {name: round(seconds, 3) for name, seconds in report.seconds.items()}
     return values
 

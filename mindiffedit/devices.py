@@ -70,7 +70,7 @@ def require_device(name: str | None) -> str:
 
     if name is not None and not isinstance(name, str):
         raise InputTypeError(
-            "{parameter} has to be one of {known} or None, but is {name!r}.",
+            "{parameter}: expected one of {known} or None, got {name!r}",
             parameter="device",
             known=", ".join(DEVICE_TARGETS),
             name=name,
@@ -83,7 +83,7 @@ def require_device(name: str | None) -> str:
         wanted = spelling.get(name.strip().lower())
         if wanted is None:
             raise InputError(
-                "{parameter} has to be one of {known}, but is {name!r}.",
+                "{parameter}: expected one of {known}, got {name!r}",
                 parameter="device",
                 known=", ".join(DEVICE_TARGETS),
                 name=name,
@@ -206,7 +206,7 @@ def _float_name(dtype) -> str:
     name = next((n for n, known in floats.items() if known is wanted or known == wanted), None)
     if wanted is None or name is None:
         raise InputError(
-            "{parameter} has to be one of {known}, but is {given!r}.",
+            "{parameter}: expected one of {known}, got {given!r}",
             parameter="dtype",
             known=", ".join(floats),
             given=dtype,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import importlib
 import math
@@ -25,7 +26,7 @@ import numpy as np
 import PIL.Image
 
 from . import demo, devices, editing, hub, masks, options, pictures, survey
-from .arguments import CORRECTIONS, MASK_FIELDS, MASK_NUMBERS, SCHEDULERS, defaults_of, option
+from .arguments import CORRECTIONS, MASK_FIELDS, MASK_NUMBERS, SCHEDULERS, defaults_of, option, told
 from .errors import InputError, InputTypeError, Message
 from .generator import check_seed
 from .latents_file import read_latents
@@ -35,10 +36,15 @@ from .outputs import DiffEditInversionPipelineOutput
 # own size a model repeats objects, and memory grows with the square of the pixels.
 AREA_FACTOR = 1.5
 
+# Far above what any model works at, and what anyone waits for.
+MAX_SIZE = 2**16
+MAX_SAMPLES = 1000
+
 __all__ = [
     "AREA_FACTOR",
     "Job",
     "begin",
+    "check_names",
     "check_numbers",
     "check_outputs",
     "find_model",
@@ -82,7 +88,7 @@ class Job:
     def note(self, text: str) -> None:
         """A sentence on stderr, unless --quiet."""
         if not self.args.quiet:
-            print(f"note: {text}", file=sys.stderr)
+            print(f"note: {told(text, self.args.command)}", file=sys.stderr)
 
     @contextlib.contextmanager
     def timed(self, stage: str):
@@ -128,7 +134,7 @@ def begin(args: Namespace, extensions: Optional[Dict[str, Sequence[str]]] = None
 
     `outputs` are options and their paths, `extensions` what some of these have to end in (others: any picture's).
     """
-    _check_emptiness(args)
+    check_names(args)
     check_numbers(vars(args))
     check_seed(args.seed, "--seed")
     job = Job(args, {}, _mask_options(args))
@@ -161,14 +167,25 @@ def begin(args: Namespace, extensions: Optional[Dict[str, Sequence[str]]] = None
     return job
 
 
-def _check_emptiness(args: Namespace) -> None:
-    """Names of files and models with nothing in them, as an unset variable of a shell makes them; texts may be empty."""
+def check_names(args: Namespace) -> None:
+    """Names of files and models that none can have: nothing, as an unset variable of a shell makes it, or too long."""
     for name, value in vars(args).items():
-        empty = "" in value if isinstance(value, list) else value == ""
-        if empty and name not in ("source", "target", "negative", "caption"):
-            raise InputError(
-                "{parameter} is empty; give it a value.", "PICTURE" if name == "picture" else option(name)
-            )
+        if name in ("source", "target", "caption") or name.endswith("negative"):  # texts
+            continue
+        told_as = name.upper() if name in ("picture", "golden") else option(name)
+        for text in value if isinstance(value, list) else [value]:
+            if text == "":
+                raise InputError("{parameter} is empty; give it a value.", told_as)
+            if isinstance(text, str) and "://" not in text and _is_too_long(text):
+                raise InputError("{parameter} is too long to be a name: {text!r}.", told_as, text=text)
+
+
+def _is_too_long(path: str) -> bool:
+    try:
+        os.lstat(path)
+    except OSError as error:
+        return error.errno == errno.ENAMETOOLONG
+    return False
 
 
 def check_numbers(values: Dict[str, Any]) -> None:
@@ -180,8 +197,8 @@ def check_numbers(values: Dict[str, Any]) -> None:
         "invert_guidance": options.check_guidance_scale,
         "mask_strength": options.check_strength,
         "mask_threshold": options.check_ratio,
-        "maps": lambda value, name: options.check_positive_int(name, value),
-        "size": lambda value, name: options.check_positive_int(name, value),
+        "maps": lambda value, name: options.check_steps(value, name, MAX_SAMPLES),
+        "size": lambda value, name: options.check_steps(value, name, MAX_SIZE),
         "iterations": lambda value, name: options.check_count(value, name, options.MOST_ITERATIONS),
         "feather": lambda value, name: options.check_at_least_zero(value, name, editing.MOST_FEATHER),
         "outliers": lambda value, name: options.check_quantile(None if value == "none" else value, name),

@@ -58,7 +58,11 @@ def read_latents(path) -> Tuple[np.ndarray, Optional[np.ndarray], Dict[str, Any]
             one is NaN or infinite.
     """
     if not os.path.isfile(path):
-        raise InputError("there is no latents file {path}; make one with `mindiffedit invert`.", path=path)
+        raise InputError(
+            "there is no latents file {path}; make one with `mindiffedit invert`.",
+            parameter="path",
+            path=path,
+        )
     clean = None
     try:
         with safe_open(str(path), framework="numpy") as file:
@@ -69,12 +73,16 @@ def read_latents(path) -> Tuple[np.ndarray, Optional[np.ndarray], Dict[str, Any]
                 clean = file.get_tensor(CLEAN)
     except (SafetensorError, OSError) as error:
         raise InputError(
-            "{path} is not a whole safetensors file: {why}.", path=path, why=str(error).rstrip(".")
+            "{path} is not a whole safetensors file: {why}.",
+            parameter="path",
+            path=path,
+            why=str(error).rstrip("."),
         ) from error
     for values in (latents, clean):
         if values is not None and values.dtype != np.float32:
             raise InputError(
                 "{path}: the latents are {dtype}, expected float32; invert anew.",
+                parameter="path",
                 path=path,
                 dtype=values.dtype,
             )
@@ -83,6 +91,7 @@ def read_latents(path) -> Tuple[np.ndarray, Optional[np.ndarray], Dict[str, Any]
         raise InputError(
             "{path}: the latents have shape {shape}, expected (1, {steps}, channels, height, width) for {all} steps "
             "at strength {strength:g}; invert anew.",
+            parameter="path",
             path=path,
             shape=latents.shape,
             steps=steps,
@@ -92,31 +101,41 @@ def read_latents(path) -> Tuple[np.ndarray, Optional[np.ndarray], Dict[str, Any]
     if clean is not None and clean.shape != latents.shape[:1] + latents.shape[2:]:
         raise InputError(
             "{path}: the clean latents have shape {shape}, expected {expected} as the others; invert anew.",
+            parameter="path",
             path=path,
             shape=clean.shape,
             expected=latents.shape[:1] + latents.shape[2:],
         )
     for values in (latents, clean):
         if values is not None and not np.isfinite(values).all():
-            raise InputError("{path}: the latents have NaN or infinite values; invert anew.", path=path)
+            raise InputError(
+                "{path}: the latents have NaN or infinite values; invert anew.", parameter="path", path=path
+            )
     return latents, clean, made
 
 
 def _parse_metadata(path, metadata: Dict[str, str], names: List[str]) -> Dict[str, Any]:
     if metadata.get("format") != FORMAT or TENSOR not in names:
-        raise InputError("{path} was not written by `mindiffedit invert`; give a file that was.", path=path)
+        raise InputError(
+            "{path} was not written by `mindiffedit invert`; give a file that was.",
+            parameter="path",
+            path=path,
+        )
     version = metadata.get("format_version")
     if version not in (VERSION, WITHOUT_CLEAN):
         raise InputError(
             "{path} has format version {version}, this program reads versions {oldest} and {newest}; invert "
             "anew.",
+            parameter="path",
             path=path,
             version=version,
             oldest=WITHOUT_CLEAN,
             newest=VERSION,
         )
     if version == VERSION and CLEAN not in names:
-        raise InputError("{path} is damaged (it has no clean latents); invert anew.", path=path)
+        raise InputError(
+            "{path} is damaged (it has no clean latents); invert anew.", parameter="path", path=path
+        )
     made: Dict[str, Any] = {}
     try:
         for name in ("prompt", "negative_prompt", "scheduler", "model", "picture_sha256", "picture_size"):
@@ -132,10 +151,10 @@ def _parse_metadata(path, metadata: Dict[str, str], names: List[str]) -> Dict[st
         )
     except KeyError as error:
         raise InputError(
-            "{path} does not say its {what}; invert anew.", path=path, what=error.args[0]
+            "{path} does not say its {what}; invert anew.", parameter="path", path=path, what=error.args[0]
         ) from None
     except ValueError as error:
         raise InputError(
-            "{path} is damaged ({why}); invert anew.", path=path, why=str(error).rstrip(".")
+            "{path} is damaged ({why}); invert anew.", parameter="path", path=path, why=str(error).rstrip(".")
         ) from error
     return made

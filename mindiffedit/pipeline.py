@@ -273,6 +273,7 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
         if target.shape != origin.shape:
             raise InputError(
                 "Source and target embeddings have the shapes {source} and {target}; they have to match.",
+                parameter="target_prompt_embeds",
                 source=origin.shape,
                 target=target.shape,
             )
@@ -422,15 +423,17 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
         source = randomness.resolve(generator)
         attention_kwargs = self._attention_kwargs(cross_attention_kwargs)
         scheduler = self._ready_inverse_scheduler()
-        if inversion_iterations > 0 and (
-            num_reg_steps > 0 or type(scheduler).__name__ != "DDIMInverseScheduler"
-        ):
+        if inversion_iterations > 0 and type(scheduler).__name__ != "DDIMInverseScheduler":
             raise InputError(
-                "{parameter} refines steps of DDIMInverseScheduler without regularisation, but the inverse scheduler "
-                "is {scheduler!t} with {reg_steps}; set it to 0, or change the others.",
+                "{parameter} refines DDIM's inversion, but that of this {scheduler} is {inverse!t}; set it to 0, or choose "
+                "DDIM as {scheduler}.",
                 parameter="inversion_iterations",
-                scheduler=scheduler,
-                reg_steps=named(f"num_reg_steps={num_reg_steps}"),
+                inverse=scheduler,
+            )
+        if inversion_iterations > 0 and num_reg_steps > 0:
+            raise InputError(
+                "{parameter} and {num_reg_steps} exclude each other; set one of the two to 0.",
+                parameter="inversion_iterations",
             )
         if num_reg_steps > 0 and is_guided and batch > 1 and scheduler.config.prediction_type != "epsilon":
             raise InputError(  # D7

@@ -73,6 +73,7 @@ def check(contents: Sequence[tuple[Any, str]], tokens: Sequence[Any], tokenizer,
             raise InputError(
                 "{what}: the embedding of {name!r} has shape {shape} and dtype {dtype}, but this text encoder takes "
                 "vectors of {width} floats; it was made for another model.",
+                parameter="pretrained_model_name_or_path",
                 what=what,
                 name=name,
                 shape=embedding.shape,
@@ -82,6 +83,7 @@ def check(contents: Sequence[tuple[Any, str]], tokens: Sequence[Any], tokenizer,
         if not len(embedding) or not np.isfinite(embedding).all():
             raise InputError(
                 "{what}: the embedding of {name!r} is empty, or has NaN or infinite values.",
+                parameter="pretrained_model_name_or_path",
                 what=what,
                 name=name,
             )
@@ -90,6 +92,7 @@ def check(contents: Sequence[tuple[Any, str]], tokens: Sequence[Any], tokenizer,
         if taken:
             raise InputError(
                 "{what}: the token {name!r} is in the tokenizer already; give another name by {token}.",
+                parameter="token",
                 what=what,
                 name=taken[0],
             )
@@ -111,6 +114,7 @@ def _named(content, token, what: str) -> tuple[str, Any]:
         raise InputError(
             "{what} is no textual inversion for this pipeline: it holds {held}; expected a single embedding, named by "
             "its token or emb_params.",
+            parameter="pretrained_model_name_or_path",
             what=what,
             held=held,
         )

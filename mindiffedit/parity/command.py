@@ -40,6 +40,7 @@ _PACKAGES = ("torch", "diffusers", "mindspore", "mindone", "transformers", "nump
 
 def record(args: Namespace):
     """Runs the reference on a case and writes the golden file; returns (line, result)."""
+    jobs.check_names(args)
     settings = _settings(args)
     pictures.check_output_path(args.output, (".safetensors",))
     if settings["dtype"] != "float32" and args.no_floors:
@@ -127,7 +128,7 @@ def _check_numbers(settings: Dict[str, Any]) -> None:
     jobs.check_numbers(settings)
     options.effective_steps(settings["steps"], settings["strength"], "--strength")
     options.effective_steps(settings["steps"], settings["mask_strength"], "--mask-strength")
-    options.check_positive_int("--images-per-prompt", settings["images_per_prompt"])
+    options.check_steps(settings["images_per_prompt"], "--images-per-prompt", jobs.MAX_SAMPLES)
     # What is said of parameters of the calls, `cli` says of the options that they are given by.
     options.check_eta(settings["eta"])
     options.check_regularisation(
@@ -348,6 +349,7 @@ def _mended(case: Case) -> List[str]:
 
 def check(args: Namespace):
     """Replays a golden file; returns (table and verdict, result, exit code)."""
+    jobs.check_names(args)
     if args.report is not None:
         report.check_report_path(args.report)
         if os.path.realpath(args.report) == os.path.realpath(args.golden):
