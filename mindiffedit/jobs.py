@@ -707,7 +707,7 @@ def _write_prompts(job: Job) -> None:
         concepts = {"source": job.source, "target": job.target}
         job.prompts = {}
         for which, concept in concepts.items():
-            with _as_option("text", which):
+            with _as_option("text", which), _as_option("concept", which):
                 job.prompts[which] = writer.prompts_for(concept, generator=job.args.seed)
     for which, texts in job.prompts.items():
         job.note(f"{len(texts)} prompts about the {which} {concepts[which]!r}, such as {texts[0]!r}.")

@@ -382,7 +382,7 @@ def check_temperature(value) -> float:
     temperature = _real(value, "temperature", "a number above 0")
     if temperature <= 0:
         raise InputError(
-            "{parameter} has to be above 0, but is {value!r}; {do_sample} of False, without it, takes the likeliest token.",
+            "{parameter} has to be above 0, but is {value!r}; {do_sample=False} takes the likeliest token.",
             parameter="temperature",
             value=value,
         )

@@ -183,10 +183,10 @@ class PromptGenerator(_Writer):
         """
         options.check_text(text)
         options.check_positive_int("num_prompts", num_prompts)
-        temperature = options.check_temperature(temperature)
+        if options.check_switch(do_sample, "do_sample"):
+            temperature = options.check_temperature(temperature)
         top_k = options.check_top_k(top_k)
         options.check_positive_int("max_new_tokens", max_new_tokens)
-        options.check_switch(do_sample, "do_sample")
         source = randomness.resolve(generator)
         if isinstance(source, list):
             raise InputTypeError(
@@ -230,11 +230,14 @@ class PromptGenerator(_Writer):
         """
         concept = options.check_text(concept, "concept").strip()
         article = "an" if concept[0].lower() in "aeiou" else "a"
-        return self.generate(
-            f"Write a caption for an image that contains {article} {concept}. "
-            "The caption has to be in English and at most 150 characters long.",
-            **options_,
-        )
+        try:
+            return self.generate(
+                f"Write a caption for an image that contains {article} {concept}. "
+                "The caption has to be in English and at most 150 characters long.",
+                **options_,
+            )
+        except InputError as error:
+            raise error.renamed(text="concept") from error
 
 
 def average_embeddings(pipeline, prompts: Union[str, Sequence[str]]):

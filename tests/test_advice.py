@@ -149,7 +149,7 @@ PARTS = [
      dict(automatic=None, own=np.ones((1, 2, 2)), how="replace")),
     (masks.user_mask, dict(mask=[[0, 1], [1]], size=(2, 2)), "mask", "each row as many",
      dict(mask=[[0, 1], [1, 0]], size=(2, 2))),
-    (options.check_temperature, dict(value=0), "temperature", "`do_sample` of False", dict(value=1)),
+    (options.check_temperature, dict(value=0), "temperature", "`do_sample=False`", dict(value=1)),
     (options.check_top_k, dict(value=-1), "top_k", "None or 0", dict(value=0)),
     (Generator, dict(device="cpu", multiprocessors=3), "multiprocessors", "`device='cuda'`",
      dict(device="cuda", multiprocessors=3)),
