@@ -16,6 +16,8 @@ _HOMES = {
     "DPMSolverMultistepScheduler": "schedulers",
     "DPMSolverMultistepInverseScheduler": "schedulers",
     "Generator": "generator",
+    "InputError": "errors",
+    "InputTypeError": "errors",
     "MaskOptions": "masks",
     "load_component": "models",
     "portable_kernels": "kernels",

@@ -8,6 +8,7 @@ from typing import Any, Dict, FrozenSet, List, Optional, Union
 
 from . import lora, options, textual_inversion, turns
 from .components import PipelineComponents
+from .errors import InputError, InputTypeError
 from .hub import HubOptions
 
 logger = logging.getLogger(__name__)
@@ -50,15 +51,26 @@ class Adapters(PipelineComponents):
         """
         place = _place("load_lora_weights", kwargs)
         if adapter_name is not None and (not isinstance(adapter_name, str) or not adapter_name):
-            raise TypeError(f"`adapter_name` has to be a name or None, but is {adapter_name!r}.")
+            raise InputTypeError(
+                "{parameter} has to be a name or None, but is {name!r}.",
+                parameter="adapter_name",
+                name=adapter_name,
+            )
         listed = self.get_list_adapters()
         known = {name for names in listed.values() for name in names}
         if hotswap and adapter_name not in known:
-            raise ValueError(
-                f"There is no adapter {adapter_name!r} to put another in the place of; loaded are {sorted(known)}."
+            raise InputError(
+                "There is no adapter {name!r} to put another in the place of; loaded are {known}.",
+                parameter="adapter_name",
+                name=adapter_name,
+                known=sorted(known),
             )
         if not hotswap and adapter_name in known:
-            raise ValueError(f"The adapter name {adapter_name!r} is taken; give another, or hotswap=True.")
+            raise InputError(
+                "{parameter} {name!r} is taken; give another, or {hotswap=True}.",
+                parameter="adapter_name",
+                name=adapter_name,
+            )
         tensors, metadata, what = lora.read(pretrained_model_name_or_path_or_dict, **place)
         targets = self._lora_models()
         found = lora.parse(tensors, metadata, targets, what)
@@ -99,8 +111,11 @@ class Adapters(PipelineComponents):
         names = self._known_adapters(adapter_names)
         weights = adapter_weights if isinstance(adapter_weights, list) else [adapter_weights] * len(names)
         if len(weights) != len(names):
-            raise ValueError(
-                f"There are {len(weights)} weights for {len(names)} adapters; give one for each, or one for all."
+            raise InputError(
+                "{parameter} has {count} weights for {names} adapters; give one for each, or one for all.",
+                parameter="adapter_weights",
+                count=len(weights),
+                names=len(names),
             )
         targets = self._lora_models()
         chosen = {component: [_part(weight, component) for weight in weights] for component in targets}
@@ -124,7 +139,12 @@ class Adapters(PipelineComponents):
         try:
             return _maybe_expand_lora_scales(self.unet, [dict(weight)])[0]
         except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ValueError(f"`adapter_weights` {weight} do not fit this UNet: {error}") from error
+            raise InputError(
+                "{parameter} {weight!r} do not fit this UNet: {error}",
+                parameter="adapter_weights",
+                weight=weight,
+                error=error,
+            ) from error
 
     @turns.turn()
     def delete_adapters(self, adapter_names: Union[List[str], str]) -> None:
@@ -221,8 +241,11 @@ class Adapters(PipelineComponents):
         given = [components] if isinstance(components, str) else list(components)
         unknown = [name for name in given if name not in lora.COMPONENTS]
         if unknown or not given:
-            raise ValueError(
-                f"`components` has to name some of {list(lora.COMPONENTS)}, but is {components!r}."
+            raise InputError(
+                "{parameter} has to name some of {known}, but is {given!r}.",
+                parameter="components",
+                known=list(lora.COMPONENTS),
+                given=components,
             )
         targets = self._lora_models()
         return [targets[name] for name in given if name in targets]
@@ -231,13 +254,24 @@ class Adapters(PipelineComponents):
         """Names as a list, each of a loaded LoRA."""
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
-            raise TypeError(f"`adapter_names` has to be a name or a list of names, but is {adapter_names!r}.")
+            raise InputTypeError(
+                "{parameter} has to be a name or a list of names, but is {given!r}.",
+                parameter="adapter_names",
+                given=adapter_names,
+            )
         loaded = {name for part in self.get_list_adapters().values() for name in part}
         unknown = [name for name in names if name not in loaded]
         if unknown:
-            raise ValueError(f"There is no adapter {unknown[0]!r}; loaded are {sorted(loaded)}.")
+            raise InputError(
+                "There is no adapter {name!r}; loaded are {known}.",
+                parameter="adapter_names",
+                name=unknown[0],
+                known=sorted(loaded),
+            )
         if len(set(names)) < len(names):
-            raise ValueError(f"`adapter_names` names an adapter twice: {names}.")
+            raise InputError(
+                "{parameter} names an adapter twice: {names!r}.", parameter="adapter_names", names=names
+            )
         return list(names)
 
     # --- textual inversion ---------------------------------------------------------------------------------------
@@ -333,9 +367,10 @@ class Adapters(PipelineComponents):
 def _place(method: str, kwargs: Dict[str, Any]) -> Dict[str, Any]:
     """Where to look for a file, of a loading method's further arguments."""
     if kwargs.pop("use_safetensors", None) is False:
-        raise ValueError(
-            "`use_safetensors=False` asks for pickled weights, which can run code when they are read; only safetensors"
-            " files are loaded."
+        raise InputError(
+            "{use_safetensors=False} asks for pickled weights, which can run code when they are read; only safetensors "
+            "files are loaded. Leave it out, and give such a file.",
+            parameter="use_safetensors",
         )
     place = {name: kwargs.pop(name) for name in ("weight_name", "subfolder") if name in kwargs}
     place["options"] = HubOptions.taken_from(kwargs)

@@ -8,11 +8,12 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from typing import Any, Dict
+from typing import Any, Callable, Dict
 
 from . import __version__, demo
 from .devices import DEVICE_TARGETS
 from .editing import EDIT_MASK, INVERSIONS
+from .errors import Message, shown
 from .masks import COMBINATIONS
 
 __all__ = [
@@ -25,13 +26,17 @@ __all__ = [
     "MASK_FIELDS",
     "MASK_NUMBERS",
     "SCHEDULERS",
-    "as_options",
     "build_parser",
     "defaults_of",
     "option",
+    "on_one_line",
+    "option_of",
+    "printable",
+    "told",
 ]
 
 BAD_INPUT = 2  # exit code
+_LONGEST_PART = 150  # characters from either end of what argparse says
 
 # The reference's defaults. Those of the demo model are in `demo.SETTINGS`, for `edit()` in `demo.EDIT_SETTINGS`.
 DEFAULTS = {
@@ -105,40 +110,94 @@ MASK_NUMBERS = ("maps", "mask_strength", "mask_threshold")
 _DTYPES = ("float32", "float16", "bfloat16")
 _EDIT_NUMBERS = ("steps", "strength", "guidance", "invert_guidance", *MASK_NUMBERS)
 
-# The pipeline's parameters by the options they are given by.
+# Options by the parameters of Python that their values go to.
 _PARAMETERS = {
-    "eta": "--eta",
+    **{part: f"--{name.replace('_', '-')}" for name, part in MASK_FIELDS.items()},
+    "clean_latents": "--latents",
     "clip_skip": "--clip-skip",
+    "config": "--config",
+    "device": "--device",
+    "dtype": "--dtype",
+    "eta": "--eta",
     "feather": "--feather",
+    "generator": "--seed",
     "guidance_scale": "--guidance",
+    "image": "PICTURE",
     "image_latents": "--latents",
     "inpaint_strength": "--strength",
+    "inverse_scheduler": "--scheduler",
+    "inversion": "--inversion",
     "inversion_guidance_scale": "--invert-guidance",
     "inversion_iterations": "--iterations",
     "inversion_prompt": "--caption",
     "lambda_auto_corr": "--lambda-auto-corr",
     "lambda_kl": "--lambda-kl",
+    "local_files_only": "--offline",
     "mask_combination": "--mask-combine",
     "mask_encode_strength": "--mask-strength",
     "mask_image": "--mask",
     "mask_thresholding_ratio": "--mask-threshold",
+    "mindspore_dtype": "--dtype",
+    "mode": "--mode",
     "negative_prompt": "--negative",
     "num_auto_corr_rolls": "--auto-corr-rolls",
+    "num_images_per_prompt": "--images-per-prompt",
     "num_inference_steps": "--steps",
     "num_maps_per_mask": "--maps",
     "num_reg_steps": "--reg-steps",
     "outlier_quantile": "--outliers",
+    "paste_back=False": "--no-paste-back",
+    "pretrained_model_name_or_path": "--model",
+    "prompt": "--target",
+    "requires_safety_checker=False": "--no-safety-checker",
+    "revision": "--revision",
+    "safety_checker=None": "--no-safety-checker",
+    "scheduler": "--scheduler",
+    "source_negative_prompt": "--source-negative",
     "source_prompt": "--source",
+    "target_negative_prompt": "--target-negative",
     "target_prompt": "--target",
     "token": "--embedding FILE=WORD",
+    "variant": "--variant",
+}
+
+# Where a command has another option for the same parameter.
+_PARAMETERS_OF = {
+    "invert": {"prompt": "--source"},
+    "parity record": {"image": "--image"},
+    "parity check": {"image": "--image"},
 }
 
 
-def as_options(sentence: str) -> str:
-    """A sentence about the pipeline's parameters, `in_backticks`, as one about options of the command line."""
-    sentence = re.sub(r"`(\w+)`", lambda found: _PARAMETERS.get(found[1], found[0]), sentence)
-    sentence = re.sub(r"\bvariant='([^']*)'", r"--variant \1", sentence)
-    return sentence.replace("Leave variant out", "Leave --variant out")
+def option_of(command: str) -> Callable[[str], str]:
+    """How a command tells of Python's parameters, for `errors.Message.told`: `num_inference_steps` is its --steps."""
+    options = {**_PARAMETERS, **_PARAMETERS_OF.get(command, {})}
+
+    def named(parameter: str) -> str:
+        if parameter in options:
+            return options[parameter]
+        name, equals, value = parameter.partition("=")
+        name = re.sub(r"(_embeds)?(\[.*)?$", "", name)
+        if name in options:
+            return " ".join([options[name], *([value.strip("'")] if equals else [])])
+        return parameter if parameter.startswith("-") else name.replace("_", " ")
+
+    return named
+
+
+def told(sentence: str, command: str) -> str:
+    """A sentence as the command says it: a message in the names of its options, any other text as it is; on one line."""
+    return on_one_line(sentence.told(option_of(command)) if isinstance(sentence, Message) else str(sentence))
+
+
+def on_one_line(text: str) -> str:
+    """A text of any lines as one that can be printed."""
+    return " ".join(printable(text).split())
+
+
+def printable(text: str, encoding: str = "utf-8") -> str:
+    """A text that a stream of this encoding can carry, be there a path in it whose name is no text."""
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def option(name: str) -> str:
@@ -149,6 +208,9 @@ def option(name: str) -> str:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         """One sentence in place of argparse's page of usage."""
+        message = on_one_line(message)
+        if len(message) > 2 * _LONGEST_PART:  # a long value is in its middle
+            message = f"{message[:_LONGEST_PART]}... {message[-_LONGEST_PART:]}"
         print(f"{self.prog}: error: {message} (see {self.prog} --help)", file=sys.stderr)
         sys.exit(BAD_INPUT)
 
@@ -311,12 +373,12 @@ def _yes(value: bool) -> str:
 
 
 def _quantile(text: str):
-    if text == "none":
-        return text
+    if text.lower() == "none":
+        return "none"
     try:
         return float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor 'none'") from None
+        raise argparse.ArgumentTypeError(f"{shown(text)} is neither a number nor 'none'") from None
 
 
 def _command(commands, name: str, summary: str) -> argparse.ArgumentParser:
@@ -536,4 +598,4 @@ def _device(text: str) -> str:
     for target in DEVICE_TARGETS:
         if text.lower() == target.lower():
             return target
-    raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(DEVICE_TARGETS)}")
+    raise argparse.ArgumentTypeError(f"{shown(text)} is none of {', '.join(DEVICE_TARGETS)}")

@@ -4,7 +4,7 @@ What can be given is defined in `arguments` and judged in `jobs`; `runs` asks th
 Here are the commands: which files are written, and what is said in the end.
 
 stdout carries one line (or one JSON object); progress, notes and errors go to stderr. Exit codes: 0 done,
-2 for bad input (one sentence), 1 for any other failure, 130 when interrupted.
+2 for bad input (one sentence), 1 for any other failure (a sentence, or the traceback of a bug), 130 when interrupted.
 """
 
 from __future__ import annotations
@@ -13,16 +13,20 @@ import contextlib
 import dataclasses
 import importlib
 import json
+import logging
 import sys
+import traceback
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 import numpy as np
 
-from . import demo, jobs, masks, pictures, runs, strips, sweeps
-from .arguments import BAD_INPUT, MASK_FIELDS, MASK_NUMBERS, as_options, build_parser
+from . import __version__, demo, jobs, masks, pictures, runs, strips, sweeps
+from .arguments import BAD_INPUT, MASK_FIELDS, MASK_NUMBERS, build_parser, on_one_line, printable, told
+from .errors import LONGEST_TEXT, InputError, InputTypeError, cut
 from .jobs import Job
 from .latents_file import write_latents
+from .options import NumericalError
 from .runs import Edited
 
 OK, FAILED, INTERRUPTED = 0, 1, 130
@@ -41,41 +45,59 @@ def main(argv: Optional[List[str]] = None) -> int:
         return stop.code if isinstance(stop.code, int) else BAD_INPUT
     try:
         # Libraries print; stdout is for the result alone.
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(sys.stderr), _warnings_as_notes(args):
             line, result, *code = _COMMANDS[args.command](args)
-        print(json.dumps(result, ensure_ascii=True) if args.json else line, flush=True)
+        line = json.dumps(result, ensure_ascii=True) if args.json else line
+        print(printable(line, sys.stdout.encoding or "utf-8"), flush=True)
         return code[0] if code else OK
     except KeyboardInterrupt:
         print("mindiffedit: interrupted.", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
-        return _report(error)
+        return _report(error, args.command)
 
 
-def _report(error: Exception) -> int:
+def _report(error: Exception, command: str) -> int:
     """Say what went wrong on stderr; returns the exit code."""
-    if isinstance(error, (ValueError, FileNotFoundError)) and _raised_here(error):
-        print(f"mindiffedit: error: {as_options(_one_line(error))}", file=sys.stderr)
+    if isinstance(error, (InputError, InputTypeError, NumericalError)):
+        print(f"mindiffedit: error: {told(error.message, command)}", file=sys.stderr)
         return BAD_INPUT
-    if not isinstance(error, OSError):  # a full disk needs no traceback
-        import traceback
-
-        traceback.print_exception(type(error), error, error.__traceback__, file=sys.stderr)
-    print(f"mindiffedit: failed: {type(error).__name__}: {_one_line(error)}", file=sys.stderr)
+    what = cut(on_one_line(f"{type(error).__name__}: {error}").rstrip(": ."), 2 * LONGEST_TEXT)
+    if isinstance(error, (OSError, MemoryError)):  # of the surroundings: a full disk
+        print(f"mindiffedit: failed: {what}.", file=sys.stderr)
+        return FAILED
+    traceback.print_exception(type(error), error, error.__traceback__, file=sys.stderr)
+    print(
+        f"mindiffedit: failed: {what}. This is a bug of mindiffedit {__version__}: please report it to the project's issue "
+        "tracker, with all of the above, the command, and what `mindiffedit --version` prints.",
+        file=sys.stderr,
+    )
     return FAILED
 
 
-def _raised_here(error: BaseException) -> bool:
-    """True where the exception was raised by this package: then its message is a sentence for the user."""
-    trace = error.__traceback__
-    while trace.tb_next is not None:
-        trace = trace.tb_next
-    module = trace.tb_frame.f_globals.get("__name__", "")
-    return module.partition(".")[0] == __name__.partition(".")[0]
+class _Notes(logging.Handler):
+    """What the package logs, as notes of a command."""
+
+    def __init__(self, command: str):
+        super().__init__(logging.WARNING)
+        self.command = command
+
+    def emit(self, record: logging.LogRecord) -> None:
+        said = record.args[0] if record.msg == "%s" and len(record.args) == 1 else record.getMessage()
+        print(f"note: {told(said, self.command)}", file=sys.stderr)
 
 
-def _one_line(error) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+@contextlib.contextmanager
+def _warnings_as_notes(args):
+    """Warnings of this package, which are for Python's users, in the command line's words; none with --quiet."""
+    logger, handler = logging.getLogger(__package__), (
+        logging.NullHandler() if args.quiet else _Notes(args.command)
+    )
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 # --- commands: each returns (line for people, object for machines) ---------------------------------
@@ -116,13 +138,20 @@ def _demo(args):
     folder = Path(args.output)
     names = {name: folder / f"{name}.png" for name in ("edit", "original", "mask", "edited")}
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output {folder} is a file; give the name of a folder.")
+        raise InputError(
+            "{parameter} {folder} is a file; give the name of a folder.", "--output", folder=folder
+        )
     jobs.read_pictures(job)
     jobs.find_model(job)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"the folder {folder} cannot be made: {error.strerror or error}.") from error
+        raise InputError(
+            "{parameter} {folder}: the folder cannot be made ({why}); give another.",
+            parameter="--output",
+            folder=folder,
+            why=error.strerror or error,
+        ) from error
     jobs.check_outputs(job, names)
     done = _whole_edit(job, jobs.load(job))
     pictures.save_images_atomically(
@@ -171,7 +200,7 @@ def _edit_result(job: Job, done: Optional[Edited], sweep=None, **extra):
             inversion=settings["inversion"],
             iterations=settings["iterations"],
             paste_back=not args.no_paste_back,
-            report=None if done is None else _report_of(done.report, job.losses),
+            report=None if done is None else _report_of(done.report, job.losses, args.command),
             sweep=None if sweep is None else _sweep_result(job, sweep),
         )
     if done is None:
@@ -180,13 +209,13 @@ def _edit_result(job: Job, done: Optional[Edited], sweep=None, **extra):
     return f"{args.output}: {width} x {height}, {done.share:.0%} of it in the mask, {_took(job)}", result
 
 
-def _report_of(report, losses: List[str]) -> Dict[str, Any]:
+def _report_of(report, losses: List[str], command: str) -> Dict[str, Any]:
     """The report of an edit of one picture: lists with an entry for each picture are that entry."""
     values = dataclasses.asdict(report)
     for name, value in values.items():
         if name != "warnings" and isinstance(value, list):
             values[name] = value[0]
-    values["warnings"] = [*losses, *(as_options(warning) for warning in report.warnings)]
+    values["warnings"] = [told(warning, command) for warning in (*losses, *report.warnings)]
     values["seconds"] = {name: round(seconds, 3) for name, seconds in report.seconds.items()}
     return values
 

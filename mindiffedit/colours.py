@@ -8,7 +8,7 @@ picture's own numbers. No file is read or written here.
 from __future__ import annotations
 
 import io
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, List, Optional, Tuple
 
 import numpy as np
 import PIL.Image

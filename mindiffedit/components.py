@@ -13,6 +13,7 @@ import numpy as np
 
 from . import compile_cache as compile_caches
 from . import devices, hub, models, old_configs, saving, survey, tiling, turns
+from .errors import InputError, Message
 from .notices import say_once
 
 logger = logging.getLogger(__name__)
@@ -64,16 +65,21 @@ class PipelineComponents:
         compile_cache=None,
     ):
         if mode not in self.MODES:
-            raise ValueError(f"`mode` has to be one of {self.MODES}, but is {mode!r}.")
+            raise InputError(
+                "{parameter} has to be one of {modes}, but is {mode!r}.", "mode", modes=self.MODES, mode=mode
+            )
         if safety_checker is not None and feature_extractor is None:
-            raise ValueError(
-                "A safety checker needs a feature extractor, and none was given. Give `feature_extractor`, or"
-                " `safety_checker=None` to run without one."
+            raise InputError(
+                "A safety checker needs a feature extractor, and none was given. Give {parameter}, or "
+                "{safety_checker=None} to run without one.",
+                parameter="feature_extractor",
             )
         if safety_checker is None and requires_safety_checker:
             say_once(
-                "The safety checker is off (`safety_checker=None`): pictures are returned unfiltered. Keep it on where"
-                " results are shown to the public; `requires_safety_checker=False` silences this notice."
+                Message(
+                    "The safety checker is off ({safety_checker=None}): pictures are returned unfiltered. Keep it on where"
+                    " results are shown to the public; {requires_safety_checker=False} silences this notice."
+                )
             )
         self.vae, self.text_encoder, self.tokenizer, self.unet = vae, text_encoder, tokenizer, unet
         self.safety_checker, self.feature_extractor = safety_checker, feature_extractor
@@ -168,9 +174,10 @@ class PipelineComponents:
                 (``CheckpointError``, ``WeightsError``).
         """
         if use_safetensors is False:
-            raise ValueError(
-                "`use_safetensors=False` asks for pickled weights, which can run code when they are read; only"
-                " safetensors files are loaded. Leave the argument out and use a folder that holds them."
+            raise InputError(
+                "{use_safetensors=False} asks for pickled weights, which can run code when they are read; only "
+                "safetensors files are loaded. Leave the argument out and use a folder that holds them.",
+                parameter="use_safetensors",
             )
         overrides, own, dtype = cls._loading("from_pretrained", mode, mindspore_dtype, kwargs)
         options = hub.HubOptions(cache_dir, force_download, local_files_only, token, revision, proxies)
@@ -224,8 +231,9 @@ class PipelineComponents:
         """
         for name in ("original_config", "original_config_file"):
             if kwargs.get(name) is not None:
-                raise ValueError(
-                    f"`{name}` is not read; give `config`, a folder or hub id in diffusers' layout, instead."
+                raise InputError(
+                    "{parameter} is not read; give {config}, a folder or hub id in diffusers' layout, instead.",
+                    parameter=name,
                 )
         overrides, own, dtype = cls._loading("from_single_file", mode, mindspore_dtype, kwargs)
         from . import single_file
@@ -243,7 +251,9 @@ class PipelineComponents:
     def _loading(cls, method: str, mode: str, mindspore_dtype, kwargs: Dict[str, Any]) -> tuple:
         """The checks that loading begins with: components given, other arguments given, and the dtype to load in."""
         if mode not in cls.MODES:
-            raise ValueError(f"`mode` has to be one of {cls.MODES}, but is {mode!r}.")
+            raise InputError(
+                "{parameter} has to be one of {modes}, but is {mode!r}.", "mode", modes=cls.MODES, mode=mode
+            )
         accepted = set(inspect.signature(cls.__init__).parameters) - {"self", "mode", "compile_cache"}
         overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in accepted}
         if kwargs:
@@ -416,7 +426,7 @@ class PipelineComponents:
         from tqdm.auto import tqdm
 
         if (iterable is None) == (total is None):
-            raise ValueError("`progress_bar` takes either `iterable` or `total`.")
+            raise InputError("`progress_bar` takes either {iterable} or {total}; give one of the two.")
         if iterable is not None:
             return tqdm(iterable, **self._progress_bar_config)
         return tqdm(total=total, **self._progress_bar_config)

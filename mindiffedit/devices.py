@@ -10,6 +10,7 @@ import contextlib
 import logging
 import threading
 
+from .errors import InputError, InputTypeError
 from .notices import say_once
 
 DEVICE_TARGETS = ("CPU", "GPU", "Ascend")
@@ -68,7 +69,12 @@ def require_device(name: str | None) -> str:
     import mindspore
 
     if name is not None and not isinstance(name, str):
-        raise TypeError(f"device: expected one of {', '.join(DEVICE_TARGETS)} or None, got {name!r}")
+        raise InputTypeError(
+            "{parameter}: expected one of {known} or None, got {name!r}",
+            parameter="device",
+            known=", ".join(DEVICE_TARGETS),
+            name=name,
+        )
     before = device_target()
     if name is None:
         wanted = before
@@ -76,7 +82,12 @@ def require_device(name: str | None) -> str:
         spelling = {target.lower(): target for target in DEVICE_TARGETS}
         wanted = spelling.get(name.strip().lower())
         if wanted is None:
-            raise ValueError(f"device: expected one of {', '.join(DEVICE_TARGETS)}, got {name!r}")
+            raise InputError(
+                "{parameter}: expected one of {known}, got {name!r}",
+                parameter="device",
+                known=", ".join(DEVICE_TARGETS),
+                name=name,
+            )
 
     if wanted != before:
         available = _available_targets()
@@ -194,7 +205,12 @@ def _float_name(dtype) -> str:
     wanted = floats.get(dtype) if isinstance(dtype, str) else dtype
     name = next((n for n, known in floats.items() if known is wanted or known == wanted), None)
     if wanted is None or name is None:
-        raise ValueError(f"dtype: expected one of {', '.join(floats)}, got {dtype!r}")
+        raise InputError(
+            "{parameter}: expected one of {known}, got {given!r}",
+            parameter="dtype",
+            known=", ".join(floats),
+            given=dtype,
+        )
     return name
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from PIL.Image import Image
 
 from . import colours, masks, options, pictures, randomness, schedules, turns
-from .errors import shown
+from .errors import InputError, InputTypeError, Message
 from .outputs import DiffEditInversionPipelineOutput, DiffEditOutput, EditReport
 
 INVERSIONS = ("ddim", "noise")
@@ -346,8 +346,12 @@ class Editing:
         }
         for name, count in counts.items():
             if count != batch:
-                raise ValueError(
-                    f"There are {count} {name} prompts for {batch} source prompts; give as many of each."
+                raise InputError(
+                    "There are {count} {which} prompts for {batch} source prompts; give as many of each.",
+                    parameter=f"{name}_prompt",
+                    count=count,
+                    which=name,
+                    batch=batch,
                 )
         self._check_prompts(target[0], negative[0], target[1], negative[1], is_guided)
         return batch
@@ -356,8 +360,10 @@ class Editing:
         """The user's mask on the latents' grid, (B, h, w) float32; 0 and 1 unless masks are soft."""
         if mask_image is None:
             if combination != "replace":
-                raise ValueError(
-                    f"`mask_combination` is {combination!r}, but there is no `mask_image` to combine with."
+                raise InputError(
+                    "{parameter} is {combination!r}, but there is no {mask_image} to combine with.",
+                    parameter="mask_combination",
+                    combination=combination,
                 )
             return None
         return np.broadcast_to(
@@ -367,9 +373,11 @@ class Editing:
     @staticmethod
     def _check_inverted(given, shape) -> None:
         if not isinstance(given, DiffEditInversionPipelineOutput) or given.clean_latents is None:
-            raise TypeError(
-                "`image_latents` has to be what `invert()` or `noise_image()` returned, with its clean latents, but is"
-                f" {type(given).__name__}; pass the whole output, not its latents."
+            raise InputTypeError(
+                "{parameter} has to be what `invert` or `noise_image` returned, with its clean latents, but is "
+                "{given!t}; pass the whole output, not its latents.",
+                parameter="image_latents",
+                given=given,
             )
         batch, steps, *one = shape
         options.check_image_latents(given.latents, batch, steps, one)
@@ -410,12 +418,16 @@ class Editing:
 def _check_inversion(inversion, iterations, image_latents, measure_reconstruction) -> None:
     nothing = inversion == "noise" or image_latents is not None
     if nothing and (iterations > 0 or measure_reconstruction):
-        raise ValueError(
-            "Nothing is inverted here (inversion='noise', or `image_latents` were given), so `inversion_iterations` and"
-            " `measure_reconstruction` mean nothing; leave them out."
+        raise InputError(
+            "Nothing is inverted here ({inversion='noise'}, or {image_latents} were given), so "
+            "{inversion_iterations} and {measure_reconstruction} mean nothing; leave them out.",
+            parameter="inversion_iterations" if iterations > 0 else "measure_reconstruction",
         )
     if inversion == "noise" and image_latents is not None:
-        raise ValueError("inversion='noise' and `image_latents` exclude each other; give one of them.")
+        raise InputError(
+            "{inversion='noise'} and {parameter} exclude each other; give one of them.",
+            parameter="image_latents",
+        )
 
 
 def _for_each_map(generator, copies: int):
@@ -484,37 +496,54 @@ def _psnr(decoded: np.ndarray, pixels: np.ndarray) -> List[float]:
     return [float(value) for value in -20 * np.log10(np.maximum(error, 1e-5))]
 
 
-def _warnings(report: EditReport, source_prompt, target_prompt, own_mask: bool) -> List[str]:
+def _warnings(report: EditReport, source_prompt, target_prompt, own_mask: bool) -> List[Message]:
     """What looks wrong, and what to turn."""
     found = []
     for i, share in enumerate(report.mask_coverage):
         which = f"picture {i}: " if len(report.mask_coverage) > 1 else ""
         if share == 0:
-            remedy = (
-                "draw more of it"
-                if own_mask
-                else "lower `mask_thresholding_ratio` or raise `num_maps_per_mask`"
+            remedy = Message("lower {mask_thresholding_ratio} or raise {num_maps_per_mask}")
+            if own_mask:
+                remedy = "draw more of it"
+            found.append(
+                Message(
+                    "{which}the mask is empty, so nothing has changed; {remedy}.", which=which, remedy=remedy
+                )
             )
-            found.append(f"{which}the mask is empty, so nothing has changed; {remedy}.")
         elif share > 0.9:
-            remedy = (
-                "draw less of it"
-                if own_mask
-                else "raise `mask_thresholding_ratio`, or say in both prompts what shall stay, in the same words"
+            remedy = Message(
+                "raise {mask_thresholding_ratio}, or say in both prompts what should stay, in the same words"
             )
-            found.append(f"{which}the mask covers {share:.0%} of the picture; {remedy}.")
+            if own_mask:
+                remedy = "draw less of it"
+            found.append(
+                Message(
+                    "{which}the mask covers {share:.0%} of the picture; {remedy}.",
+                    which=which,
+                    share=share,
+                    remedy=remedy,
+                )
+            )
         if report.inversion_error is not None and report.inversion_error[i] > LARGE_ERROR:
             found.append(
-                f"{which}the inversion does not lead back to the picture (error {report.inversion_error[i]:.0%}); raise"
-                " `num_inference_steps` or `inversion_iterations`, lower `inpaint_strength`, or say in the source prompt"
-                " what the picture shows."
+                Message(
+                    "{which}the inversion does not lead back to the picture (error {error:.0%}); raise "
+                    "{num_inference_steps} or {inversion_iterations}, lower {inpaint_strength}, or say in the source "
+                    "prompt what the picture shows.",
+                    which=which,
+                    error=report.inversion_error[i],
+                )
             )
     for source, target in zip(_listed(source_prompt), _listed(target_prompt)):
         words = [_words(text) for text in (source, target)]
         if all(words) and not words[0] & words[1]:
             found.append(
-                f"the prompts {shown(source)} and {shown(target)} have no word in common, so that the mask may take in"
-                " everything; repeat in the target prompt what shall stay."
+                Message(
+                    "the prompts {source!r} and {target!r} have no word in common, so that the mask may take in "
+                    "everything; repeat in the target prompt what should stay.",
+                    source=source,
+                    target=target,
+                )
             )
     return found
 

@@ -6,95 +6,136 @@ which of the two is meant is known only where the sentence is shown.
 
 from __future__ import annotations
 
+import re
 import string
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Iterator, Optional, Sequence
 
 LONGEST_VALUE = 100  # characters of a value's repr in a message
+LONGEST_TEXT = 250  # of a text in a message that is shown without quotes, such as a path
 
-__all__ = ["InputError", "InputTypeError", "Message", "shown"]
+__all__ = ["InputError", "InputTypeError", "Message", "cut", "named", "shown"]
+
+
+def cut(text: str, longest: int) -> str:
+    """A text for a message; of a long one the beginning, and its length."""
+    return text if len(text) <= longest else f"{text[:longest].rstrip()}... ({len(text)} characters)"
 
 
 def shown(value: Any) -> str:
     """A value's repr for a message; a long one is cut, with its length."""
-    text = repr(value)
-    if len(text) <= LONGEST_VALUE:
-        return text
-    return f"{text[:LONGEST_VALUE].rstrip()}... ({len(text)} characters)"
+    return cut(repr(value), LONGEST_VALUE)
 
 
 def in_backticks(parameter: str) -> str:
-    """How Python's users are told of a parameter."""
-    return f"`{parameter}`" if parameter.isidentifier() else parameter
+    """How Python's users are told of a parameter; what is none, such as --steps, stays as it is."""
+    return f"`{parameter}`" if re.match(r"[^\W\d]\w*([\[=].*)?$", parameter) else parameter
+
+
+class _Name(str):
+    """A part of a message that is a parameter's name."""
 
 
 class Message(str):
     """A sentence that names parameters; as a string it names Python's, in backticks.
 
     Args:
-        template: as for ``str.format``. A field without a value in ``values`` is the name of a parameter. Values that
-            are shown by ``!r`` are cut where they are long.
-        parameter: what the field ``{parameter}`` names.
-        **values: of the other fields.
+        template: as for ``str.format``. A field without a value in ``values`` is the name of a parameter, or a
+            parameter with the value that it should have (``{guidance_scale=1}``). Of a value ``!r`` shows the repr and
+            ``!t`` its type's name; what is long is cut. Values that are messages themselves are told with it.
+        parameter: what the field ``{parameter}`` names; a name of Python, or what is to be shown as it is (--steps).
+        **values: of the other fields. They are not kept: a message holds text only.
     """
 
-    def __new__(cls, template: str, parameter: Optional[str] = None, **values: Any) -> "Message":
-        message = super().__new__(cls, _Filled(parameter, values, in_backticks).format(template))
-        message._said = (template, parameter, values)
-        return message
+    _parts: Sequence[str]
+
+    def __new__(cls, template: str, /, parameter: Optional[str] = None, **values: Any) -> "Message":
+        return _joined(_parts(template, parameter, values))
 
     def told(self, name: Callable[[str], str]) -> str:
         """The sentence with other names: ``name`` is called with Python's name of each parameter."""
-        template, parameter, values = self._said
-        return _Filled(parameter, values, name).format(template)
+        return "".join(name(str(part)) if isinstance(part, _Name) else part for part in self._parts)
 
-    def __getnewargs_ex__(self):  # pickled with what it is made of, so that a copy can be told again
-        template, parameter, values = self._said
-        return (template, parameter), values
+    def renamed(self, **names: str) -> "Message":
+        """The sentence with other parameters, by the names that they replace."""
+        return _joined(_Name(names.get(part, part)) if isinstance(part, _Name) else part for part in self._parts)
+
+    def __reduce__(self):
+        return _joined, (self._parts,)
 
 
-class _Filled(string.Formatter):
-    def __init__(self, parameter: Optional[str], values: dict, name: Callable[[str], str]):
-        self._parameter, self._values, self._name = parameter, values, name
+def named(parameter: str) -> Message:
+    """A value for a field of a message that names another parameter, or a part of one, such as `prompt[1]`."""
+    return Message("{parameter}", parameter)
 
-    def get_value(self, key, args, kwargs):
-        if key in self._values:
-            return self._values[key]
-        return self._name(self._parameter if key == "parameter" else key)
 
-    def convert_field(self, value, conversion):
-        return shown(value) if conversion == "r" else super().convert_field(value, conversion)
+def _joined(parts) -> Message:
+    parts = tuple(parts)
+    said = "".join(in_backticks(part) if isinstance(part, _Name) else part for part in parts)
+    message = str.__new__(Message, said)
+    message._parts = parts
+    return message
+
+
+def _parts(template: str, parameter: Optional[str], values: dict) -> Iterator[str]:
+    for text, field, form, conversion in string.Formatter().parse(template):
+        yield text
+        if field is None:
+            continue
+        if field not in values:
+            yield _Name(parameter if field == "parameter" else field)
+        elif isinstance(values[field], Message):
+            yield from values[field]._parts
+        elif conversion == "t":
+            yield type(values[field]).__name__
+        elif conversion == "r":
+            yield shown(values[field])
+        else:
+            yield cut(format(values[field], form), LONGEST_TEXT)
 
 
 class _AboutInput:
-    """What the two kinds of error share.
+    """What the two kinds of error share; with a ``parameter`` or ``values`` the text is a ``Message``'s template."""
 
-    Args:
-        text: the sentence: what was given, what was expected, what to do. With a ``parameter`` or ``values`` it is the
-            template of a ``Message``, so a literal; without both it is taken as it is.
-        parameter: Python's name of what was wrong, None where no single one was.
-        **values: of the template's fields.
+    parameter: Optional[str]
+    message: Message
 
-    Attributes:
-        parameter: as given.
-        message: the sentence, which can be told in another interface's names.
-    """
+    def __init__(self, text: str, /, parameter: Optional[str] = None, **values: Any):
+        if isinstance(text, Message):
+            message = text
+        elif parameter is None and not values:
+            message = _joined([text])
+        else:
+            message = Message(text, parameter, **values)
+        self.parameter, self.message = parameter, message
+        super().__init__(message)
 
-    def __init__(self, text: str, parameter: Optional[str] = None, **values: Any):
-        plain = parameter is None and not values and not isinstance(text, Message)
-        if plain:
-            text = Message("{text}", text=text)
-        elif not isinstance(text, Message):
-            text = Message(text, parameter, **values)
-        self.parameter, self.message = parameter, text
-        super().__init__(text)
+    def renamed(self, **names: str):
+        """The same error about other parameters, for who has handed on what has another name with them."""
+        return type(self)(self.message.renamed(**names), names.get(self.parameter, self.parameter))
 
     def __reduce__(self):
         return type(self), (self.message, self.parameter), self.__dict__
 
 
 class InputError(_AboutInput, ValueError):
-    """A value that does not fit, found before any model runs."""
+    """A value that does not fit, found before any model runs.
+
+    Args:
+        text: the sentence: what was given, what was expected, what to do.
+        parameter: Python's name of what was wrong, None where no single one was.
+        **values: of the fields of a sentence that is a template.
+
+    Attributes:
+        parameter: as given.
+        message: the sentence, which can be told in another interface's names.
+    """
 
 
 class InputTypeError(_AboutInput, TypeError):
-    """A value of a type that does not fit, found before any model runs."""
+    """A value of a type that does not fit, found before any model runs.
+
+    Args:
+        text: as for ``InputError``.
+        parameter: as for ``InputError``.
+        **values: as for ``InputError``.
+    """

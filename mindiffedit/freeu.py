@@ -21,6 +21,7 @@ import numpy as np
 from mindspore import mint, ops
 
 from . import options, quick_imports
+from .errors import InputError
 
 Factors = Tuple[float, float, float, float]
 """s1, s2, b1, b2, as diffusers names them."""
@@ -42,9 +43,10 @@ def enable(unet: Any, s1: float, s2: float, b1: float, b2: float) -> None:
     kinds = {plain: freed for freed, plain in _classes().items()}
     for block in blocks:
         if type(block) not in kinds and type(block) not in kinds.values():
-            raise ValueError(
-                f"FreeU works on up blocks of the classes {' and '.join(kind.__name__ for kind in kinds)}, but this UNet"
-                f" has a {type(block).__name__}."
+            raise InputError(
+                "FreeU works on up blocks of the classes {classes}, but this UNet has a {block!t}.",
+                classes=" and ".join(kind.__name__ for kind in kinds),
+                block=block,
             )
     for block in blocks:
         block.__class__ = kinds.get(type(block), type(block))

@@ -18,11 +18,13 @@ from typing import Callable, Optional, Tuple
 
 import numpy as np
 
+from .errors import InputError, InputTypeError
+
 DEFAULT_SEED = 67280421310721  # of a torch.Generator that nobody has seeded
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 
-def check_seed(seed, name: str = "`seed`") -> int:
+def check_seed(seed, name: str = "seed") -> int:
     """``seed`` as an int from 0 to 2**64 - 1, a negative one counted from 2**64 down as PyTorch does.
 
     Args:
@@ -34,10 +36,14 @@ def check_seed(seed, name: str = "`seed`") -> int:
         ValueError: for one out of that range.
     """
     if isinstance(seed, (bool, np.bool_)) or not isinstance(seed, (int, np.integer)):
-        raise TypeError(f"{name} has to be a whole number, but is {seed!r} ({type(seed).__name__}).")
+        raise InputTypeError(
+            "{parameter} has to be a whole number, but is {seed!r} ({seed!t}).", parameter=name, seed=seed
+        )
     if not -(2**63) <= seed < 2**64:
-        raise ValueError(
-            f"{name} has to be a whole number from -2**63 to 2**64 - 1, as PyTorch's seeds, but is {seed}."
+        raise InputError(
+            "{parameter} has to be a whole number from -2**63 to 2**64 - 1, as PyTorch's seeds, but is {seed!r}.",
+            parameter=name,
+            seed=seed,
         )
     return int(seed) % 2**64
 
@@ -55,7 +61,12 @@ def dtype_name(dtype) -> str:
         except TypeError:
             name = None
     if name not in DTYPES:
-        raise ValueError(f"`dtype` has to be one of {', '.join(DTYPES)}, but is {dtype!r}.")
+        raise InputError(
+            "{parameter} has to be one of {known}, but is {given!r}.",
+            parameter="dtype",
+            known=", ".join(DTYPES),
+            given=dtype,
+        )
     return name
 
 
@@ -131,15 +142,18 @@ class Generator:
         self.device = str(device)
         kind, colon, index = self.device.partition(":")
         if kind not in ("cpu", "cuda") or (colon and not index.isdigit()):
-            raise ValueError(f"`device` has to be 'cpu', 'cuda' or 'cuda:N', but is {device!r}.")
+            raise InputError(
+                "{parameter} has to be 'cpu', 'cuda' or 'cuda:N', but is {given!r}.", "device", given=device
+            )
         options = {
             "multiprocessors": multiprocessors,
             "threads_per_multiprocessor": threads_per_multiprocessor,
         }
         options = {name: value for name, value in options.items() if value is not None}
         if kind == "cpu" and options:
-            raise ValueError(
-                f"`{next(iter(options))}` describes a GPU; it goes with device='cuda', not 'cpu'."
+            raise InputError(
+                "{parameter} describes a GPU; it goes with {device='cuda'}, not 'cpu'.",
+                parameter=next(iter(options)),
             )
         self._options = options
         self._stream = _CudaStream(**options) if kind == "cuda" else _CpuStream()
@@ -188,12 +202,19 @@ class Generator:
         """
         state = np.asarray(state)
         if state.dtype != np.uint8:
-            raise TypeError(f"`state` has to be an array of uint8, but its type is {state.dtype}.")
+            raise InputTypeError(
+                "{parameter} has to be an array of uint8, but its type is {dtype}.",
+                parameter="state",
+                dtype=state.dtype,
+            )
         expected = (self._stream.STATE.itemsize,)
         if state.shape != expected:
-            raise ValueError(
-                f"`state` of a generator on {self.device!r} has to have the shape {expected}, but has"
-                f" {state.shape}."
+            raise InputError(
+                "{parameter} of a generator on {device!r} has to have the shape {expected}, but has {shape}.",
+                parameter="state",
+                device=self.device,
+                expected=expected,
+                shape=state.shape,
             )
         self._stream.set_state(np.ascontiguousarray(state).view(self._stream.STATE)[0])
         return self
@@ -243,9 +264,15 @@ class Generator:
             TypeError, ValueError: for a bound or shape that is none of these.
         """
         if isinstance(high, (bool, np.bool_)) or not isinstance(high, (int, np.integer)):
-            raise TypeError(f"`high` has to be a whole number, but is {high!r} ({type(high).__name__}).")
+            raise InputTypeError(
+                "{parameter} has to be a whole number, but is {number!r} ({number!t}).",
+                parameter="high",
+                number=high,
+            )
         if not 0 < high < 2**63:
-            raise ValueError(f"`high` has to be from 1 to 2**63 - 1, but is {high}.")
+            raise InputError(
+                "{parameter} has to be from 1 to 2**63 - 1, but is {number!r}.", parameter="high", number=high
+            )
         shape = _shape(size if isinstance(size, (tuple, list)) else (size,))
         return self._stream.integers(int(high), math.prod(shape)).reshape(shape)
 
@@ -270,9 +297,15 @@ class Generator:
 def _shape(size) -> Tuple[int, ...]:
     for n in size:
         if isinstance(n, (bool, np.bool_)) or not isinstance(n, (int, np.integer)):
-            raise TypeError(f"`size` has to be made of whole numbers, but has {n!r} in it.")
+            raise InputTypeError(
+                "{parameter} has to be made of whole numbers, but has {n!r} in it.", parameter="size", n=n
+            )
         if n < 0:
-            raise ValueError(f"`size` has to be made of numbers of at least 0, but has {n} in it.")
+            raise InputError(
+                "{parameter} has to be made of numbers of at least 0, but has {n!r} in it.",
+                parameter="size",
+                n=n,
+            )
     return tuple(int(n) for n in size)
 
 
@@ -339,20 +372,38 @@ class _CpuStream:
         left, position = int(fields["left"]), int(fields["next"])
         untouched = left == 1 and position == 0
         if fields["seeded"] != 1 or not (untouched or (1 <= position <= 624 and left == 625 - position)):
-            raise ValueError(
-                "`state` is no state of PyTorch's CPU generator:"
-                f" seeded {fields['seeded']}, left {left} and next {position} do not go together."
+            raise InputError(
+                "{parameter} is no state of PyTorch's CPU generator: seeded {seeded}, left {left} and next {position} "
+                "do not go together.",
+                parameter="state",
+                seeded=fields["seeded"],
+                left=left,
+                position=position,
             )
         if fields["words"].max() > 0xFFFFFFFF:
-            raise ValueError("`state` is no state of PyTorch's CPU generator: a word has more than 32 bits.")
+            raise InputError(
+                "{parameter} is no state of PyTorch's CPU generator: a word has more than 32 bits.",
+                parameter="state",
+            )
         if not fields["words"][1:].any() and int(fields["words"][0]) >> 31 == 0:
-            raise ValueError("`state` is no state of PyTorch's CPU generator: all of its words are 0.")
+            raise InputError(
+                "{parameter} is no state of PyTorch's CPU generator: all of its words are 0.",
+                parameter="state",
+            )
         flags = [int(fields[name]) for name in ("normal_is_valid", "next_float_is_valid")]
         if not set(flags) <= {0, 1}:
-            raise ValueError(f"`state` is no state of PyTorch's CPU generator: its flags are {flags}.")
+            raise InputError(
+                "{parameter} is no state of PyTorch's CPU generator: its flags are {flags}.",
+                parameter="state",
+                flags=flags,
+            )
         kept = [float(fields[name]) for name, flag in zip(("normal_y", "next_float"), flags) if flag]
         if not all(map(math.isfinite, kept)):
-            raise ValueError(f"`state` is no state of PyTorch's CPU generator: the kept numbers are {kept}.")
+            raise InputError(
+                "{parameter} is no state of PyTorch's CPU generator: the kept numbers are {kept}.",
+                parameter="state",
+                kept=kept,
+            )
         self.seed = int(fields["seed"])
         self._twister.set_state(("MT19937", fields["words"].astype(np.uint32), 625 - left))
         self._untouched = untouched
@@ -529,10 +580,17 @@ class _CudaStream:
             ("threads_per_multiprocessor", threads_per_multiprocessor),
         ):
             if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-                raise TypeError(f"`{name}` has to be a whole number, but is {value!r}.")
+                raise InputTypeError(
+                    "{parameter} has to be a whole number, but is {value!r}.", parameter=name, value=value
+                )
             least = 1 if name == "multiprocessors" else 256
             if value < least:
-                raise ValueError(f"`{name}` has to be at least {least}, but is {value}.")
+                raise InputError(
+                    "{parameter} has to be at least {least}, but is {value!r}.",
+                    parameter=name,
+                    least=least,
+                    value=value,
+                )
         self._most_blocks = int(multiprocessors) * (int(threads_per_multiprocessor) // 256)
 
     def start(self, seed: int) -> None:
@@ -544,9 +602,11 @@ class _CudaStream:
     def set_state(self, fields) -> None:
         offset = int(fields["offset"])
         if offset < 0 or offset % 4:
-            raise ValueError(
-                "`state` is no state of PyTorch's CUDA generator:"
-                f" its offset is {offset}, not a multiple of 4 of at least 0."
+            raise InputError(
+                "{parameter} is no state of PyTorch's CUDA generator: its offset is {offset}, not a multiple of 4 of "
+                "at least 0.",
+                parameter="state",
+                offset=offset,
             )
         self.seed, self._offset = int(fields["seed"]), offset
 

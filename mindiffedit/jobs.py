@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import importlib
 import math
@@ -26,8 +27,8 @@ import numpy as np
 import PIL.Image
 
 from . import colours, demo, devices, editing, hub, masks, options, pictures, schedules, survey, textual_inversion
-from .arguments import CORRECTIONS, MASK_FIELDS, MASK_NUMBERS, SCHEDULERS, defaults_of, option
-from .errors import InputError
+from .arguments import CORRECTIONS, MASK_FIELDS, MASK_NUMBERS, SCHEDULERS, defaults_of, option, told
+from .errors import InputError, InputTypeError, Message
 from .generator import check_seed
 from .latents_file import read_latents
 from .outputs import DiffEditInversionPipelineOutput
@@ -36,10 +37,15 @@ from .outputs import DiffEditInversionPipelineOutput
 # own size a model repeats objects, and memory grows with the square of the pixels.
 AREA_FACTOR = 1.5
 
+# Far above what any model works at, and what anyone waits for.
+MAX_SIZE = 2**16
+MAX_SAMPLES = 1000
+
 __all__ = [
     "AREA_FACTOR",
     "Job",
     "begin",
+    "check_names",
     "check_numbers",
     "check_outputs",
     "find_model",
@@ -86,7 +92,7 @@ class Job:
     def note(self, text: str) -> None:
         """A sentence on stderr, unless --quiet."""
         if not self.args.quiet:
-            print(f"note: {text}", file=sys.stderr)
+            print(f"note: {told(text, self.args.command)}", file=sys.stderr)
 
     @contextlib.contextmanager
     def timed(self, stage: str):
@@ -115,6 +121,15 @@ def given(args: Namespace, name: str) -> bool:
     return getattr(args, name, None) is not None
 
 
+@contextlib.contextmanager
+def _as_option(parameter: str, name: str):
+    """An error about a parameter of a function is one about the option, by its name in `args`, that went there."""
+    try:
+        yield
+    except (InputError, InputTypeError) as error:
+        raise error.renamed(**{parameter: option(name)}) from error
+
+
 # --- checks that need no model ---------------------------------------------------------------------
 
 
@@ -123,7 +138,7 @@ def begin(args: Namespace, extensions: Optional[Dict[str, Sequence[str]]] = None
 
     `outputs` are options and their paths, `extensions` what some of these have to end in (others: any picture's).
     """
-    _check_emptiness(args)
+    check_names(args)
     check_numbers(vars(args))
     check_seed(args.seed, "--seed")
     job = Job(args, {}, _mask_options(args))
@@ -132,18 +147,20 @@ def begin(args: Namespace, extensions: Optional[Dict[str, Sequence[str]]] = None
     _check_contradictions(args)
     _take_texts(job)
     if args.output is None and not given(args, "sweep"):
-        raise ValueError("--output is missing: give -o FILE, or --sweep FILE for a sheet to choose from.")
+        raise InputError("--output is missing: give -o FILE, or --sweep FILE for a sheet to choose from.")
     check_outputs(job, outputs, extensions)
     if given(args, "latents"):
         _take_latents(job)
     if job.source is None and not given(args, "caption_model"):
-        raise ValueError("--source is missing: say what the picture shows.")
+        raise InputError("--source is missing: say what the picture shows.")
     _settle(job)
     guidance = job.settings["guidance"]
     if given(args, "negative") and guidance <= 1 and not given(args, "sweep"):
-        raise ValueError(
-            f"--negative is what guidance leads away from, and --guidance {guidance:g} is without; give --guidance above "
-            f"1, or leave --negative out."
+        raise InputError(
+            "{parameter} is what guidance leads away from, and --guidance {guidance:g} is without; give --guidance above "
+            "1, or leave {parameter} out.",
+            parameter="--negative",
+            guidance=guidance,
         )
     steps, strength = job.settings["steps"], job.settings["strength"]
     if args.command != "mask":
@@ -151,16 +168,29 @@ def begin(args: Namespace, extensions: Optional[Dict[str, Sequence[str]]] = None
     if job.computes_mask:
         options.effective_steps(steps, job.settings["mask_strength"], "--mask-strength")
         if job.source == job.target:
-            raise ValueError("--source and --target are the same text: there is nothing to change.")
+            raise InputError("--source and --target are the same text: there is nothing to change.")
     return job
 
 
-def _check_emptiness(args: Namespace) -> None:
-    """Names of files and models with nothing in them, as an unset variable of a shell makes them; texts may be empty."""
+def check_names(args: Namespace) -> None:
+    """Names of files and models that none can have: nothing, as an unset variable of a shell makes it, or too long."""
     for name, value in vars(args).items():
-        empty = "" in value if isinstance(value, list) else value == ""
-        if empty and name not in ("source", "target", "negative", "caption"):
-            raise ValueError(f"{'PICTURE' if name == 'picture' else option(name)} is empty; give it a value.")
+        if name in ("source", "target", "caption") or name.endswith("negative"):  # texts
+            continue
+        told_as = name.upper() if name in ("picture", "golden") else option(name)
+        for text in value if isinstance(value, list) else [value]:
+            if text == "":
+                raise InputError("{parameter} is empty; give it a value.", told_as)
+            if isinstance(text, str) and "://" not in text and _is_too_long(text):
+                raise InputError("{parameter} is too long to be a name: {text!r}.", told_as, text=text)
+
+
+def _is_too_long(path: str) -> bool:
+    try:
+        os.lstat(path)
+    except OSError as error:
+        return error.errno == errno.ENAMETOOLONG
+    return False
 
 
 def check_numbers(values: Dict[str, Any]) -> None:
@@ -172,8 +202,8 @@ def check_numbers(values: Dict[str, Any]) -> None:
         "invert_guidance": options.check_guidance_scale,
         "mask_strength": options.check_strength,
         "mask_threshold": options.check_ratio,
-        "maps": lambda value, name: options.check_positive_int(name, value),
-        "size": lambda value, name: options.check_positive_int(name, value),
+        "maps": lambda value, name: options.check_steps(value, name, MAX_SAMPLES),
+        "size": lambda value, name: options.check_steps(value, name, MAX_SIZE),
         "iterations": lambda value, name: options.check_count(value, name, options.MOST_ITERATIONS),
         "feather": lambda value, name: options.check_at_least_zero(value, name, editing.MOST_FEATHER),
         "outliers": lambda value, name: options.check_quantile(None if value == "none" else value, name),
@@ -190,10 +220,8 @@ def _mask_options(args: Namespace) -> masks.MaskOptions:
     for name, part in MASK_FIELDS.items():
         value = getattr(args, name, None)
         if value is not None:
-            try:
+            with _as_option(part, name):
                 shaped = dataclasses.replace(shaped, **{part: value})
-            except ValueError as error:
-                raise ValueError(str(error).replace(f"`{part}`", option(name))) from None
     return shaped
 
 
@@ -207,7 +235,12 @@ def _weighted(text: str) -> Tuple[str, float]:
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise ValueError(f"--lora {text}: the weight has to be a finite number, but is {weight!r}.")
+        raise InputError(
+            "{parameter} {text}: the weight has to be a finite number, but is {weight!r}.",
+            parameter="--lora",
+            text=text,
+            weight=weight,
+        )
     return path, number
 
 
@@ -266,7 +299,7 @@ def _check_contradictions(args: Namespace) -> None:
     for holds, names, sentence in rules:
         for name in names:
             if holds and given(args, name):
-                raise ValueError(
+                raise InputError(
                     sentence.format(option(f"no_{name}" if getattr(args, name) is False else name))
                 )
     for name, what in (("revision", "models on the hub"), ("variant", "folders and models on the hub")):
@@ -276,7 +309,12 @@ def _check_contradictions(args: Namespace) -> None:
             or (name == "revision" and Path(args.model).is_dir())
         )
         if given(args, name) and here:
-            raise ValueError(f"{option(name)} is for {what}, but --model is {args.model}; leave it out.")
+            raise InputError(
+                "{parameter} is for {what}, but --model is {model}; leave {parameter} out.",
+                parameter=option(name),
+                what=what,
+                model=args.model,
+            )
 
 
 def _take_texts(job: Job) -> None:
@@ -295,7 +333,7 @@ def _take_texts(job: Job) -> None:
 
 def _text(value: str, name: str) -> str:
     if not value.strip():
-        raise ValueError(f"{name} is empty; give a short description of the picture.")
+        raise InputError("{parameter} is empty; give a short description of the picture.", parameter=name)
     return _encodable(value, name)
 
 
@@ -303,7 +341,9 @@ def _encodable(value: str, name: str) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        raise ValueError(f"{name} is not valid UTF-8 text; check the terminal's encoding.") from None
+        raise InputError(
+            "{parameter} is not valid UTF-8 text; check the terminal's encoding.", parameter=name
+        ) from None
     return value
 
 
@@ -319,15 +359,26 @@ def check_outputs(job: Job, outputs: Dict[str, Any], extensions=None) -> None:
     for name, path in outputs.items():
         if path is None:
             continue
-        pictures.check_output_path(path, (extensions or {}).get(name))
+        with _as_option("path", name):
+            pictures.check_output_path(path, (extensions or {}).get(name))
         real = os.path.realpath(path)
         if real in seen:
-            raise ValueError(f"--{name} and --{seen[real]} are the same file {path}; give two names.")
+            raise InputError(
+                "{parameter} and --{other} are the same file {path}; give two names.",
+                parameter=option(name),
+                other=seen[real],
+                path=path,
+            )
         seen[real] = name
         for other, paths in inputs.items():
             for known in paths:
                 if known is not None and os.path.realpath(known) == real:
-                    raise ValueError(f"--{name} would overwrite {other} {known}; give another name.")
+                    raise InputError(
+                        "{parameter} would overwrite {other} {known}; give another name.",
+                        parameter=option(name),
+                        other=other,
+                        known=known,
+                    )
 
 
 def _take_latents(job: Job) -> None:
@@ -336,29 +387,44 @@ def _take_latents(job: Job) -> None:
     path = args.latents
     job.latents, job.clean_latents, job.made = read_latents(path)
     if job.made["scheduler"] not in SCHEDULERS:
-        raise ValueError(
-            f"{path} is damaged (the scheduler {job.made['scheduler']!r} is unknown); invert anew."
+        raise InputError(
+            "{path} is damaged (the scheduler {scheduler!r} is unknown); invert anew.",
+            path=path,
+            scheduler=job.made["scheduler"],
         )
     if job.clean_latents is None and not args.reference:
-        raise ValueError(
-            f"{path} was written by an older version, without the clean latents that the edit ends with; invert anew, "
-            f"or give --reference."
+        raise InputError(
+            "{path} was written by an older version, without the clean latents that the edit ends with; invert anew, "
+            "or give --reference.",
+            path=path,
         )
     for name in ("steps", "strength", "scheduler"):
         asked = getattr(args, name)
         if asked is not None and asked != job.made[name]:
-            raise ValueError(
-                f"{path} was made with --{name} {job.made[name]}, but --{name} is {asked}; leave it out or "
-                f"invert anew."
+            raise InputError(
+                "{path} was made with {parameter} {made}, but {parameter} is {asked}; leave it out or invert anew.",
+                parameter=option(name),
+                path=path,
+                made=job.made[name],
+                asked=asked,
             )
     if args.size is not None:
-        raise ValueError(f"--size cannot be given with --latents: {path} says the size; leave it out.")
+        raise InputError(
+            "{parameter} cannot be given with --latents: {path} says the size; leave it out.",
+            "--size",
+            path=path,
+        )
     if job.made["model"] != model_name(args.model):
-        where = f"{path} was made with the model {job.made['model']}, not with {model_name(args.model)}"
+        where = Message(
+            "{path} was made with the model {made}, not with {asked}",
+            path=path,
+            made=job.made["model"],
+            asked=model_name(args.model),
+        )
         if os.path.isdir(args.model) and os.path.isabs(job.made["model"]):
             job.note(f"{where}; this is right only if the folder was moved.")
         else:
-            raise ValueError(f"{where}; give that --model or invert anew.")
+            raise InputError("{where}; give that {parameter} or invert anew.", "--model", where=where)
     if job.source is None:
         job.source = job.made["prompt"]
 
@@ -394,13 +460,16 @@ def read_pictures(job: Job) -> None:
         for loss in job.losses:
             job.note(loss)
     if job.made is not None and job.made["picture_sha256"] != fingerprint(job.original.shown):
-        raise ValueError(
-            f"{args.latents} was made from another picture (of {job.made['picture_size']} pixels) than "
-            f"{args.picture}; invert this one."
+        raise InputError(
+            "{latents} was made from another picture (of {size} pixels) than {picture}; invert this one.",
+            latents=args.latents,
+            size=job.made["picture_size"],
+            picture=args.picture,
         )
     if given(args, "mask"):
         # No conversion to RGB on the way: transparency and the luminance of wide greyscale are kept.
-        job.mask = pictures.load_image(args.mask, convert_method=lambda mask: mask)
+        with _as_option("image", "mask"):
+            job.mask = pictures.load_image(args.mask, convert_method=lambda mask: mask)
         if args.reference:
             pictures.preprocess_mask(job.mask)
         else:
@@ -457,11 +526,13 @@ def _take_words(job: Job) -> None:
 
 def _check_weights_file(path: str, name: str) -> None:
     if not path.lower().endswith(".safetensors"):
-        raise ValueError(
-            f"{name} {path}: only .safetensors files are read, since others can run code; convert it."
+        raise InputError(
+            "{parameter} {path}: only .safetensors files are read, since others can run code; convert it.",
+            parameter=name,
+            path=path,
         )
     if not os.path.isfile(path):
-        raise ValueError(f"{name} {path}: there is no such file.")
+        raise InputError("{parameter} {path}: there is no such file.", parameter=name, path=path)
 
 
 def _check_name(model: str, name: str) -> bool:
@@ -470,10 +541,19 @@ def _check_name(model: str, name: str) -> bool:
         return True
     if os.path.exists(model):
         also = " or a .safetensors file" if name == "--model" else ""
-        raise ValueError(f"{name} {model} is a file; give a folder in its library's layout{also}.")
+        raise InputError(
+            "{parameter} {model} is a file; give a folder in its library's layout{also}.",
+            parameter=name,
+            model=model,
+            also=also,
+        )
     parts = model.split("/")
     if len(parts) != 2 or not all(parts) or model.startswith((".", "~")):
-        raise ValueError(f"{name} {model}: there is no such folder, and a hub id is organisation/name.")
+        raise InputError(
+            "{parameter} {model}: there is no such folder, and a hub id is organisation/name.",
+            parameter=name,
+            model=model,
+        )
     return False
 
 
@@ -494,9 +574,13 @@ def _fit(job: Job) -> None:
     if job.made is not None:
         working = job.made["working_size"]
         if any(side % job.factor for side in working):
-            raise ValueError(
-                f"{job.args.latents} was made at {working[0]} x {working[1]}, which is not a multiple of "
-                f"{job.factor}, the pixels per latent of this model; invert anew."
+            raise InputError(
+                "{latents} was made at {width} x {height}, which is not a multiple of {factor}, the pixels per latent "
+                "of this model; invert anew.",
+                latents=job.args.latents,
+                width=working[0],
+                height=working[1],
+                factor=job.factor,
             )
         job.fitted = pictures.restore_size(job.original.shown, working)
     else:
@@ -564,7 +648,7 @@ def load(job: Job):
         try:
             job.device = devices.require_device(job.args.device)
         except RuntimeError as error:
-            raise ValueError(" ".join(str(error).split())) from error
+            raise InputError(" ".join(str(error).split())) from error
     # These models first, so that they are gone when the large one comes.
     _write_caption(job)
     _write_prompts(job)
@@ -700,8 +784,9 @@ def _write_prompts(job: Job) -> None:
         module, how = _writers(job)
         writer = module.PromptGenerator.from_pretrained(job.args.prompt_model, **how)
         concepts = {"source": job.source, "target": job.target}
-        job.prompts = {
-            which: writer.prompts_for(concept, generator=job.args.seed) for which, concept in concepts.items()
-        }
+        job.prompts = {}
+        for which, concept in concepts.items():
+            with _as_option("text", which), _as_option("concept", which):
+                job.prompts[which] = writer.prompts_for(concept, generator=job.args.seed)
     for which, texts in job.prompts.items():
         job.note(f"{len(texts)} prompts about the {which} {concepts[which]!r}, such as {texts[0]!r}.")

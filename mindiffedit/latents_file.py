@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from . import options, pictures
+from .errors import InputError
 
 FORMAT = "mindiffedit-latents"
 VERSION = "2"
@@ -57,7 +58,11 @@ def read_latents(path) -> Tuple[np.ndarray, Optional[np.ndarray], Dict[str, Any]
             one is NaN or infinite.
     """
     if not os.path.isfile(path):
-        raise ValueError(f"there is no latents file {path}; make one with `mindiffedit invert`.")
+        raise InputError(
+            "there is no latents file {path}; make one with `mindiffedit invert`.",
+            parameter="path",
+            path=path,
+        )
     clean = None
     try:
         with safe_open(str(path), framework="numpy") as file:
@@ -67,38 +72,70 @@ def read_latents(path) -> Tuple[np.ndarray, Optional[np.ndarray], Dict[str, Any]
             if metadata["format_version"] != WITHOUT_CLEAN:
                 clean = file.get_tensor(CLEAN)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {str(error).rstrip('.')}.") from error
+        raise InputError(
+            "{path} is not a whole safetensors file: {why}.",
+            parameter="path",
+            path=path,
+            why=str(error).rstrip("."),
+        ) from error
     for values in (latents, clean):
         if values is not None and values.dtype != np.float32:
-            raise ValueError(f"{path}: the latents are {values.dtype}, expected float32; invert anew.")
+            raise InputError(
+                "{path}: the latents are {dtype}, expected float32; invert anew.",
+                parameter="path",
+                path=path,
+                dtype=values.dtype,
+            )
     steps = options.effective_steps(made["steps"], made["strength"], f"{path}: strength")
     if latents.ndim != 5 or latents.shape[:2] != (1, steps):
-        raise ValueError(
-            f"{path}: the latents have shape {latents.shape}, expected (1, {steps}, channels, height, width) "
-            f"for {made['steps']} steps at strength {made['strength']:g}; invert anew."
+        raise InputError(
+            "{path}: the latents have shape {shape}, expected (1, {steps}, channels, height, width) for {all} steps "
+            "at strength {strength:g}; invert anew.",
+            parameter="path",
+            path=path,
+            shape=latents.shape,
+            steps=steps,
+            all=made["steps"],
+            strength=made["strength"],
         )
     if clean is not None and clean.shape != latents.shape[:1] + latents.shape[2:]:
-        raise ValueError(
-            f"{path}: the clean latents have shape {clean.shape}, expected {latents.shape[:1] + latents.shape[2:]} as "
-            f"the others; invert anew."
+        raise InputError(
+            "{path}: the clean latents have shape {shape}, expected {expected} as the others; invert anew.",
+            parameter="path",
+            path=path,
+            shape=clean.shape,
+            expected=latents.shape[:1] + latents.shape[2:],
         )
     for values in (latents, clean):
         if values is not None and not np.isfinite(values).all():
-            raise ValueError(f"{path}: the latents have NaN or infinite values; invert anew.")
+            raise InputError(
+                "{path}: the latents have NaN or infinite values; invert anew.", parameter="path", path=path
+            )
     return latents, clean, made
 
 
 def _parse_metadata(path, metadata: Dict[str, str], names: List[str]) -> Dict[str, Any]:
     if metadata.get("format") != FORMAT or TENSOR not in names:
-        raise ValueError(f"{path} was not written by `mindiffedit invert`.")
+        raise InputError(
+            "{path} was not written by `mindiffedit invert`; give a file that was.",
+            parameter="path",
+            path=path,
+        )
     version = metadata.get("format_version")
     if version not in (VERSION, WITHOUT_CLEAN):
-        raise ValueError(
-            f"{path} has format version {version}, this program reads versions {WITHOUT_CLEAN} and {VERSION}; invert "
-            f"anew."
+        raise InputError(
+            "{path} has format version {version}, this program reads versions {oldest} and {newest}; invert "
+            "anew.",
+            parameter="path",
+            path=path,
+            version=version,
+            oldest=WITHOUT_CLEAN,
+            newest=VERSION,
         )
     if version == VERSION and CLEAN not in names:
-        raise ValueError(f"{path} is damaged (it has no clean latents); invert anew.")
+        raise InputError(
+            "{path} is damaged (it has no clean latents); invert anew.", parameter="path", path=path
+        )
     made: Dict[str, Any] = {}
     try:
         for name in ("prompt", "negative_prompt", "scheduler", "model", "picture_sha256", "picture_size"):
@@ -113,7 +150,11 @@ def _parse_metadata(path, metadata: Dict[str, str], names: List[str]) -> Dict[st
             options.check_positive_int("working_size", int(height)),
         )
     except KeyError as error:
-        raise ValueError(f"{path} does not say its {error.args[0]}; invert anew.") from None
+        raise InputError(
+            "{path} does not say its {what}; invert anew.", parameter="path", path=path, what=error.args[0]
+        ) from None
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({str(error).rstrip('.')}); invert anew.") from error
+        raise InputError(
+            "{path} is damaged ({why}); invert anew.", parameter="path", path=path, why=str(error).rstrip(".")
+        ) from error
     return made

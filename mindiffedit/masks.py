@@ -14,7 +14,7 @@ import numpy as np
 import PIL.Image
 
 from .edges import follow_edges
-from .errors import InputError
+from .errors import InputError, InputTypeError, Message, named
 from .options import (
     NumericalError,
     check_at_least_zero,
@@ -119,9 +119,11 @@ def checked_options(options) -> MaskOptions:
     if options is None:
         return MaskOptions()
     if not isinstance(options, MaskOptions):
-        raise TypeError(
-            f"`mask_options` has to be a MaskOptions or None, but is {type(options).__name__}; give for example "
-            "MaskOptions(smoothing=1.0)."
+        raise InputTypeError(
+            "{parameter} has to be a MaskOptions or None, but is {options!t}; give for example "
+            "MaskOptions(smoothing=1.0).",
+            parameter="mask_options",
+            options=options,
         )
     return options
 
@@ -201,7 +203,9 @@ def mask_of(
         ValueError, TypeError: An argument is not as above.
     """
     if not isinstance(options, MaskOptions):
-        raise TypeError(f"`options` has to be a MaskOptions, but is {type(options).__name__}.")
+        raise InputTypeError(
+            "{parameter} has to be a MaskOptions, but is {options!t}.", parameter="options", options=options
+        )
     maps = _maps(maps)
     magnitude = clamp_of(maps, ratio, per_image) if clamp is None else _clamp(clamp, len(maps))
     share = np.clip(maps, 0, magnitude) / magnitude
@@ -225,38 +229,63 @@ def mask_of(
 def _maps(maps) -> np.ndarray:
     maps = to_numpy(maps)
     if maps.dtype.kind != "f":
-        raise TypeError(f"maps have to hold floating-point numbers, but are of dtype {maps.dtype}.")
+        raise InputTypeError(
+            "{parameter} has to hold floating-point numbers, but is of dtype {dtype}.",
+            parameter="maps",
+            dtype=maps.dtype,
+        )
     if maps.ndim != 3 or maps.size == 0:
-        raise ValueError(f"maps have to be (B, h, w) with something in them, but have shape {maps.shape}.")
+        raise InputError(
+            "{parameter} has to be (B, h, w) with something in it, but has shape {shape}.",
+            parameter="maps",
+            shape=maps.shape,
+        )
     check_finite(maps, "map")
     if maps.min() < 0:
-        raise ValueError(f"maps are magnitudes, at least 0, but the smallest value is {maps.min():g}.")
+        raise InputError(
+            "{parameter} holds magnitudes, at least 0, but the smallest value is {least:g}.",
+            parameter="maps",
+            least=maps.min(),
+        )
     return maps.astype(np.float32, copy=False)
 
 
 def _clamp(clamp, count: int) -> np.ndarray:
     clamp = to_numpy(clamp)
     if clamp.dtype.kind not in "fiu" or clamp.shape not in ((), (count,), (count, 1, 1)):
-        raise ValueError(
-            f"`clamp` has to be one number for all or ({count},) for each map, but is {clamp.dtype} of shape "
-            f"{clamp.shape}; give what `clamp_of` returns."
+        raise InputError(
+            "{parameter} has to be one number for all or ({count},) for each map, but is {dtype} of shape {shape}; "
+            "give what `clamp_of` returns.",
+            parameter="clamp",
+            count=count,
+            dtype=clamp.dtype,
+            shape=clamp.shape,
         )
     clamp = clamp.astype(np.float32)
     if not (clamp > 0).all():
-        raise ValueError(f"`clamp` has to be above 0, but is {clamp.min():g}.")
+        raise InputError(
+            "{parameter} has to be above 0, but is {least:g}.", parameter="clamp", least=clamp.min()
+        )
     return clamp if clamp.ndim == 0 else clamp.reshape(-1, 1, 1)
 
 
 def _guides(guides, shape: Tuple[int, ...]) -> np.ndarray:
     if guides is None:
-        raise ValueError(
-            "`edges` asks for the picture's edges; give `guides`, as `edges.guides_of` makes them."
+        raise InputError(
+            "{parameter} asks for the picture's edges; give {guides}, as `edges.guides_of` makes them.",
+            parameter="edges",
         )
     guides = to_numpy(guides)
     if guides.ndim != 4 or guides.shape[1:3] != shape[1:] or guides.shape[0] not in (1, shape[0]):
-        raise ValueError(
-            f"`guides` have shape {guides.shape}; for maps {shape} they have to be ({shape[0]}, {shape[1]},"
-            f" {shape[2]}, C), as `edges.guides_of` makes them."
+        raise InputError(
+            "{parameter} has shape {shape}, but maps of shape {maps} need (1 or {count}, {height}, {width}, C); make "
+            "it by `edges.guides_of`.",
+            parameter="guides",
+            shape=guides.shape,
+            maps=shape,
+            count=shape[0],
+            height=shape[1],
+            width=shape[2],
         )
     check_finite(guides, "guide")
     return np.broadcast_to(guides, (shape[0], *guides.shape[1:]))
@@ -393,8 +422,8 @@ def _user_values(mask, name: str):
         try:
             return np.asarray(mask)
         except ValueError as error:
-            raise ValueError(
-                f"`{name}` is a list of rows of different lengths; give each row as many."
+            raise InputError(
+                "{parameter} is a list of rows of different lengths; give each row as many.", parameter=name
             ) from error
     if isinstance(mask, (list, tuple)):
         return [_user_part(part) for part in mask]
@@ -444,16 +473,26 @@ def combine(automatic, own, how: str) -> np.ndarray:
     if automatic is None and how == "replace":
         return own.copy()
     if automatic is None:
-        raise ValueError(f"`automatic` is None, so there is nothing to combine by {how!r}; use 'replace'.")
+        raise InputError(
+            "{parameter} is None, so there is nothing to combine by {combination!r}; give a mask, or {how} of 'replace'.",
+            parameter="automatic",
+            combination=how,
+        )
     automatic = _grids(automatic, "automatic")
     if automatic.shape[1:] != own.shape[1:]:
-        raise ValueError(
-            f"the automatic mask has {automatic.shape[1:]} latents and the own one {own.shape[1:]}; bring the own "
-            f"one to the same grid by `user_mask`."
+        raise InputError(
+            "{automatic} has a grid of {theirs} latents, but {parameter} one of {shape}; bring it to the same grid by "
+            "`user_mask`.",
+            parameter="own",
+            theirs=automatic.shape[1:],
+            shape=own.shape[1:],
         )
     if len(automatic) != len(own) and 1 not in (len(automatic), len(own)):
-        raise ValueError(
-            f"there are {len(own)} own masks for {len(automatic)} automatic ones; give one, or one for each."
+        raise InputError(
+            "{parameter} holds {count} masks, but {automatic} {others}; give one, or one for each.",
+            parameter="own",
+            count=len(own),
+            others=len(automatic),
         )
     automatic, own = np.broadcast_arrays(automatic, own)
     if how == "replace":
@@ -475,7 +514,9 @@ def _checked_size(size) -> Tuple[int, int]:
     try:
         height, width = size
     except (TypeError, ValueError):
-        raise ValueError(f"`size` has to be (height, width), but is {size!r}.") from None
+        raise InputError(
+            "{parameter} has to be (height, width), but is {size!r}.", parameter="size", size=size
+        ) from None
     return check_positive_int("size", height), check_positive_int("size", width)
 
 
@@ -546,22 +587,35 @@ def paste_back(original, edited, weights) -> np.ndarray:
     original, edited = to_numpy(original), to_numpy(edited)
     for name, pixels in (("original", original), ("edited", edited)):
         if pixels.dtype != np.uint8 and pixels.dtype.kind != "f" or pixels.dtype != original.dtype:
-            raise TypeError(
-                f"`original` and `edited` have to be both uint8 or both float of one dtype, but `{name}` is "
-                f"{pixels.dtype}; convert it."
+            raise InputTypeError(
+                "{parameter} and {edited} have to be both uint8 or both float of one dtype, but {part} is {dtype}; "
+                "convert it.",
+                parameter="original",
+                part=named(name),
+                dtype=pixels.dtype,
             )
         if pixels.ndim != 4 or pixels.shape[3] != 3 or pixels.size == 0:
-            raise ValueError(f"`{name}` has to be (B, H, W, 3), but has shape {pixels.shape}.")
+            raise InputError(
+                "{parameter} has to be (B, H, W, 3), but has shape {shape}.",
+                parameter=name,
+                shape=pixels.shape,
+            )
     if original.shape != edited.shape:
-        raise ValueError(
-            f"`original` and `edited` have to be of one shape, but have {original.shape} and {edited.shape}; bring "
-            f"the edited pictures to the originals' size."
+        raise InputError(
+            "{parameter} and {edited} have to be of one shape, but have {shape} and {theirs}; bring the edited "
+            "pictures to the originals' size.",
+            parameter="original",
+            shape=original.shape,
+            theirs=edited.shape,
         )
     weights = _grids(weights, "weights")
     if weights.shape[1:] != original.shape[1:3] or len(weights) not in (1, len(original)):
-        raise ValueError(
-            f"`weights` have shape {weights.shape}, but the pictures need {original.shape[:3]}; make them by "
-            f"`feathered` with the pictures' size."
+        raise InputError(
+            "{parameter} has shape {shape}, but the pictures need {needed}; make it by `feathered` with the pictures' "
+            "size.",
+            parameter="weights",
+            shape=weights.shape,
+            needed=original.shape[:3],
         )
     weights = weights[..., None]
     blend = original + weights * (edited.astype(np.float32) - original)
@@ -593,13 +647,17 @@ def overlay(
         PIL picture in RGB, sRGB, of the picture's size.
     """
     if not isinstance(picture, PIL.Image.Image):
-        raise TypeError(f"`picture` has to be a PIL picture, but is {type(picture).__name__}.")
+        raise InputTypeError(
+            "{parameter} has to be a PIL picture, but is {picture!t}.", parameter="picture", picture=picture
+        )
     try:
         colour = tuple(check_count(value, "colour", 255) for value in colour)
-    except TypeError:
+    except (TypeError, ValueError):
         colour = ()
     if len(colour) != 3:
-        raise ValueError("`colour` has to be (red, green, blue), whole numbers from 0 to 255.")
+        raise InputError(
+            "{parameter} has to be (red, green, blue), whole numbers from 0 to 255.", parameter="colour"
+        )
     opacity = check_strength(opacity, "opacity")
     check_switch(outline, "outline")
     pixels = np.asarray(to_srgb(picture)).astype(np.float32)
@@ -628,22 +686,34 @@ def sweep_values(text: str, name: str, check: Callable) -> list:
         ValueError: An entry is missing, no number, there twice, or refused by `check`; there are too many.
     """
     if not isinstance(text, str) or not text.strip():
-        raise ValueError(
-            f"`{name}` to sweep over is {text!r}; give numbers with commas between, as 0.3,0.5,0.7."
+        raise InputError(
+            "{parameter} to sweep over is {text!r}; give numbers with commas between, as 0.3,0.5,0.7.",
+            parameter=name,
+            text=text,
         )
     entries = [entry.strip() for entry in text.split(",")]
     if len(entries) > MAX_SWEEP_VALUES:
-        raise ValueError(
-            f"`{name}` has {len(entries)} values to sweep over; give at most {MAX_SWEEP_VALUES}, every one is a run."
+        raise InputError(
+            "{parameter} has {count} values to sweep over; give at most {most}, every one is a run.",
+            parameter=name,
+            count=len(entries),
+            most=MAX_SWEEP_VALUES,
         )
     values = []
     for entry in entries:
         try:
             value = check(_number(entry, text, name), name)
-        except TypeError as error:  # a fraction where a whole number is meant: the text's value, not a type
-            raise ValueError(str(error)) from error
+        except (
+            InputTypeError
+        ) as error:  # a fraction where a whole number is meant: the text's value, not a type
+            raise InputError(error.message, error.parameter) from error
         if value in values:
-            raise ValueError(f"`{name}` has {entry} twice in {text!r}; give each value once.")
+            raise InputError(
+                "{parameter} has {entry!r} twice in {text!r}; give each value once.",
+                parameter=name,
+                entry=entry,
+                text=text,
+            )
         values.append(value)
     return values
 
@@ -654,5 +724,11 @@ def _number(entry: str, text: str, name: str):
             return kind(entry)
         except ValueError:
             pass
-    what = f"{entry!r} in {text!r}" if entry else f"an empty place in {text!r}"
-    raise ValueError(f"`{name}` to sweep over has {what}; give numbers with commas between, as 0.3,0.5,0.7.")
+    what = Message("an empty place in {text!r}", text=text)
+    if entry:
+        what = Message("{entry!r} in {text!r}", entry=entry, text=text)
+    raise InputError(
+        "{parameter} to sweep over has {what}; give numbers with commas between, as 0.3,0.5,0.7.",
+        parameter=name,
+        what=what,
+    )

@@ -14,6 +14,7 @@ from typing import Optional, Sequence, Tuple
 
 import numpy as np
 
+from .errors import InputError, InputTypeError, Message, named, shown
 from .pictures import to_numpy
 
 MAX_STEPS = 1000
@@ -55,10 +56,11 @@ __all__ = [
 
 
 class NumericalError(ArithmeticError, ValueError):
-    """A stage produced NaN or infinity. `stage` (str) and `step` (int or None) say where."""
+    """A stage produced NaN or infinity. `stage` (str) and `step` (int or None) say where; `message` is the sentence."""
 
     def __init__(self, message: str, stage: Optional[str] = None, step: Optional[int] = None):
         super().__init__(message)
+        self.message = message
         self.stage = stage
         self.step = step
 
@@ -69,12 +71,27 @@ class NumericalError(ArithmeticError, ValueError):
 def _real(value, name: str, expected: str) -> float:
     """`value` as a finite float. None is a ValueError, as in the reference; other types are TypeErrors."""
     if value is None:
-        raise ValueError(f"`{name}` is None; give {expected}.")
+        raise InputError("{parameter} is None; give {expected}.", parameter=name, expected=expected)
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
-        raise TypeError(f"`{name}` has to be {expected}, but is {value!r} of type {type(value).__name__}.")
-    if not math.isfinite(value):
-        raise ValueError(f"`{name}` has to be {expected}, but is {value}.")
-    return float(value)
+        raise _wrong_type(value, name, expected)
+    try:
+        number = float(value)
+    except OverflowError:  # a whole number of more than 308 digits
+        number = math.inf
+    if not math.isfinite(number):
+        raise InputError(
+            "{parameter} has to be {expected}, but is {value!r}.", name, expected=expected, value=value
+        )
+    return number
+
+
+def _wrong_type(value, name: str, expected: str) -> InputTypeError:
+    return InputTypeError(
+        "{parameter} has to be {expected}, but is {value!r} of type {value!t}.",
+        parameter=name,
+        expected=expected,
+        value=value,
+    )
 
 
 def _is_int(value) -> bool:
@@ -83,15 +100,17 @@ def _is_int(value) -> bool:
 
 def _int(value, name: str, expected: str) -> int:
     if not _is_int(value):
-        raise TypeError(f"`{name}` has to be {expected}, but is {value!r} of type {type(value).__name__}.")
+        raise _wrong_type(value, name, expected)
     return int(value)
 
 
 def check_positive_int(name: str, value) -> int:
     """A whole number of at least 1. Anything else, of any type, is a ValueError, as in the reference."""
     if not _is_int(value) or value <= 0:
-        raise ValueError(
-            f"`{name}` has to be a positive integer but is {value!r} of type {type(value).__name__}."
+        raise InputError(
+            "{parameter} has to be a positive integer but is {value!r} of type {value!t}.",
+            parameter=name,
+            value=value,
         )
     return int(value)
 
@@ -100,7 +119,9 @@ def check_strength(value, name: str = "inpaint_strength") -> float:
     """A number in [0, 1]."""
     strength = _real(value, name, "a number from 0 to 1")
     if not 0 <= strength <= 1:
-        raise ValueError(f"The value of `{name}` should be in [0.0, 1.0] but is {value}.")
+        raise InputError(
+            "The value of {parameter} should be in [0.0, 1.0] but is {value!r}.", parameter=name, value=value
+        )
     return strength
 
 
@@ -108,7 +129,12 @@ def check_steps(value, name: str = "num_inference_steps", most: int = MAX_STEPS)
     """A whole number from 1 to `most`, the number of steps the model was trained with."""
     steps = _int(value, name, f"a whole number from 1 to {most}")
     if not 1 <= steps <= most:
-        raise ValueError(f"`{name}` has to be from 1 to {most}, but is {steps}.")
+        raise InputError(
+            "{parameter} has to be from 1 to {most}, but is {steps!r}.",
+            parameter=name,
+            most=most,
+            steps=steps,
+        )
     return steps
 
 
@@ -122,21 +148,32 @@ def effective_steps(num_inference_steps: int, strength: float, name: str = "inpa
     if steps >= 1:
         return steps
     least = math.ceil(10000 / num_inference_steps) / 10000
-    remedy = f"give a `{name}` of at least {least:g}"
-    if strength > 0:
+    remedy = Message("give at least {least:g}", least=least)
+    if int(MAX_STEPS * strength) >= 1:
         needed = math.ceil(1 / strength)
         while int(needed * strength) < 1:
             needed += 1
-        if needed <= MAX_STEPS:
-            remedy += f", or at least {needed} steps"
-    raise ValueError(f"`{name}` {strength:g} of {num_inference_steps} steps leaves no step to run: {remedy}.")
+        remedy = Message(
+            "{remedy}, or {num_inference_steps} of at least {needed}", remedy=remedy, needed=needed
+        )
+    raise InputError(
+        "{parameter} {strength:g} of {steps} steps leaves no step to run: {remedy}.",
+        parameter=name,
+        strength=strength,
+        steps=num_inference_steps,
+        remedy=remedy,
+    )
 
 
 def check_guidance_scale(value, name: str = "guidance_scale") -> float:
     """A finite number of at least 0; up to 1 it means no guidance."""
     guidance = _real(value, name, "a number of at least 0")
     if guidance < 0:
-        raise ValueError(f"`{name}` has to be at least 0, but is {value}; 1 or less means no guidance.")
+        raise InputError(
+            "{parameter} has to be at least 0, but is {value!r}; 1 or less means no guidance.",
+            parameter=name,
+            value=value,
+        )
     return guidance
 
 
@@ -144,7 +181,7 @@ def check_ratio(value, name: str = "mask_thresholding_ratio") -> float:
     """A finite number above 0."""
     ratio = _real(value, name, "a number above 0")
     if ratio <= 0:
-        raise ValueError(f"`{name}` has to be positive but is {value}.")
+        raise InputError("{parameter} has to be positive but is {value!r}.", parameter=name, value=value)
     return ratio
 
 
@@ -152,7 +189,11 @@ def check_threshold(value, name: str = "threshold") -> float:
     """A number above 0 and below 1."""
     threshold = _real(value, name, "a number above 0 and below 1")
     if not 0 < threshold < 1:
-        raise ValueError(f"`{name}` has to be above 0 and below 1, but is {value}; 0.5 is the paper's.")
+        raise InputError(
+            "{parameter} has to be above 0 and below 1, but is {value!r}; 0.5 is the paper's.",
+            parameter=name,
+            value=value,
+        )
     return threshold
 
 
@@ -160,7 +201,12 @@ def check_at_least_zero(value, name: str, most: float) -> float:
     """A number from 0 to `most`; 0 switches something off."""
     number = _real(value, name, f"a number from 0 to {most:g}")
     if not 0 <= number <= most:
-        raise ValueError(f"`{name}` has to be from 0 to {most:g}, but is {value}; 0 switches it off.")
+        raise InputError(
+            "{parameter} has to be from 0 to {most:g}, but is {value!r}; 0 switches it off.",
+            parameter=name,
+            most=most,
+            value=value,
+        )
     return number
 
 
@@ -168,14 +214,19 @@ def check_count(value, name: str, most: int) -> int:
     """A whole number from 0 to `most`; 0 switches something off."""
     count = _int(value, name, f"a whole number from 0 to {most}")
     if not 0 <= count <= most:
-        raise ValueError(f"`{name}` has to be from 0 to {most}, but is {count}; 0 switches it off.")
+        raise InputError(
+            "{parameter} has to be from 0 to {most}, but is {count!r}; 0 switches it off.",
+            parameter=name,
+            most=most,
+            count=count,
+        )
     return count
 
 
 def check_switch(value, name: str) -> bool:
     """True or False."""
     if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"`{name}` has to be True or False, but is {value!r} of type {type(value).__name__}.")
+        raise _wrong_type(value, name, "True or False")
     return bool(value)
 
 
@@ -188,7 +239,7 @@ def check_eta(value) -> float:
     """DDIM's η, in [0, 1]: 0 is deterministic, 1 is as random as DDPM."""
     eta = _real(value, "eta", "a number from 0 to 1")
     if not 0 <= eta <= 1:
-        raise ValueError(f"`eta` has to be in [0, 1], but is {value}.")
+        raise InputError("{parameter} has to be in [0, 1], but is {value!r}.", parameter="eta", value=value)
     return eta
 
 
@@ -198,7 +249,11 @@ def check_quantile(value, name: str = "outlier_quantile") -> Optional[float]:
         return None
     quantile = _real(value, name, "None or a number above 0 and up to 1")
     if not 0 < quantile <= 1:
-        raise ValueError(f"`{name}` has to be above 0 and at most 1, but is {value}; None switches it off.")
+        raise InputError(
+            "{parameter} has to be above 0 and at most 1, but is {value!r}; None switches it off.",
+            parameter=name,
+            value=value,
+        )
     return quantile
 
 
@@ -206,14 +261,19 @@ def check_overlap(value, name: str) -> float:
     """The part of a tile's side that its neighbour shares: from 0 up to, not including, 1."""
     overlap = _real(value, name, "a number from 0 up to, not including, 1")
     if not 0 <= overlap < 1:
-        raise ValueError(f"`{name}` has to be in [0, 1), but is {value}.")
+        raise InputError("{parameter} has to be in [0, 1), but is {value!r}.", parameter=name, value=value)
     return overlap
 
 
 def check_output_type(value, allowed: Sequence[str], name: str = "output_type") -> str:
     """One of the names in `allowed`."""
     if not isinstance(value, str) or value not in allowed:
-        raise ValueError(f"`{name}` has to be {_either(allowed)}, but is {value!r}.")
+        raise InputError(
+            "{parameter} has to be {either}, but is {value!r}.",
+            parameter=name,
+            either=_either(allowed),
+            value=value,
+        )
     return value
 
 
@@ -225,9 +285,10 @@ def _either(names: Sequence[str]) -> str:
 def check_callback(callback, callback_steps) -> int:
     """`callback` is None or callable; returns `callback_steps`, a whole number of at least 1."""
     if callback is not None and not callable(callback):
-        raise TypeError(
-            f"`callback` has to be None or callable as callback(step, timestep, latents), but is "
-            f"{type(callback).__name__}."
+        raise InputTypeError(
+            "{parameter} has to be None or callable as callback(step, timestep, latents), but is {callback!t}.",
+            parameter="callback",
+            callback=callback,
         )
     return check_positive_int("callback_steps", callback_steps)
 
@@ -235,19 +296,25 @@ def check_callback(callback, callback_steps) -> int:
 def check_step_callback(callback, tensor_inputs, allowed: Sequence[str]) -> Tuple[str, ...]:
     """`callback_on_step_end` is None or callable; returns the names of the tensors that it gets, from `allowed`."""
     if callback is not None and not callable(callback):
-        raise TypeError(
-            "`callback_on_step_end` has to be None or callable as callback(pipeline, step, timestep, tensors), but is "
-            f"{type(callback).__name__}."
+        raise InputTypeError(
+            "{parameter} has to be None or callable as callback(pipeline, step, timestep, tensors), but is "
+            "{callback!t}.",
+            parameter="callback_on_step_end",
+            callback=callback,
         )
     if isinstance(tensor_inputs, str) or not isinstance(tensor_inputs, (list, tuple)):
-        raise TypeError(
-            "`callback_on_step_end_tensor_inputs` has to be a list of names, but is "
-            f"{type(tensor_inputs).__name__}; give for example ['latents']."
+        raise InputTypeError(
+            "{parameter} has to be a list of names, but is {tensor_inputs!t}; give for example ['latents'].",
+            parameter="callback_on_step_end_tensor_inputs",
+            tensor_inputs=tensor_inputs,
         )
     for name in tensor_inputs:
         if name not in allowed:
-            raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` has to be in {list(allowed)}, but {name!r} was given."
+            raise InputError(
+                "{parameter} has to be in {known}, but {name!r} was given.",
+                parameter="callback_on_step_end_tensor_inputs",
+                known=list(allowed),
+                name=name,
             )
     return tuple(tensor_inputs)
 
@@ -255,9 +322,10 @@ def check_step_callback(callback, tensor_inputs, allowed: Sequence[str]) -> Tupl
 def check_viewer(callback) -> None:
     """`debug_callback` is None or callable."""
     if callback is not None and not callable(callback):
-        raise TypeError(
-            "`debug_callback` has to be None or callable as callback(stage, array, step), but is "
-            f"{type(callback).__name__}."
+        raise InputTypeError(
+            "{parameter} has to be None or callable as callback(stage, array, step), but is {callback!t}.",
+            parameter="debug_callback",
+            callback=callback,
         )
 
 
@@ -267,9 +335,11 @@ def check_clip_skip(value, number_of_layers: int) -> Optional[int]:
         return None
     skip = _int(value, "clip_skip", f"None or a whole number from 0 to {number_of_layers}")
     if not 0 <= skip <= number_of_layers:
-        raise ValueError(
-            f"`clip_skip` has to be from 0 to {number_of_layers}, the layers of this text encoder, but is "
-            f"{skip}."
+        raise InputError(
+            "{parameter} has to be from 0 to {number_of_layers}, the layers of this text encoder, but is {skip!r}.",
+            parameter="clip_skip",
+            number_of_layers=number_of_layers,
+            skip=skip,
         )
     return skip
 
@@ -285,13 +355,21 @@ def check_regularisation(
     for name, value in (("lambda_auto_corr", lambda_auto_corr), ("lambda_kl", lambda_kl)):
         weight = _real(value, name, "a number of at least 0")
         if weight < 0:
-            raise ValueError(f"`{name}` has to be at least 0, but is {value}; 0 switches it off.")
+            raise InputError(
+                "{parameter} has to be at least 0, but is {value!r}; 0 switches it off.",
+                parameter=name,
+                value=value,
+            )
         weights.append(weight)
     counts = []
     for name, value in (("num_reg_steps", num_reg_steps), ("num_auto_corr_rolls", num_auto_corr_rolls)):
         count = _int(value, name, "a whole number of at least 0")
         if count < 0:
-            raise ValueError(f"`{name}` has to be at least 0, but is {value}; 0 switches it off.")
+            raise InputError(
+                "{parameter} has to be at least 0, but is {value!r}; 0 switches it off.",
+                parameter=name,
+                value=value,
+            )
         counts.append(count)
     return weights[0], weights[1], counts[0], counts[1]
 
@@ -303,8 +381,10 @@ def check_temperature(value) -> float:
     """A finite number above 0, by which logits are divided before a token is drawn."""
     temperature = _real(value, "temperature", "a number above 0")
     if temperature <= 0:
-        raise ValueError(
-            f"`temperature` has to be above 0, but is {value}; `do_sample=False` takes the likeliest token."
+        raise InputError(
+            "{parameter} has to be above 0, but is {value!r}; {do_sample=False} takes the likeliest token.",
+            parameter="temperature",
+            value=value,
         )
     return temperature
 
@@ -315,16 +395,20 @@ def check_top_k(value) -> Optional[int]:
         return None
     count = _int(value, "top_k", "None or a whole number of at least 0")
     if count < 0:
-        raise ValueError(f"`top_k` has to be at least 0, but is {count}; None or 0 draws from all tokens.")
+        raise InputError(
+            "{parameter} has to be at least 0, but is {count!r}; None or 0 draws from all tokens.",
+            parameter="top_k",
+            count=count,
+        )
     return count or None
 
 
 def check_text(value, name: str = "text") -> str:
     """A string with more than white space in it."""
     if not isinstance(value, str):
-        raise TypeError(f"`{name}` has to be a string, but is {value!r} of type {type(value).__name__}.")
+        raise _wrong_type(value, name, "a string")
     if not value.strip():
-        raise ValueError(f"`{name}` is empty; give a text with words in it.")
+        raise InputError("{parameter} is empty; give a text with words in it.", parameter=name)
     return value
 
 
@@ -361,11 +445,23 @@ def check_prompt_inputs(
         prefix += "_"
     text, negative = f"{prefix}prompt", f"{prefix}negative_prompt"
     if prompt is not None and prompt_embeds is not None:
-        raise ValueError(f"Cannot forward both `{text}` and `{text}_embeds`; give one of the two.")
+        raise InputError(
+            "Cannot forward both {parameter} and {embeds}; give one of the two.",
+            parameter=text,
+            embeds=named(f"{text}_embeds"),
+        )
     if prompt is None and prompt_embeds is None:
-        raise ValueError(f"Provide either `{text}` or `{text}_embeds`; both are None.")
+        raise InputError(
+            "Provide either {parameter} or {embeds}; both are None.",
+            parameter=text,
+            embeds=named(f"{text}_embeds"),
+        )
     if negative_prompt is not None and negative_prompt_embeds is not None:
-        raise ValueError(f"Cannot forward both `{negative}` and `{negative}_embeds`; give one of the two.")
+        raise InputError(
+            "Cannot forward both {parameter} and {embeds}; give one of the two.",
+            parameter=negative,
+            embeds=named(f"{negative}_embeds"),
+        )
 
     shape = None
     if prompt is not None:
@@ -376,14 +472,22 @@ def check_prompt_inputs(
     if negative_prompt_embeds is not None:
         negative_shape = _check_embeds(negative_prompt_embeds, f"{negative}_embeds")
         if shape is not None and negative_shape != shape:
-            raise ValueError(
-                f"`{text}_embeds` and `{negative}_embeds` must have the same shape when passed directly, but "
-                f"got: {shape} != {negative_shape}."
+            raise InputError(
+                "{embeds} and {parameter} must have the same shape when passed directly, but got: {shape} != "
+                "{negative_shape}.",
+                parameter=f"{negative}_embeds",
+                embeds=named(f"{text}_embeds"),
+                shape=shape,
+                negative_shape=negative_shape,
             )
         if guided and negative_shape[0] != batch_size:
-            raise ValueError(
-                f"`{negative}_embeds` has batch size {negative_shape[0]}, but `{text}` has batch size "
-                f"{batch_size}; give one negative for each prompt."
+            raise InputError(
+                "{parameter} has batch size {count}, but {text} has batch size {batch_size}; give one negative for "
+                "each prompt.",
+                parameter=f"{negative}_embeds",
+                count=negative_shape[0],
+                text=named(text),
+                batch_size=batch_size,
             )
     if negative_prompt is not None and guided:
         _check_negative(prompt, negative_prompt, batch_size, text, negative)
@@ -395,12 +499,19 @@ def _check_texts(value, name: str) -> int:
     if isinstance(value, str):
         return 1
     if not isinstance(value, list):
-        raise ValueError(f"`{name}` has to be of type `str` or `list` but is {type(value)}")
+        raise InputError(
+            "{parameter} has to be of type `str` or `list` but is {value!t}.", parameter=name, value=value
+        )
     if len(value) == 0:
-        raise ValueError(f"`{name}` is an empty list; give one text for each picture.")
+        raise InputError("{parameter} is an empty list; give one text for each picture.", parameter=name)
     for i, entry in enumerate(value):
         if not isinstance(entry, str):
-            raise ValueError(f"`{name}[{i}]` has to be of type `str` but is {entry!r}.")
+            raise InputError(
+                "{part} has to be of type `str` but is {entry!r}.",
+                parameter=name,
+                part=named(f"{name}[{i}]"),
+                entry=entry,
+            )
     return len(value)
 
 
@@ -408,16 +519,22 @@ def _check_negative(prompt, negative_prompt, batch_size: int, text: str, negativ
     if not isinstance(negative_prompt, (str, list)) or (
         prompt is not None and isinstance(prompt, str) != isinstance(negative_prompt, str)
     ):
-        expected = "`str` or `list`" if prompt is None else f"{type(prompt)}"
-        raise TypeError(
-            f"`{negative}` should be the same type to `{text}`, but got {type(negative_prompt)} != "
-            f"{expected}."
+        raise InputTypeError(
+            "{parameter} should be the same type to {text}, but got {negative!t} != {expected}.",
+            parameter=negative,
+            text=named(text),
+            negative=negative_prompt,
+            expected="`str` or `list`" if prompt is None else type(prompt).__name__,
         )
     count = _check_texts(negative_prompt, negative)
     if count != batch_size:
-        raise ValueError(
-            f"`{negative}` has batch size {count}, but `{text}` has batch size {batch_size}; give one "
-            f"negative for each prompt."
+        raise InputError(
+            "{parameter} has batch size {count}, but {text} has batch size {batch_size}; give one negative for each "
+            "prompt.",
+            parameter=negative,
+            count=count,
+            text=named(text),
+            batch_size=batch_size,
         )
 
 
@@ -425,11 +542,21 @@ def _check_embeds(value, name: str) -> Tuple[int, ...]:
     """`value` holds finite floats (B, tokens, width); returns the shape."""
     array = to_numpy(value)
     if array.dtype.kind != "f":
-        raise TypeError(f"`{name}` has to hold floating-point numbers, but is of dtype {array.dtype}.")
+        raise InputTypeError(
+            "{parameter} has to hold floating-point numbers, but is of dtype {dtype}.",
+            parameter=name,
+            dtype=array.dtype,
+        )
     if array.ndim != 3 or array.size == 0:
-        raise ValueError(f"`{name}` has to be (batch, tokens, width), but has shape {array.shape}.")
+        raise InputError(
+            "{parameter} has to be (batch, tokens, width), but has shape {shape}.",
+            parameter=name,
+            shape=array.shape,
+        )
     if not np.isfinite(array).all():
-        raise ValueError(f"`{name}` has NaN or infinite values; every value has to be finite.")
+        raise InputError(
+            "{parameter} has NaN or infinite values; every value has to be finite.", parameter=name
+        )
     return array.shape
 
 
@@ -442,9 +569,12 @@ def check_image_batch(number_of_images: int, batch_size: int) -> int:
     Raises ValueError where `number_of_images` does not divide `batch_size`.
     """
     if number_of_images < 1 or batch_size % number_of_images != 0:
-        raise ValueError(
-            f"Cannot duplicate `image` of batch size {number_of_images} to {batch_size} text prompts; give "
-            f"one picture for each prompt, or one for all."
+        raise InputError(
+            "Cannot duplicate {parameter} of batch size {number_of_images} to {batch_size} text prompts; give one picture "
+            "for each prompt, or one for all.",
+            parameter="image",
+            number_of_images=number_of_images,
+            batch_size=batch_size,
         )
     return batch_size // number_of_images
 
@@ -470,27 +600,38 @@ def check_image_latents(
     array = to_numpy(array)
     latent_shape = tuple(int(n) for n in latent_shape)
     if array.dtype.kind != "f":
-        raise TypeError(f"`{name}` has to hold floating-point numbers, but is of dtype {array.dtype}.")
+        raise InputTypeError(
+            "{parameter} has to hold floating-point numbers, but is of dtype {dtype}.",
+            parameter=name,
+            dtype=array.dtype,
+        )
     if array.ndim not in (4, 5):
-        raise ValueError(
-            f"`{name}` has to be (batch, steps, channels, height, width), but has shape {array.shape}; "
-            f"give the latents of `invert()`."
+        raise InputError(
+            "{parameter} has to be (batch, steps, channels, height, width), but has shape {shape}; give the latents "
+            "of `invert`.",
+            parameter=name,
+            shape=array.shape,
         )
     if array.shape[-3:] != latent_shape:
-        raise ValueError(
-            f"Each latent image in `{name}` must have shape {latent_shape}, but has shape "
-            f"{array.shape[-3:]}; invert the picture that the mask was made for, with the same model."
+        raise InputError(
+            "Each latent image in {parameter} must have shape {latent_shape}, but has shape {shape}; invert the "
+            "picture that the mask was made for, with the same model.",
+            parameter=name,
+            latent_shape=latent_shape,
+            shape=array.shape[-3:],
         )
     if array.ndim == 4:
         if len(array) != batch_size * steps:
             got = f"holds {len(array)} latent images in all"
-            raise ValueError(_wrong_count(name, batch_size, steps, got))
+            raise _wrong_count(name, batch_size, steps, got)
         array = array.reshape(batch_size, steps, *latent_shape)
     if array.shape[:2] != (batch_size, steps):
         got = f"has batch size {array.shape[0]} with latent images from {array.shape[1]} timesteps"
-        raise ValueError(_wrong_count(name, batch_size, steps, got))
+        raise _wrong_count(name, batch_size, steps, got)
     if not np.isfinite(array).all():
-        raise ValueError(f"`{name}` has NaN or infinite values; every value has to be finite.")
+        raise InputError(
+            "{parameter} has NaN or infinite values; every value has to be finite.", parameter=name
+        )
     return array
 
 
@@ -498,21 +639,34 @@ def check_clean_latents(array, shape: Sequence[int], name: str = "clean_latents"
     """Latents of the pictures without noise, of exactly this shape (B, C, h, w); finite floats."""
     array = to_numpy(array)
     if array.dtype.kind != "f":
-        raise TypeError(f"`{name}` has to hold floating-point numbers, but is of dtype {array.dtype}.")
+        raise InputTypeError(
+            "{parameter} has to hold floating-point numbers, but is of dtype {dtype}.",
+            parameter=name,
+            dtype=array.dtype,
+        )
     if array.shape != tuple(shape):
-        raise ValueError(
-            f"`{name}` has to be of shape {tuple(shape)}, but is {array.shape}; give what `invert()` returned with the"
-            " other latents."
+        raise InputError(
+            "{parameter} has to be of shape {expected}, but is {shape}; give what `invert` returned with the other "
+            "latents.",
+            parameter=name,
+            expected=tuple(shape),
+            shape=array.shape,
         )
     if not np.isfinite(array).all():
-        raise ValueError(f"`{name}` has NaN or infinite values; every value has to be finite.")
+        raise InputError(
+            "{parameter} has NaN or infinite values; every value has to be finite.", parameter=name
+        )
     return array
 
 
-def _wrong_count(name: str, batch_size: int, steps: int, got: str) -> str:
-    return (
-        f"`{name}` must have batch size {batch_size} with latent images from {steps} timesteps, but {got}; "
-        f"use the same prompts, `num_inference_steps` and `inpaint_strength` for the inversion and the edit."
+def _wrong_count(name: str, batch_size: int, steps: int, got: str) -> InputError:
+    return InputError(
+        "{parameter} must have batch size {batch_size} with latent images from {steps} timesteps, but {got}; give as "
+        "many prompts, and the same {num_inference_steps} and {inpaint_strength}, to the inversion and the edit.",
+        parameter=name,
+        batch_size=batch_size,
+        steps=steps,
+        got=got,
     )
 
 
@@ -525,12 +679,19 @@ def check_attention_kwargs(given) -> dict:
     if given is None:
         return {}
     if not isinstance(given, dict):
-        raise TypeError(f"`cross_attention_kwargs` has to be a dict or None, but is {type(given).__name__}.")
+        raise InputTypeError(
+            "{parameter} has to be a dict or None, but is {given!t}.",
+            parameter="cross_attention_kwargs",
+            given=given,
+        )
     for name, value in given.items():
         if value is not None and not isinstance(value, (bool, int, float, str)):
-            raise TypeError(
-                f"`cross_attention_kwargs[{name!r}]` is {type(value).__name__}; only numbers, strings, booleans and "
-                "None can be compiled into the UNet. Pass a plain value."
+            raise InputTypeError(
+                "{entry} is {value!t}; only numbers, strings, booleans and None can be compiled into the UNet. Pass a "
+                "plain value.",
+                parameter="cross_attention_kwargs",
+                entry=named(f"cross_attention_kwargs[{shown(name)}]"),
+                value=value,
             )
     return dict(given)
 
@@ -538,9 +699,12 @@ def check_attention_kwargs(given) -> dict:
 def check_generators(generator, count: int) -> None:
     """A list of generators has one for each of `count` samples; anything else is left to the random door."""
     if isinstance(generator, (list, tuple)) and len(generator) != count:
-        raise ValueError(
-            f"You have passed a list of generators of length {len(generator)}, but requested an effective "
-            f"batch size of {count}. Make sure the batch size matches the length of the generators."
+        raise InputError(
+            "You have passed a list of generators of length {length}, but requested an effective batch size of "
+            "{count}. Make sure the batch size matches the length of the generators.",
+            parameter="generator",
+            length=len(generator),
+            count=count,
         )
 
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from . import edges, masks, options, pictures, randomness, regularisers, schedules, turns
 from .editing import Editing
+from .errors import InputError, InputTypeError, named
 from .outputs import DiffEditInversionPipelineOutput, StableDiffusionPipelineOutput
 from .preparation import Preparation, as_its_own
 
@@ -174,8 +175,11 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
             "source_",
         )
         if sources != batch:
-            raise ValueError(
-                f"There are {sources} source prompts for {batch} target prompts; give as many of each."
+            raise InputError(
+                "There are {sources} source prompts for {batch} target prompts; give as many of each.",
+                parameter="source_prompt",
+                sources=sources,
+                batch=batch,
             )
         options.check_positive_int("num_maps_per_mask", num_maps_per_mask)
         options.check_strength(mask_encode_strength, "mask_encode_strength")
@@ -199,9 +203,11 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
                 and (same_negatives or not is_guided)
             )
         ):
-            raise ValueError(
-                f"Source and target prompt are the same ({target_prompt!r}), so there is no difference to make a mask"
-                " of; say in the target prompt what shall change."
+            raise InputError(
+                "Source and target prompt are the same ({text!r}), so there is no difference to make a mask of; say in "
+                "the target prompt what should change.",
+                parameter="target_prompt",
+                text=target_prompt,
             )
         source = randomness.resolve(generator)
         attention_kwargs = self._attention_kwargs(cross_attention_kwargs)
@@ -275,8 +281,11 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
         target, target_negative = encode(target_texts, "target_")
         origin, origin_negative = encode(source_texts, "source_")
         if target.shape != origin.shape:
-            raise ValueError(
-                f"Source and target embeddings have the shapes {origin.shape} and {target.shape}; they have to match."
+            raise InputError(
+                "Source and target embeddings have the shapes {source} and {target}; they have to match.",
+                parameter="target_prompt_embeds",
+                source=origin.shape,
+                target=target.shape,
             )
 
         # 6. Image latents, noised
@@ -425,18 +434,25 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
         source = randomness.resolve(generator)
         attention_kwargs = self._attention_kwargs(cross_attention_kwargs)
         scheduler = self._ready_inverse_scheduler()
-        if inversion_iterations > 0 and (
-            num_reg_steps > 0 or type(scheduler).__name__ != "DDIMInverseScheduler"
-        ):
-            raise ValueError(
-                "`inversion_iterations` refines steps of DDIMInverseScheduler without regularisation, but the inverse"
-                f" scheduler is {type(scheduler).__name__} with num_reg_steps={num_reg_steps}; set it to 0, or change"
-                " the others."
+        if inversion_iterations > 0 and type(scheduler).__name__ != "DDIMInverseScheduler":
+            raise InputError(
+                "{parameter} refines DDIM's inversion, but that of this {scheduler} is {inverse!t}; set it to 0, or choose "
+                "DDIM as {scheduler}.",
+                parameter="inversion_iterations",
+                inverse=scheduler,
+            )
+        if inversion_iterations > 0 and num_reg_steps > 0:
+            raise InputError(
+                "{parameter} and {num_reg_steps} exclude each other; set one of the two to 0.",
+                parameter="inversion_iterations",
             )
         if num_reg_steps > 0 and is_guided and batch > 1 and scheduler.config.prediction_type != "epsilon":
-            raise ValueError(  # D7
-                f"`num_reg_steps` with guidance and prediction type {scheduler.config.prediction_type!r} works for one"
-                f" prompt at a time, but {batch} were given; set guidance_scale=1 or invert them one by one."
+            raise InputError(  # D7
+                "{parameter} with guidance and prediction type {kind!r} works for one prompt at a time, but {batch} were "
+                "given; set {guidance_scale=1} or invert them one by one.",
+                parameter="num_reg_steps",
+                kind=scheduler.config.prediction_type,
+                batch=batch,
             )
         # 6. Prepare timesteps (before the models run, so that a bad schedule fails first)
         timesteps, steps = self._schedule(
@@ -616,8 +632,10 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
         if changed is None:
             return latents, embeds
         if not isinstance(changed, dict):
-            raise TypeError(
-                f"`callback_on_step_end` has to return a dict or None, but returned {type(changed).__name__}."
+            raise InputTypeError(
+                "{parameter} has to return a dict or None, but returned {changed!t}.",
+                parameter="callback_on_step_end",
+                changed=changed,
             )
         found = []
         for name, before in (("latents", latents), ("prompt_embeds", embeds)):
@@ -625,8 +643,12 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
             if changed.get(name) is not None and changed[name] is not given.get(name):
                 after = pictures.to_numpy(changed[name]).astype(np.float32)
                 if after.shape != before.shape:
-                    raise ValueError(
-                        f"`callback_on_step_end` returned `{name}` of shape {after.shape}; it has to stay {before.shape}."
+                    raise InputError(
+                        "{parameter} returned {what} of shape {shape}; it has to stay {expected}.",
+                        parameter="callback_on_step_end",
+                        what=named(name),
+                        shape=after.shape,
+                        expected=before.shape,
                     )
                 options.check_finite(after, f"`{name}` returned by callback_on_step_end", i)
             found.append(after)
@@ -905,9 +927,14 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
         if clip_skip is not None:
             options.check_clip_skip(clip_skip, self.text_encoder.config.num_hidden_layers)
         if mask_image is None:
-            raise ValueError("`mask_image` is missing; `generate_mask()` computes one from two prompts.")
+            raise InputError(
+                "{parameter} is missing; `generate_mask` computes one from two prompts.",
+                parameter="mask_image",
+            )
         if image_latents is None:
-            raise ValueError("`image_latents` is missing; `invert()` computes them from a picture.")
+            raise InputError(
+                "{parameter} is missing; `invert` computes them from a picture.", parameter="image_latents"
+            )
         options.check_switch(soft_mask, "soft_mask")
         tensor_inputs = options.check_step_callback(
             callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs
@@ -985,8 +1012,10 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
             parts = [part[None] if part.ndim == 3 else part for part in parts]
             if not parts or len({part.shape[1:] for part in parts}) > 1:
                 shapes = [part.shape for part in parts]
-                raise ValueError(
-                    f"`image_latents` has to be a list of latents of one shape, but has {shapes}."
+                raise InputError(
+                    "{parameter} has to be a list of latents of one shape, but has {shapes!r}.",
+                    parameter="image_latents",
+                    shapes=shapes,
                 )
             return np.concatenate(parts)
         array = pictures.to_numpy(image_latents)

@@ -10,6 +10,7 @@ import numpy as np
 
 from . import options, pictures, randomness, schedules, turns
 from .adapters import Adapters
+from .errors import InputError, named
 from .notices import say_once
 
 logger = logging.getLogger(__name__)
@@ -77,21 +78,30 @@ class Preparation(Adapters):
         """
         name, trained = type(scheduler).__name__, scheduler.config.num_train_timesteps
         if num_inference_steps > trained:
-            raise ValueError(
-                f"`num_inference_steps` is {num_inference_steps}, but the model was trained with {trained} timesteps;"
-                " give fewer steps."
+            raise InputError(
+                "{parameter} is {steps}, but the model was trained with {trained} timesteps; give fewer steps.",
+                parameter="num_inference_steps",
+                steps=num_inference_steps,
+                trained=trained,
             )
         try:
             scheduler.set_timesteps(num_inference_steps)
         except ValueError as error:
-            raise ValueError(
-                f"{name} cannot make a schedule of {num_inference_steps} steps: {error}"
+            raise InputError(
+                "{name} cannot make a schedule of {steps} steps: {error}",
+                parameter="num_inference_steps",
+                name=name,
+                steps=num_inference_steps,
+                error=error,
             ) from error
         timesteps, steps = chosen(num_inference_steps, strength)
         if timesteps.max() > trained - 1:
-            raise ValueError(
-                f"{num_inference_steps} steps reach timestep {int(timesteps.max())}, but the model's last is"
-                f" {trained - 1}; give fewer steps."
+            raise InputError(
+                "{steps} steps reach timestep {reached}, but the model's last is {last}; give fewer steps.",
+                parameter="num_inference_steps",
+                steps=num_inference_steps,
+                reached=int(timesteps.max()),
+                last=trained - 1,
             )
         return timesteps, steps
 
@@ -259,9 +269,12 @@ class Preparation(Adapters):
                     texts, f"{prefix}negative_token_ids", length=positive.shape[1], lora_scale=lora_scale
                 )
             if negative.shape != positive.shape:
-                raise ValueError(
-                    f"The negative prompt's embeddings have the shape {negative.shape}, the prompt's {positive.shape};"
-                    " they have to be the same."
+                raise InputError(
+                    "The negative prompt's embeddings have the shape {shape}, the prompt's {expected}; they have to "
+                    "be the same.",
+                    parameter=f"{prefix}negative_prompt_embeds",
+                    shape=negative.shape,
+                    expected=positive.shape,
                 )
             options.check_finite(negative, f"{prefix}negative prompt embeddings")
             negative = self._crosses(f"{prefix}negative_prompt_embeds", negative.astype(np.float32))
@@ -291,14 +304,23 @@ class Preparation(Adapters):
             ("negative_prompt_embeds", negative_prompt_embeds),
         ):
             if embeds is not None and isinstance(width, int) and embeds.shape[-1] != width:
-                raise ValueError(f"`{prefix}{name}` is {embeds.shape[-1]} wide, but this UNet takes {width}.")
+                raise InputError(
+                    "{parameter} is {given} wide, but this UNet takes {width}.",
+                    parameter=f"{prefix}{name}",
+                    given=embeds.shape[-1],
+                    width=width,
+                )
         if prompt_embeds is None or negative_prompt_embeds is not None or not is_guided:
             return batch
         most = self._tokens_read
         if prompt_embeds.shape[1] > most:
-            raise ValueError(
-                f"`{prefix}prompt_embeds` is {prompt_embeds.shape[1]} tokens long, but the text encoder, which makes the"
-                f" negative, reads {most}; give `{prefix}negative_prompt_embeds` as well."
+            raise InputError(
+                "{parameter} is {length} tokens long, but the text encoder, which makes the negative, reads {most}; give "
+                "{negative} as well.",
+                parameter=f"{prefix}prompt_embeds",
+                length=prompt_embeds.shape[1],
+                most=most,
+                negative=named(f"{prefix}negative_prompt_embeds"),
             )
         return batch
 
@@ -361,8 +383,9 @@ class Preparation(Adapters):
     def _pixels(self, image, batch: int) -> np.ndarray:
         """The picture(s) of a call, (N, 3, H, W) in [-1, 1], or latents (N, C, h, w); N divides the batch."""
         if image is None:
-            raise ValueError(
-                "`image` is missing; give a picture (PIL, array, tensor, latents) or a list of them."
+            raise InputError(
+                "{parameter} is missing; give a picture (PIL, array, tensor, latents) or a list of them.",
+                parameter="image",
             )
         pixels = pictures.preprocess_image(image, self.vae_scale_factor, self.vae.config.latent_channels)
         options.check_image_batch(len(pixels), batch)
@@ -374,9 +397,12 @@ class Preparation(Adapters):
             return
         options.check_generators(source, batch * copies)
         if pixels.shape[1] != self.vae.config.latent_channels and len(pixels) != batch:
-            raise ValueError(
-                f"A list of generators needs one picture for each prompt, but {len(pixels)} pictures were given for"
-                f" {batch} prompts."
+            raise InputError(
+                "A list of generators needs one picture for each prompt, but {count} pictures were given for {batch} "
+                "prompts; give as many of each, or one generator.",
+                parameter="generator",
+                count=len(pixels),
+                batch=batch,
             )
 
     @staticmethod

@@ -19,6 +19,7 @@ import PIL.Image
 from . import compile_cache as compile_caches
 from . import devices, language_models, options, pictures, randomness
 from .checkpoints import CheckpointError, read_processor
+from .errors import InputError, InputTypeError, named
 from .hub import HubOptions
 from .tokenizer_files import load_tokenizer
 
@@ -41,12 +42,18 @@ class _Writer:
 
     def __init__(self, model, mode: str, compile_cache):
         if mode not in MODES:
-            raise ValueError(f"`mode` has to be one of {MODES}, but is {mode!r}.")
+            raise InputError(
+                "{parameter} has to be one of {modes}, but is {given!r}.", "mode", modes=MODES, given=mode
+            )
         found = [base.__name__ for base in type(model).__mro__]
         if self.CLASS not in found or not hasattr(model, "construct"):
-            raise TypeError(
-                f"`model` has to be mindone's {self.CLASS}, but is {type(model).__module__}.{type(model).__qualname__};"
-                f" {type(self).__name__}.from_pretrained loads one."
+            raise InputTypeError(
+                "{parameter} has to be mindone's {wanted}, but is {module}.{kind}; {writer!t}.from_pretrained loads one.",
+                parameter="model",
+                wanted=self.CLASS,
+                module=type(model).__module__,
+                kind=type(model).__qualname__,
+                writer=self,
             )
         model.set_train(False)
         self.model, self.mode = model, mode
@@ -84,7 +91,9 @@ class _Writer:
                 weights that do not fit.
         """
         if mode not in MODES:
-            raise ValueError(f"`mode` has to be one of {MODES}, but is {mode!r}.")
+            raise InputError(
+                "{parameter} has to be one of {modes}, but is {given!r}.", "mode", modes=MODES, given=mode
+            )
         folder = language_models.resolve_folder(
             cls.KIND,
             path_or_id,
@@ -174,19 +183,23 @@ class PromptGenerator(_Writer):
         """
         options.check_text(text)
         options.check_positive_int("num_prompts", num_prompts)
-        temperature = options.check_temperature(temperature)
+        if options.check_switch(do_sample, "do_sample"):
+            temperature = options.check_temperature(temperature)
         top_k = options.check_top_k(top_k)
         options.check_positive_int("max_new_tokens", max_new_tokens)
-        options.check_switch(do_sample, "do_sample")
         source = randomness.resolve(generator)
         if isinstance(source, list):
-            raise TypeError(
-                "`generator` is a list; give one seed or generator, from which all prompts are drawn."
+            raise InputTypeError(
+                "{parameter} is a list; give one seed or generator, from which all prompts are drawn.",
+                parameter="generator",
             )
         ids = np.asarray(self.tokenizer(text).input_ids, np.int32)
         if len(ids) > self.tokenizer.model_max_length:
-            raise ValueError(
-                f"`text` has {len(ids)} tokens, but the model reads {self.tokenizer.model_max_length}; shorten it."
+            raise InputError(
+                "{parameter} has {count} tokens, but the model reads {most}; shorten it.",
+                parameter="text",
+                count=len(ids),
+                most=self.tokenizer.model_max_length,
             )
 
         from . import decoding
@@ -217,11 +230,14 @@ class PromptGenerator(_Writer):
         """
         concept = options.check_text(concept, "concept").strip()
         article = "an" if concept[0].lower() in "aeiou" else "a"
-        return self.generate(
-            f"Write a caption for an image that contains {article} {concept}. "
-            "The caption has to be in English and at most 150 characters long.",
-            **options_,
-        )
+        try:
+            return self.generate(
+                f"Write a caption for an image that contains {article} {concept}. "
+                "The caption has to be in English and at most 150 characters long.",
+                **options_,
+            )
+        except InputError as error:
+            raise error.renamed(text="concept") from error
 
 
 def average_embeddings(pipeline, prompts: Union[str, Sequence[str]]):
@@ -240,19 +256,30 @@ def average_embeddings(pipeline, prompts: Union[str, Sequence[str]]):
         ValueError, TypeError: no pipeline, no prompts, or one that is no string.
     """
     if not callable(getattr(pipeline, "encode_prompt", None)):
-        raise TypeError(
-            f"`pipeline` has to be a StableDiffusionDiffEditPipeline, but is {type(pipeline).__module__}."
-            f"{type(pipeline).__qualname__}."
+        raise InputTypeError(
+            "{parameter} has to be a StableDiffusionDiffEditPipeline, but is {module}.{kind}.",
+            parameter="pipeline",
+            module=type(pipeline).__module__,
+            kind=type(pipeline).__qualname__,
         )
     if isinstance(prompts, str):
         prompts = [prompts]
     if not isinstance(prompts, (list, tuple)):
-        raise TypeError(f"`prompts` has to be a list of texts, but is of type {type(prompts).__name__}.")
+        raise InputTypeError(
+            "{parameter} has to be a list of texts, but is of type {prompts!t}.",
+            parameter="prompts",
+            prompts=prompts,
+        )
     if len(prompts) == 0:
-        raise ValueError("`prompts` is an empty list; give at least one text.")
+        raise InputError("{parameter} is an empty list; give at least one text.", parameter="prompts")
     for i, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
-            raise TypeError(f"`prompts[{i}]` has to be a string, but is {prompt!r}.")
+            raise InputTypeError(
+                "{part} has to be a string, but is {text!r}.",
+                "prompts",
+                part=named(f"prompts[{i}]"),
+                text=prompt,
+            )
     embeddings, _ = pipeline.encode_prompt(list(prompts), None, 1, False)
     mean = pictures.to_numpy(embeddings).mean(axis=0, keepdims=True, dtype=np.float64).astype(np.float32)
 
@@ -315,16 +342,20 @@ class Captioner(_Writer):
         several = isinstance(image, (list, tuple))
         images = list(image) if several else [image]
         if not images:
-            raise ValueError("`image` is an empty list; give at least one picture.")
+            raise InputError("{parameter} is an empty list; give at least one picture.", parameter="image")
         for i, picture in enumerate(images):
             name = f"image[{i}]" if several else "image"
             if not isinstance(picture, PIL.Image.Image):
-                raise TypeError(
-                    f"`{name}` has to be a PIL picture, but is of type {type(picture).__name__};"
-                    " mindiffedit.load_image reads files and URLs."
+                raise InputTypeError(
+                    "{parameter} has to be a PIL picture, but is of type {picture!t}; mindiffedit.load_image reads "
+                    "files and URLs.",
+                    parameter=name,
+                    picture=picture,
                 )
             if 0 in picture.size:
-                raise ValueError(f"`{name}` has no pixels: its size is {picture.size}.")
+                raise InputError(
+                    "{parameter} has no pixels: its size is {size}.", parameter=name, size=picture.size
+                )
         options.check_positive_int("max_new_tokens", max_new_tokens)
         words: List[int] = []
         if text is not None:
@@ -332,9 +363,13 @@ class Captioner(_Writer):
             words = self.processor.tokenizer(text, add_special_tokens=False).input_ids
         most = self.model.config.text_config.max_position_embeddings
         if len(words) + max_new_tokens > most:
-            raise ValueError(
-                f"`text` of {len(words)} tokens and {max_new_tokens} new ones are more than the {most} that the model"
-                " can hold; give fewer `max_new_tokens`."
+            raise InputError(
+                "{parameter} of {count} tokens and {new} new ones are more than the {most} that the model can hold; "
+                "shorten it, or give fewer {max_new_tokens}.",
+                parameter="text",
+                count=len(words),
+                new=max_new_tokens,
+                most=most,
             )
 
         from . import decoding

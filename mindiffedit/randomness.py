@@ -13,6 +13,7 @@ from typing import Callable, List, Protocol, Union, runtime_checkable
 
 import numpy as np
 
+from .errors import InputError, InputTypeError
 from .generator import Generator, check_seed, dtype_name, rounded
 
 
@@ -40,8 +41,9 @@ def resolve(generator) -> Union[NoiseSource, List[NoiseSource]]:
     """
     if isinstance(generator, (list, tuple)):
         if len(generator) == 0:
-            raise ValueError(
-                "`generator` is an empty list; give one generator or seed for each sample, or None."
+            raise InputError(
+                "{parameter} is an empty list; give one generator or seed for each sample, or None.",
+                parameter="generator",
             )
         return [_single(item) for item in generator]
     return _single(generator)
@@ -51,12 +53,15 @@ def _single(generator) -> NoiseSource:
     if generator is None:
         return np.random.default_rng()
     if isinstance(generator, (int, np.integer)) and not isinstance(generator, (bool, np.bool_)):
-        return Generator().manual_seed(check_seed(generator, "`generator`"))
+        return Generator().manual_seed(check_seed(generator, "generator"))
     if isinstance(generator, NoiseSource):
         return generator
-    raise TypeError(
-        "`generator` has to be None, an int seed, a mindiffedit.Generator, a numpy.random.Generator or a list"
-        f" of these, but is {type(generator).__module__}.{type(generator).__qualname__}."
+    raise InputTypeError(
+        "{parameter} has to be None, an int seed, a mindiffedit.Generator, a numpy.random.Generator or a list of "
+        "these, but is {module}.{kind}.",
+        parameter="generator",
+        module=type(generator).__module__,
+        kind=type(generator).__qualname__,
     )
 
 
@@ -81,9 +86,12 @@ def randn(shape, source: Union[NoiseSource, List[NoiseSource]], dtype: str = "fl
         source = source[0]  # as the reference takes it
     if isinstance(source, list):
         if len(source) != shape[0]:
-            raise ValueError(
-                f"You have passed a list of generators of length {len(source)}, but requested an effective"
-                f" batch size of {shape[0]}. Give one generator for each sample of the batch."
+            raise InputError(
+                "You have passed a list of generators of length {count}, but requested an effective batch size of "
+                "{samples}. Give one generator for each sample of the batch.",
+                parameter="generator",
+                count=len(source),
+                samples=shape[0],
             )
         return np.concatenate([randn((1,) + shape[1:], each, dtype) for each in source])
     if isinstance(source, Generator):

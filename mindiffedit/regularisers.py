@@ -11,6 +11,8 @@ from typing import Callable, Tuple
 
 import numpy as np
 
+from .errors import InputError
+
 
 def auto_correlation(noise: np.ndarray, draw_roll: Callable[[int], int]) -> Tuple[float, np.ndarray]:
     """Sum over samples, channels and pyramid levels of the squared correlation with a shifted copy.
@@ -87,15 +89,22 @@ def regularise(
         if prediction_type == "epsilon":
             return output, 1.0
         if output.shape[0] not in (1, latent_model_input.shape[0]):
-            raise ValueError(
-                f"`num_reg_steps` with guidance and prediction type {prediction_type!r} works for one prompt at a"
-                f" time, but {output.shape[0]} were given; set guidance_scale=1 or invert them one by one."
+            raise InputError(
+                "{parameter} with guidance and prediction type {kind!r} works for one prompt at a time, but {count} were "
+                "given; set {guidance_scale=1} or invert them one by one.",
+                parameter="num_reg_steps",
+                kind=prediction_type,
+                count=output.shape[0],
             )
         if prediction_type == "sample":
             return (latent_model_input - a**0.5 * output) / (1 - a) ** 0.5, -(a**0.5) / (1 - a) ** 0.5
         if prediction_type == "v_prediction":
             return a**0.5 * output + (1 - a) ** 0.5 * latent_model_input, a**0.5
-        raise ValueError(f"prediction type {prediction_type!r} is not one of epsilon, sample, v_prediction.")
+        raise InputError(
+            "{parameter} has to be one of epsilon, sample, v_prediction, but is {given!r}.",
+            parameter="prediction_type",
+            given=prediction_type,
+        )
 
     def descended(output, loss_and_gradient, rate):
         value, slope = epsilon(output)

@@ -10,7 +10,6 @@ import numpy as np
 import PIL.Image
 
 from . import masks, pictures
-from .arguments import as_options
 from .editing import MOST_FEATHER, change_outside
 from .jobs import Job
 from .outputs import DiffEditInversionPipelineOutput, EditReport
@@ -253,7 +252,7 @@ def note_warnings(job: Job, done: Edited) -> None:
     """What the edit says about itself, and about its safety checker."""
     if done.report is not None:
         for warning in done.report.warnings:
-            job.note(as_options(warning))
+            job.note(warning)
     if done.flagged:
         job.note("the model's safety checker blackened the result; try another text or seed.")
 

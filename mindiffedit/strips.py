@@ -10,6 +10,7 @@ import numpy as np
 import PIL.Image
 
 from . import options, pictures
+from .errors import InputError, InputTypeError
 
 EXTENSIONS = (".gif", ".png", ".webp")
 MOST_MILLISECONDS = 60000
@@ -57,15 +58,20 @@ class AnimatedStrip:
 
     def __init__(self, pipeline, path, *, every: int = 1, milliseconds: int = 200, decode: bool = True):
         if not callable(getattr(pipeline, "debugging", None)):
-            raise TypeError(
-                f"`pipeline` has to be a StableDiffusionDiffEditPipeline, but is {type(pipeline).__name__}."
+            raise InputTypeError(
+                "{parameter} has to be a StableDiffusionDiffEditPipeline, but is {given!t}.",
+                parameter="pipeline",
+                given=pipeline,
             )
         self.path = pictures.check_output_path(path, EXTENSIONS)
         self.every = options.check_positive_int("every", every)
         self.milliseconds = options.check_positive_int("milliseconds", milliseconds)
         if self.milliseconds > MOST_MILLISECONDS:
-            raise ValueError(
-                f"`milliseconds` has to be from 1 to {MOST_MILLISECONDS}, but is {milliseconds}."
+            raise InputError(
+                "{parameter} has to be from 1 to {most}, but is {value!r}.",
+                parameter="milliseconds",
+                most=MOST_MILLISECONDS,
+                value=milliseconds,
             )
         self.decode = options.check_switch(decode, "decode")
         self.pipeline = pipeline
@@ -145,7 +151,7 @@ class AnimatedStrip:
             if frame.step % self.every == 0 or frame is loop[-1]
         ]
         if not shown and self._map is None and self._mask is None:
-            raise ValueError(
+            raise InputError(
                 "there is nothing to animate: no call of the pipeline was watched; call it within the block."
             )
         grid = next((x for x in (self._map, self._mask) if x is not None), None)

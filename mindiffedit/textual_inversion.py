@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import InputError
+from .errors import InputError, InputTypeError, Message
 from .hub import resolve_file
 from .pictures import is_tensor, to_numpy
 from .weight_files import read_tensors
@@ -96,9 +96,10 @@ def check(contents: Sequence[tuple[Any, str]], tokens: Sequence[Any], tokenizer,
         contents = [(row, what) for row in rows]
     if len(contents) != len(tokens):
         raise InputError(
-            "There are {count} tokens for {of} embeddings; give a {token} for each, or none.",
+            "There are {count} tokens for {embeddings} embeddings; give a token for each, or None.",
+            parameter="token",
             count=len(tokens),
-            of=len(contents),
+            embeddings=len(contents),
         )
     width = text_encoder.config.hidden_size
     vocabulary = tokenizer.get_vocab()
@@ -109,13 +110,21 @@ def check(contents: Sequence[tuple[Any, str]], tokens: Sequence[Any], tokenizer,
         embedding = np.atleast_2d(to_numpy(embedding))
         if embedding.dtype.kind != "f" or embedding.ndim != 2 or embedding.shape[1] != width:
             raise InputError(
-                "{what}: the embedding of {name!r} has shape {shape} and dtype {dtype}, but this text encoder takes vectors"
-                " of {width} floats; it was made for another model.",
-                **dict(what=what, name=name, shape=embedding.shape, dtype=embedding.dtype, width=width),
+                "{what}: the embedding of {name!r} has shape {shape} and dtype {dtype}, but this text encoder takes "
+                "vectors of {width} floats; it was made for another model.",
+                parameter="pretrained_model_name_or_path",
+                what=what,
+                name=name,
+                shape=embedding.shape,
+                dtype=embedding.dtype,
+                width=width,
             )
         if not len(embedding) or not np.isfinite(embedding).all():
             raise InputError(
-                "{what}: the embedding of {name!r} is empty, or has NaN or infinite values.", what=what, name=name
+                "{what}: the embedding of {name!r} is empty, or has NaN or infinite values.",
+                parameter="pretrained_model_name_or_path",
+                what=what,
+                name=name,
             )
         family = [name, *(f"{name}_{i}" for i in range(1, len(embedding)))]
         taken = [part for part in [*family, f"{name}_1"] if part in vocabulary or part in names]
@@ -123,6 +132,7 @@ def check(contents: Sequence[tuple[Any, str]], tokens: Sequence[Any], tokenizer,
             raise InputError(
                 "{what}: the token {name!r} is in the tokenizer already, as a part of words or as another embedding; give"
                 " another by {token}.",
+                parameter="token",
                 what=what,
                 name=taken[0],
             )
@@ -145,17 +155,23 @@ def _named(content, what: str, token) -> tuple[str, Any]:
         raise InputError(
             "{what} is no textual inversion for this pipeline: it holds {held}; expected a single embedding, named by its"
             " token or emb_params.{kind}",
+            parameter="pretrained_model_name_or_path",
             what=what,
             held=held,
             kind=" This one is for Stable Diffusion XL; take the one that was made for 1.x or 2.x." if xl else "",
         )
     name = own if token is None else token
     if name is None:
-        raise InputError(f"{what} does not name its token; give one as token=...")
+        raise InputError(
+            "{what} does not name its token; give one by {parameter}.", parameter="token", what=what
+        )
     if not isinstance(name, str) or not name.strip():
-        raise InputError("{parameter} has to be a word such as '<cat-toy>', but is {name!r}.", "token", name=name)
+        raise InputError(
+            "{parameter} has to be a word such as '<cat-toy>', but is {name!r}.", parameter="token", name=name
+        )
     if token is None and own == "emb_params":
-        logger.warning("%s does not name its token, so it is called emb_params; token=... names it.", what)
+        said = Message("{what} does not name its token, so it is called emb_params; {token} names it.", what=what)
+        logger.warning("%s", said)
     return name, embedding
 
 
@@ -182,8 +198,11 @@ def remove(tokens: Sequence[str] | None, tokenizer, text_encoder) -> None:
     else:
         unknown = [token for token in tokens if token not in added]
         if unknown:
-            raise ValueError(
-                f"The tokens {unknown} are no textual inversions that are loaded; these are {list(added)}."
+            raise InputError(
+                "The tokens {unknown!r} are no textual inversions that are loaded; these are {known!r}.",
+                parameter="tokens",
+                unknown=unknown,
+                known=list(added),
             )
         chosen = set()
         for token in tokens:
@@ -195,8 +214,9 @@ def remove(tokens: Sequence[str] | None, tokenizer, text_encoder) -> None:
     if not chosen:
         return
     if not hasattr(tokenizer, "_update_trie"):
-        raise TypeError(
-            f"{type(tokenizer).__name__} does not give up tokens; load the checkpoint with a CLIPTokenizer instead."
+        raise InputTypeError(
+            "{tokenizer!t} does not give up tokens; load the checkpoint with a CLIPTokenizer instead.",
+            tokenizer=tokenizer,
         )
     gone = sorted(added[token] for token in chosen)
     kept = {i: token for i, token in tokenizer.added_tokens_decoder.items() if i not in gone}

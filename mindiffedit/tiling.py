@@ -15,6 +15,7 @@ from typing import Callable, List, Tuple
 import numpy as np
 
 from . import options
+from .errors import InputError
 
 __all__ = ["Tiles", "in_tiles", "tiles_of"]
 
@@ -61,10 +62,14 @@ def tiles_of(vae) -> Tuple[Tiles, Tiles]:
     encoder, decoder = _tiles(pixels, latents, overlap), _tiles(latents, pixels, overlap)
     fit = encoder.stride == encoder.keep * factor and decoder.stride * factor == decoder.keep
     if not fit or not decoder.stride:  # E11
-        raise ValueError(
-            f"The VAE's tiles do not fit together: `vae.tile_sample_min_size` is {pixels} pixels,"
-            f" `vae.tile_latent_min_size` {latents} latents of {factor} pixels, `vae.tile_overlap_factor` {overlap:g}."
-            f" Set the first to {factor} times the second, and an overlap that is a whole number of latents."
+        raise InputError(
+            "The VAE's tiles do not fit together: `vae.tile_sample_min_size` is {pixels} pixels, "
+            "`vae.tile_latent_min_size` {latents} latents of {factor} pixels, `vae.tile_overlap_factor` {overlap:g}. "
+            "Set the first to {factor} times the second, and an overlap that is a whole number of latents.",
+            pixels=pixels,
+            latents=latents,
+            factor=factor,
+            overlap=overlap,
         )
     return encoder, decoder
 

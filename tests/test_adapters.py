@@ -803,7 +803,7 @@ def test_words_that_do_not_fit_change_nothing(ours, tmp_path, caplog):
         (dict(pretrained_model_name_or_path=torch.ones(1, 48), token="<a>"), "48.*another model"),
         (dict(pretrained_model_name_or_path=torch.ones(1, 32) * torch.nan, token="<a>"), "NaN"),
         (dict(pretrained_model_name_or_path=torch.ones(1, 2, 32), token="<a>"), "shape"),
-        (dict(pretrained_model_name_or_path=torch.ones(1, 32)), "token=..."),
+        (dict(pretrained_model_name_or_path=torch.ones(1, 32)), "give one by `token`"),
         (dict(pretrained_model_name_or_path=torch.ones(1, 32), token="apple</w>"), "in the tokenizer"),
         (dict(pretrained_model_name_or_path={"clip_l": 1, "clip_g": 2}), "clip_l, clip_g"),
         (dict(pretrained_model_name_or_path=[torch.ones(32)] * 2, token=["<a>", "<a>"]), "in the tokenizer"),

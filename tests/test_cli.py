@@ -22,12 +22,16 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from mindiffedit import cli, demo, masks, options, pictures
-from mindiffedit.arguments import CORRECTED_DEFAULTS, DEFAULTS, SCHEDULERS, as_options, build_parser
+from mindiffedit.arguments import (
+    CORRECTED_DEFAULTS, DEFAULTS, SCHEDULERS, _PARAMETERS, build_parser, option_of, told,
+)  # fmt: skip
 from mindiffedit.editing import EDIT_MASK
+from mindiffedit.errors import Message, named
 from mindiffedit.latents_file import read_latents
 from mindiffedit.outputs import DiffEditInversionPipelineOutput, DiffEditOutput, EditReport
 from mindiffedit.pipeline import StableDiffusionDiffEditPipeline
 
+COMMANDS = ("edit", "mask", "invert", "demo", "parity record", "parity check")
 SOURCE, TARGET = "a red apple on a table", "a yellow pear on a table"
 
 
@@ -436,7 +440,7 @@ def test_defaults_of_the_corrections_are_the_call_s():
 
 
 def test_the_report_is_told(work, capsys, monkeypatch):
-    warning = "the mask is empty; lower `mask_thresholding_ratio` or raise `num_maps_per_mask`."
+    warning = Message("the mask is empty; lower {mask_thresholding_ratio} or raise {num_maps_per_mask}.")
     monkeypatch.setattr(FakePipeline, "warnings", [warning])
     line, err = ran(capsys, edit("--json"))
     said = "the mask is empty; lower --mask-threshold or raise --maps."
@@ -451,10 +455,25 @@ def test_the_report_is_told(work, capsys, monkeypatch):
     assert err.count("note") == 0
 
 
-def test_sentences_about_parameters_become_sentences_about_options():
-    assert as_options("`inpaint_strength` has to be given.") == "--strength has to be given."
-    assert as_options("`other` stays, inpaint_strength too.") == "`other` stays, inpaint_strength too."
-    assert as_options("Give variant='fp16'. Leave variant out.") == "Give --variant fp16. Leave --variant out."
+def test_parameters_are_told_as_the_options_of_the_command():
+    names = ("inpaint_strength", "threshold", "prompt", "image", "target_prompt_embeds", "cross_attention_kwargs[1]")
+    said = {command: [told(Message("{x}", x=named(name)), command) for name in names] for command in COMMANDS}
+    others = ["--strength", "--mask-level"], ["--target", "cross attention kwargs"]
+    assert said["edit"] == [*others[0], "--target", "PICTURE", *others[1]]
+    assert said["invert"] == [*others[0], "--source", "PICTURE", *others[1]]
+    assert said["parity check"] == [*others[0], "--target", "--image", *others[1]]
+    message = Message("give {guidance_scale=1}, {variant='fp16'} or {safety_checker=None}, not `this` or prompt.")
+    assert message == "give `guidance_scale=1`, `variant='fp16'` or `safety_checker=None`, not `this` or prompt."
+    assert told(message, "edit") == "give --guidance 1, --variant fp16 or --no-safety-checker, not `this` or prompt."
+    assert told("`prompt` in a text", "edit") == "`prompt` in a text"
+
+
+def test_every_option_that_messages_name_is_one(capsys):
+    for command in COMMANDS:
+        assert cli.main([*command.split(), "--help"]) == 0
+    known = set(re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out))
+    named_ones = {option_of(command)(name).split()[0] for command in COMMANDS for name in _PARAMETERS}
+    assert named_ones - {"PICTURE"} <= known and len(named_ones) > 30
 
 
 def test_errors_of_the_call_are_said_with_options(work, capsys):
@@ -1233,7 +1252,8 @@ def test_an_incomplete_installation_is_said(work, capsys, monkeypatch):
     monkeypatch.undo()
     monkeypatch.chdir(work)
     monkeypatch.setattr(demo, "_HERE", work / "nowhere")
-    refused(capsys, ["demo", "-o", "d"], "missing from this installation")
+    assert cli.main(["demo", "-o", "d"]) == 1
+    assert re.fullmatch(r"mindiffedit: failed: .*missing from this installation.*\n", capsys.readouterr().err)
 
 
 # --- bad input: one sentence, 2, before anything is loaded -----------------------------------------

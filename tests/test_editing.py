@@ -586,7 +586,7 @@ def test_latents_of_another_run_are_refused(ours, inverted):
 
 def test_iterations_need_ddim(sd1_folder):
     pipe = our_pipeline(sd1_folder, scheduler="DPMSolverMultistepScheduler")
-    with pytest.raises(ValueError, match="refines steps of DDIMInverseScheduler"):
+    with pytest.raises(ValueError, match="refines DDIM.s inversion"):
         pipe.invert(SOURCE, PICTURE, inversion_iterations=1, **SHORT)
     done = pipe.edit(PICTURE, SOURCE, TARGET, **{**QUICK, "mask_image": BOX})  # the rest works with it
     assert done.report.change_outside == [0] and done.report.inversion_error[0] > 0

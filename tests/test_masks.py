@@ -40,7 +40,7 @@ def picture(height, width, seed=0):
 
 
 def message(error, function, *args, **kwargs):
-    """The one-line message of the exact exception type that the call raises, or of ours that is made of it."""
+    """The one-line message of the error about input, of this kind, that the call raises."""
     with pytest.raises(error) as caught:
         function(*args, **kwargs)
     assert caught.type in (error, {ValueError: InputError, TypeError: InputTypeError}.get(error))
@@ -595,7 +595,7 @@ def test_masks_that_cannot_be_combined():
     assert "'xor'" in message(ValueError, masks.combine, A, B, "xor")
     assert "user_mask" in message(ValueError, masks.combine, A, np.zeros((1, 2, 4)), "union")
     counts = message(ValueError, masks.combine, np.repeat(A, 2, 0), np.repeat(B, 3, 0), "union")
-    assert "3 own masks for 2" in counts
+    assert "holds 3 masks" in counts
     assert "`automatic` is None" in message(ValueError, masks.combine, None, B, "subtract")
     assert "`own`" in message(ValueError, masks.combine, A, B * 2, "union")
     assert "`automatic`" in message(ValueError, masks.combine, A * 2, B, "union")
@@ -834,7 +834,7 @@ def test_values_of_a_sweep():
         ("0.3,1.5", "1.5"),
         ("0.3,nan", "nan"),
         ("0.3,inf", "inf"),
-        ("0.5,0.3,0.50", "0.50 twice"),
+        ("0.5,0.3,0.50", "'0.50' twice"),
         (",".join(str(0.01 * i) for i in range(1, 14)), "13 values"),
     ],
 )

@@ -183,7 +183,7 @@ def test_dtype_float16_is_the_rounded_file(sd1_folder):
 
 @pytest.mark.parametrize("dtype", ["int8", 32, np.float32])
 def test_other_dtypes_are_refused(sd1_folder, dtype):
-    with pytest.raises(ValueError, match="dtype: expected one of float32, float16, bfloat16"):
+    with pytest.raises(ValueError, match="`dtype`: expected one of float32, float16, bfloat16"):
         load_components(sd1_folder, dtype=dtype)
 
 

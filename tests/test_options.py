@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 
 from mindiffedit import options
+from mindiffedit.errors import InputError, InputTypeError
 
 NOT_NUMBERS = [True, False, np.True_, "1", [1], 1j, np.zeros(1), object()]
 
 
 def message(function, *args, error=ValueError, **kwargs):
-    """The one-line message of the exact exception type that the call raises."""
+    """The one-line message of the error about input, of this kind, that the call raises."""
     with pytest.raises(error) as caught:
         function(*args, **kwargs)
-    assert caught.type is error
+    assert caught.type is {ValueError: InputError, TypeError: InputTypeError}[error]
     text = str(caught.value)
     assert "\n" not in text
     return text
@@ -86,10 +87,10 @@ def test_the_remedy_that_is_named_works(steps):
         if int(steps * strength) >= 1:
             continue
         text = message(options.effective_steps, steps, strength, "s")
-        least = float(text.split("`s` of at least ")[1].split(",")[0].rstrip("."))
+        least = float(text.split("give at least ")[1].split(",")[0].rstrip("."))
         assert int(steps * least) >= 1
-        if "or at least" in text:
-            needed = int(text.split("or at least ")[1].split()[0])
+        if "or `num_inference_steps` of at least" in text:
+            needed = int(text.split("or `num_inference_steps` of at least ")[1].rstrip("."))
             assert int(needed * strength) >= 1 and int((needed - 1) * strength) < 1
         else:
             assert strength < 1 / options.MAX_STEPS

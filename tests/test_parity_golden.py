@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from mindiffedit import demo
+from mindiffedit.errors import InputError
 from mindiffedit.options import NumericalError
 from mindiffedit.parity import golden
 
@@ -19,7 +20,7 @@ def refused(function, *args, error=ValueError, **kwargs):
     """The one-sentence message of the exact exception type that the call raises."""
     with pytest.raises(error) as caught:
         function(*args, **kwargs)
-    assert caught.type is error
+    assert caught.type is (InputError if error is ValueError else error)
     message = str(caught.value)
     assert "\n" not in message and message.endswith(".")
     return message

@@ -752,6 +752,14 @@ def test_bad_input_to_the_writer_is_refused_before_the_model_runs(
         writer.generate(**{"text": "a dog", **arguments})
 
 
+def test_advice_about_writing_works(writer):
+    with pytest.raises(ValueError, match="`concept` has .* tokens, but the model reads .*; shorten it"):
+        writer.prompts_for("bowl " * 1000)
+    with pytest.raises(ValueError, match="`do_sample=False` takes the likeliest token"):
+        writer.prompts_for("bowl", temperature=0)
+    assert len(writer.prompts_for("bowl", temperature=0, do_sample=False, max_new_tokens=2)) == 1
+
+
 @pytest.mark.parametrize("concept, kind", [("", ValueError), (None, TypeError), (["bowl"], TypeError)])
 def test_a_concept_is_a_word(writer, concept, kind):
     with pytest.raises(kind, match="`concept`"):

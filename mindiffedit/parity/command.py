@@ -22,8 +22,9 @@ import numpy as np
 import PIL.Image
 
 from .. import __version__, demo, devices, jobs, options, pictures, survey
-from ..arguments import CASE_DEFAULTS, CASE_OPTIONS, SCHEDULERS, defaults_of
+from ..arguments import CASE_DEFAULTS, CASE_OPTIONS, SCHEDULERS, defaults_of, option
 from ..cli import FAILED, OK
+from ..errors import InputError
 from ..generator import check_seed
 from . import golden, metrics, report, tolerances
 from .case import Case
@@ -39,17 +40,20 @@ _PACKAGES = ("torch", "diffusers", "mindspore", "mindone", "transformers", "nump
 
 def record(args: Namespace):
     """Runs the reference on a case and writes the golden file; returns (line, result)."""
+    jobs.check_names(args)
     settings = _settings(args)
     pictures.check_output_path(args.output, (".safetensors",))
     if settings["dtype"] != "float32" and args.no_floors:
-        raise ValueError(
-            f"--dtype {settings['dtype']} needs floors: the tolerances without them are float32's; leave"
-            " --no-floors out."
+        raise InputError(
+            "--dtype {dtype} needs floors: the tolerances without them are float32's; leave --no-floors out.",
+            dtype=settings["dtype"],
         )
     folder = _folder(args.model)
     if folder.resolve() in Path(args.output).resolve().parent.parents:
-        raise ValueError(
-            f"{args.output} is among the files of the model {folder}; give a name outside of it."
+        raise InputError(
+            "{output} is among the files of the model {folder}; give a name outside of it.",
+            output=args.output,
+            folder=folder,
         )
     configs = survey.check_folder(folder, ("safety_checker",))
     _check_with_model(settings, configs, folder)
@@ -64,9 +68,10 @@ def record(args: Namespace):
         except (ImportError, AttributeError) as error:  # the latter where diffusers is another release
             absent = isinstance(error, ModuleNotFoundError)
             why = f"{error.name} is not installed" if absent else f"it cannot be imported ({error})"
-            raise ValueError(
-                f"recording runs the PyTorch reference, but {why}: pip install 'mindiffedit[parity]', in an"
-                " environment of its own if you like."
+            raise InputError(
+                "recording runs the PyTorch reference, but {why}: pip install 'mindiffedit[parity]', in an "
+                "environment of its own if you like.",
+                why=why,
             ) from error
         weights = golden.hash_files(folder)
         pipe = reference.load(folder, case, getattr(torch, settings["dtype"]))
@@ -123,7 +128,7 @@ def _check_numbers(settings: Dict[str, Any]) -> None:
     jobs.check_numbers(settings)
     options.effective_steps(settings["steps"], settings["strength"], "--strength")
     options.effective_steps(settings["steps"], settings["mask_strength"], "--mask-strength")
-    options.check_positive_int("--images-per-prompt", settings["images_per_prompt"])
+    options.check_steps(settings["images_per_prompt"], "--images-per-prompt", jobs.MAX_SAMPLES)
     # What is said of parameters of the calls, `cli` says of the options that they are given by.
     options.check_eta(settings["eta"])
     options.check_regularisation(
@@ -133,7 +138,11 @@ def _check_numbers(settings: Dict[str, Any]) -> None:
         settings["auto_corr_rolls"],
     )
     if settings["solver_order"] not in (None, 1, 2):
-        raise ValueError(f"--solver-order has to be 1 or 2, but is {settings['solver_order']}.")
+        raise InputError(
+            "{parameter} has to be 1 or 2, but is {order!r}.",
+            "--solver-order",
+            order=settings["solver_order"],
+        )
 
 
 def _check_with_model(settings: Dict[str, Any], configs, folder: Path) -> None:
@@ -143,16 +152,18 @@ def _check_with_model(settings: Dict[str, Any], configs, folder: Path) -> None:
         return
     rolls = settings["auto_corr_rolls"] if settings["lambda_auto_corr"] > 0 else 0
     if settings["mask_seed"] is not None and rolls > 0:
-        raise ValueError(
-            "--reg-steps fails in the reference with a generator for each prompt; give one --seed and no"
-            " --mask-seed, or --lambda-auto-corr 0."
+        raise InputError(
+            "--reg-steps fails in the reference with a generator for each prompt; give one --seed and no --mask-seed, "
+            "or --lambda-auto-corr 0."
         )
     config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
     kind = config.get("prediction_type", "epsilon")
     if kind != "epsilon" and len(settings["source"]) > 1 and settings["invert_guidance"] > 1:
-        raise ValueError(  # D7
-            f"--reg-steps with guidance and this model's prediction type {kind} works for one prompt at a time, but"
-            f" {len(settings['source'])} were given; give --invert-guidance 1, or record them one by one."
+        raise InputError(  # D7
+            "--reg-steps with guidance and this model's prediction type {kind} works for one prompt at a time, but "
+            "{count} were given; give --invert-guidance 1, or record them one by one.",
+            kind=kind,
+            count=len(settings["source"]),
         )
 
 
@@ -162,29 +173,37 @@ def _check_texts(settings: Dict[str, Any]) -> None:
             _check_text(text, name)
     batch = len(settings["source"])
     if len(settings["target"]) != batch:
-        raise ValueError(
-            f"{batch} --source and {len(settings['target'])} --target were given; give as many of each."
+        raise InputError(
+            "{batch} --source and {count} --target were given; give as many of each.",
+            batch=batch,
+            count=len(settings["target"]),
         )
     if len(settings["image"]) not in (1, batch):
-        raise ValueError(
-            f"{len(settings['image'])} pictures were given for {_prompts(batch)}; give one for each prompt, or one."
+        raise InputError(
+            "{count} pictures were given for {prompts}; give one for each prompt, or one.",
+            count=len(settings["image"]),
+            prompts=_prompts(batch),
         )
     for name in ("negative", "invert_negative", "source_negative", "target_negative"):
         texts = settings[name]
         if texts is not None and len(texts) != batch:
-            raise ValueError(
-                f"{len(texts)} --{name.replace('_', '-')} were given for {_prompts(batch)}; give one for each."
+            raise InputError(
+                "{count} {parameter} were given for {prompts}; give one for each.",
+                parameter=option(name),
+                count=len(texts),
+                prompts=_prompts(batch),
             )
     if settings["source"] == settings["target"]:
-        raise ValueError("--source and --target are the same text: there is nothing to change.")
+        raise InputError("--source and --target are the same text: there is nothing to change.")
 
 
 def _check_text(text: str, name: str) -> None:
-    option = f"--{name.replace('_', '-')}"
     if name in ("source", "target") and not text.strip():
-        raise ValueError(f"{option} is empty; give a short description of the picture.")
+        raise InputError("{parameter} is empty; give a short description of the picture.", option(name))
     if text.encode("utf-8", "replace").decode("utf-8") != text:
-        raise ValueError(f"{option} is not valid UTF-8 text; check the terminal's encoding.")
+        raise InputError(
+            "{parameter} is not valid UTF-8 text; check the terminal's encoding.", parameter=option(name)
+        )
 
 
 def _prompts(count: int) -> str:
@@ -200,10 +219,15 @@ def _check_seeds(settings: Dict[str, Any]) -> None:
         return
     samples = batch * settings["maps"]
     if mask_seeds is None or len(mask_seeds) != samples or len(seeds) != batch:
-        raise ValueError(
-            f"with a generator for each prompt and each of its maps, {_prompts(batch)} of {settings['maps']} maps take"
-            f" {batch} --seed and {samples} --mask-seed, but {len(seeds)} and {len(mask_seeds or ())} were given; for"
-            " one generator give one --seed alone."
+        raise InputError(
+            "with a generator for each prompt and each of its maps, {prompts} of {maps} maps take {batch} --seed and "
+            "{samples} --mask-seed, but {seeds} and {mask_seeds} were given; for one generator give one --seed alone.",
+            prompts=_prompts(batch),
+            maps=settings["maps"],
+            batch=batch,
+            samples=samples,
+            seeds=len(seeds),
+            mask_seeds=len(mask_seeds or ()),
         )
 
 
@@ -211,8 +235,10 @@ def _folder(model: str) -> Path:
     if model == "demo":
         return demo.checkpoint_folder()
     if not Path(model).is_dir():
-        raise ValueError(
-            f"--model {model}: there is no such folder; parity works on 'demo' or a local folder."
+        raise InputError(
+            "{parameter} {model}: there is no such folder; parity works on 'demo' or a local folder.",
+            parameter="--model",
+            model=model,
         )
     return Path(model)
 
@@ -228,8 +254,9 @@ def _fitted(args: Namespace, settings: Dict[str, Any], configs) -> List[PIL.Imag
         fitted.append(picture)
     if len({picture.size for picture in fitted}) > 1:
         sizes = ", ".join(f"{picture.width} x {picture.height}" for picture in fitted)
-        raise ValueError(
-            f"the pictures of a batch have to be of one size, but the models would work at {sizes}."
+        raise InputError(
+            "the pictures of a batch have to be of one size, but the models would work at {sizes}.",
+            sizes=sizes,
         )
     return fitted
 
@@ -239,8 +266,10 @@ def _case(settings: Dict[str, Any], images: List[PIL.Image.Image], folder: Path)
     if settings["scheduler"] is None:
         settings["scheduler"] = _own_scheduler(folder)
     if settings["solver_order"] is not None and settings["scheduler"] != "dpm":
-        raise ValueError(
-            f"--solver-order is an option of --scheduler dpm, but the scheduler is {settings['scheduler']}."
+        raise InputError(
+            "{parameter} is an option of --scheduler dpm, but the scheduler is {scheduler}.",
+            parameter="--solver-order",
+            scheduler=settings["scheduler"],
         )
     order = settings["solver_order"]
     alone = len(settings["source"]) == 1
@@ -320,10 +349,15 @@ def _mended(case: Case) -> List[str]:
 
 def check(args: Namespace):
     """Replays a golden file; returns (table and verdict, result, exit code)."""
+    jobs.check_names(args)
     if args.report is not None:
         report.check_report_path(args.report)
         if os.path.realpath(args.report) == os.path.realpath(args.golden):
-            raise ValueError(f"--report would overwrite the golden file {args.golden}; give another name.")
+            raise InputError(
+                "{parameter} would overwrite the golden file {golden}; give another name.",
+                parameter="--report",
+                golden=args.golden,
+            )
     if args.save_diff is not None:
         _check_output_folder(Path(args.save_diff))
     recording = golden.read_golden(args.golden)
@@ -342,11 +376,14 @@ def check(args: Namespace):
         try:
             device = devices.require_device(args.device)
         except RuntimeError as error:
-            raise ValueError(str(error)) from error
+            raise InputError(" ".join(str(error).split())) from error
         if settings["dtype"] != "float32" and devices.supported_dtype(settings["dtype"])[1] is not None:
-            raise ValueError(
-                f"{args.golden} was recorded in {settings['dtype']}, for which {device} computes in float32; record"
-                " anew in float32, or check where there is a device for it."
+            raise InputError(
+                "{golden} was recorded in {dtype}, for which {device} computes in float32; record anew in float32, or "
+                "check where there is a device for it.",
+                golden=args.golden,
+                dtype=settings["dtype"],
+                device=device,
             )
         from . import replay
 
@@ -406,7 +443,12 @@ def _check_output_folder(folder: Path) -> None:
     """Whether there is, or can be, a folder of --save-diff."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():
-        raise ValueError(f"--save-diff {folder}: {there} is a file; give the name of a folder.")
+        raise InputError(
+            "{parameter} {folder}: {there} is a file; give the name of a folder.",
+            parameter="--save-diff",
+            folder=folder,
+            there=there,
+        )
     pictures.check_writable(there, f"--save-diff {folder}")
 
 
@@ -442,8 +484,10 @@ def _recorded(path, recording: golden.Golden):
         if not known or case.scheduler not in [forward for forward, _ in SCHEDULERS.values()]:
             raise KeyError("an option")
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path} does not say all that a replay needs ({error}); record it anew with `mindiffedit parity record`."
+        raise InputError(
+            "{path} does not say all that a replay needs ({error}); record it anew with `mindiffedit parity record`.",
+            path=path,
+            error=error,
         ) from error
     return settings, case, floors
 
@@ -452,9 +496,10 @@ def _check_pictures(args, settings, configs, recording: golden.Golden) -> None:
     """--image, if it is given again, has to show the recorded pixels."""
     again = _fitted(args, {**settings, "image": args.image}, configs)
     if not np.array_equal(np.stack([np.asarray(image) for image in again]), recording.inputs["picture"]):
-        raise ValueError(
-            f"{args.golden} was recorded with another picture than --image {', '.join(args.image)}; leave it out or"
-            " record anew."
+        raise InputError(
+            "{golden} was recorded with another picture than --image {given}; leave it out or record anew.",
+            golden=args.golden,
+            given=", ".join(args.image),
         )
 
 

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from .. import options, pictures
+from ..errors import InputError
 
 FORMAT = "mindiffedit-parity"
 VERSION = 1
@@ -103,7 +104,7 @@ def write_golden(path, trace: Mapping[str, np.ndarray], manifest: Mapping[str, A
     """
     arrays = {name: _storable(name, array) for name, array in trace.items()}
     if all(name.startswith(INPUTS) for name in arrays):
-        raise ValueError("a golden file needs at least one stage to compare with, but the trace has none.")
+        raise InputError("a golden file needs at least one stage to compare with, but the trace has none.")
     document = {
         "manifest": dict(manifest),
         "tensors": [
@@ -119,7 +120,9 @@ def write_golden(path, trace: Mapping[str, np.ndarray], manifest: Mapping[str, A
     try:
         text = _canonical(document)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"the manifest cannot be written as JSON: {str(error).rstrip('.')}.") from error
+        raise InputError(
+            "the manifest cannot be written as JSON: {why}.", why=str(error).rstrip(".")
+        ) from error
     metadata = {
         "format": FORMAT,
         "format_version": str(VERSION),
@@ -133,13 +136,21 @@ def write_golden(path, trace: Mapping[str, np.ndarray], manifest: Mapping[str, A
 def _storable(name, array) -> np.ndarray:
     """The array as the file holds it: in C order, of a plain dtype, not empty, finite."""
     if not isinstance(name, str) or not name or name == "__metadata__":
-        raise ValueError(f"a stage cannot be called {name!r}; give it a name such as 'mask/moments'.")
+        raise InputError(
+            "a stage cannot be called {name!r}; give it a name such as 'mask/moments'.", name=name
+        )
     array = np.asarray(array, order="C")
     if array.dtype.name not in _DTYPES:
-        raise ValueError(f"the stage {name} is of dtype {array.dtype}, which a golden file does not hold.")
+        raise InputError(
+            "the stage {name} is of dtype {dtype}, which a golden file does not hold.",
+            name=name,
+            dtype=array.dtype,
+        )
     if array.size == 0:
-        raise ValueError(
-            f"the stage {name} is empty, with shape {array.shape}; nothing could be compared with it."
+        raise InputError(
+            "the stage {name} is empty, with shape {shape}; nothing could be compared with it.",
+            name=name,
+            shape=array.shape,
         )
     options.check_finite(array, name)
     return array
@@ -178,14 +189,19 @@ def read_golden(path) -> Golden:
             manifest or tensors are not those that were written. The message names the path and says what to do.
     """
     if not os.path.isfile(path):
-        raise ValueError(f"there is no golden file {path}; make one with `mindiffedit parity record`.")
+        raise InputError(
+            "there is no golden file {path}; make one with `mindiffedit parity record`.", path=path
+        )
     try:
         with safe_open(str(path), framework="numpy") as file:
             document, digest = _read_document(path, file.metadata() or {})
             arrays = _read_tensors(path, file, document["tensors"])
     except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{path} is not a whole safetensors file ({str(error).rstrip('.')}); copy it again, or {_ANEW}."
+        raise InputError(
+            "{path} is not a whole safetensors file ({why}); copy it again, or {anew}.",
+            path=path,
+            why=str(error).rstrip("."),
+            anew=_ANEW,
         ) from error
     inputs = {name[len(INPUTS) :]: array for name, array in arrays.items() if name.startswith(INPUTS)}
     trace = {name: array for name, array in arrays.items() if not name.startswith(INPUTS)}
@@ -195,17 +211,23 @@ def read_golden(path) -> Golden:
 def _read_document(path, metadata: Mapping[str, str]) -> Tuple[Dict[str, Any], str]:
     """The manifest with the list of tensors, and its hash."""
     if metadata.get("format") != FORMAT:
-        raise ValueError(f"{path} was not written by `mindiffedit parity record`; give a file that was.")
+        raise InputError(
+            "{path} was not written by `mindiffedit parity record`; give a file that was.", path=path
+        )
     _check_version(path, metadata.get("format_version"))
     try:
         document = json.loads(metadata.get("manifest", ""))
         digest = _hash_text(_canonical(document))
     except ValueError as error:
-        raise ValueError(f"{path}: the manifest is not JSON; {_ANEW}.") from error
+        raise InputError("{path}: the manifest is not JSON; {anew}.", path=path, anew=_ANEW) from error
     if digest != metadata.get("manifest_sha256"):
-        raise ValueError(f"{path}: the manifest was changed after the recording; {_ANEW}.")
+        raise InputError(
+            "{path}: the manifest was changed after the recording; {anew}.", path=path, anew=_ANEW
+        )
     if not _is_document(document):
-        raise ValueError(f"{path}: the manifest does not list its tensors as it should; {_ANEW}.")
+        raise InputError(
+            "{path}: the manifest does not list its tensors as it should; {anew}.", path=path, anew=_ANEW
+        )
     return document, digest
 
 
@@ -214,7 +236,13 @@ def _check_version(path, version) -> None:
         return
     newer = isinstance(version, str) and version.isdecimal() and int(version) > VERSION
     remedy = f"update mindiffedit, or {_ANEW}" if newer else _ANEW
-    raise ValueError(f"{path} has format version {version}, this program reads version {VERSION}; {remedy}.")
+    raise InputError(
+        "{path} has format version {version}, this program reads version {known}; {remedy}.",
+        path=path,
+        version=version,
+        known=VERSION,
+        remedy=remedy,
+    )
 
 
 def _is_document(document) -> bool:
@@ -238,21 +266,43 @@ def _read_tensors(path, file, listed: Sequence[Mapping[str, Any]]) -> Dict[str, 
     missing = [name for name in names if name not in there]
     extra = sorted(there - set(names))
     if missing:
-        raise ValueError(f"{path} lacks the tensor {_first(missing)} that its manifest lists; {_ANEW}.")
+        raise InputError(
+            "{path} lacks the tensor {first} that its manifest lists; {anew}.",
+            path=path,
+            first=_first(missing),
+            anew=_ANEW,
+        )
     if extra:
-        raise ValueError(f"{path} has the tensor {_first(extra)} that its manifest does not list; {_ANEW}.")
+        raise InputError(
+            "{path} has the tensor {first} that its manifest does not list; {anew}.",
+            path=path,
+            first=_first(extra),
+            anew=_ANEW,
+        )
     arrays = {}
     for one in listed:
         name, part = one["name"], file.get_slice(one["name"])
         found, expected = (part.get_dtype(), part.get_shape()), (_DTYPES[one["dtype"]], one["shape"])
         if found != expected:
-            raise ValueError(
-                f"{path}: the tensor {name} is {found[0]} of shape {found[1]}, but the manifest says "
-                f"{expected[0]} of shape {expected[1]}; {_ANEW}."
+            raise InputError(
+                "{path}: the tensor {name} is {dtype} of shape {shape}, but the manifest says {other} of shape "
+                "{expected}; {anew}.",
+                path=path,
+                name=name,
+                dtype=found[0],
+                shape=found[1],
+                other=expected[0],
+                expected=expected[1],
+                anew=_ANEW,
             )
         arrays[name] = file.get_tensor(name)
         if _hash_array(arrays[name]) != one["sha256"]:
-            raise ValueError(f"{path}: the tensor {name} was changed after the recording; {_ANEW}.")
+            raise InputError(
+                "{path}: the tensor {name} was changed after the recording; {anew}.",
+                path=path,
+                name=name,
+                anew=_ANEW,
+            )
     return arrays
 
 
@@ -284,17 +334,24 @@ def hash_files(
     """
     folder, hashes = Path(folder), {}
     if not folder.is_dir():
-        raise ValueError(f"there is no checkpoint folder {folder}.")
+        raise InputError("there is no checkpoint folder {folder}.", folder=folder)
     for component in components:
         found = {
             path for pattern in patterns for path in (folder / component).glob(pattern) if path.is_file()
         }
         if not found:
-            raise ValueError(
-                f"{folder} is no checkpoint folder: it has no {component} with {' or '.join(patterns)}."
+            raise InputError(
+                "{folder} is no checkpoint folder: it has no {component} with {patterns}.",
+                folder=folder,
+                component=component,
+                patterns=" or ".join(patterns),
             )
         if component in _WITH_WEIGHTS and not any(path.suffix == ".safetensors" for path in found):
-            raise ValueError(f"{folder} has no weights of the {component} as a safetensors file.")
+            raise InputError(
+                "{folder} has no weights of the {component} as a safetensors file.",
+                folder=folder,
+                component=component,
+            )
         for path in found:
             hashes[path.relative_to(folder).as_posix()] = _hash_file(path)
     return dict(sorted(hashes.items()))
@@ -313,14 +370,18 @@ def check_files(folder, expected: Mapping[str, str]) -> None:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"there is no checkpoint folder {folder}.")
+        raise InputError("there is no checkpoint folder {folder}.", folder=folder)
     if not expected:
-        raise ValueError("the recording lists no file of its model, so nothing says which model it was.")
+        raise InputError("the recording lists no file of its model, so nothing says which model it was.")
     missing = [name for name in expected if not (folder / name).is_file()]
     if missing:
-        raise ValueError(
-            f"{folder} is another model folder than the recorded one: {len(missing)} of its "
-            f"{len(expected)} files are missing, {_some(missing)}; give the folder that was recorded."
+        raise InputError(
+            "{folder} is another model folder than the recorded one: {count} of its {all} files are missing, "
+            "{some}; give the folder that was recorded.",
+            folder=folder,
+            count=len(missing),
+            all=len(expected),
+            some=_some(missing),
         )
     different = [name for name, digest in expected.items() if _hash_file(folder / name) != digest]
     for what, names in (
@@ -328,14 +389,23 @@ def check_files(folder, expected: Mapping[str, str]) -> None:
         ("another vocabulary", [name for name in different if Path(name).name in _VOCABULARY]),
     ):
         if names:
-            raise ValueError(
-                f"{folder} has {what} than the recorded model: {_some(names)} "
-                f"{'differs' if len(names) == 1 else 'differ'}; give the model that was recorded, or {_ANEW}."
+            raise InputError(
+                "{folder} has {what} than the recorded model: {some} {differ}; give the model that was recorded, or "
+                "{anew}.",
+                folder=folder,
+                what=what,
+                some=_some(names),
+                differ="differs" if len(names) == 1 else "differ",
+                anew=_ANEW,
             )
     if different:
-        raise ValueError(
-            f"{folder} has the recorded weights but other settings: {_some(different)} "
-            f"{'differs' if len(different) == 1 else 'differ'}; restore the recorded ones, or {_ANEW}."
+        raise InputError(
+            "{folder} has the recorded weights but other settings: {some} {differ}; restore the recorded ones, or "
+            "{anew}.",
+            folder=folder,
+            some=_some(different),
+            differ="differs" if len(different) == 1 else "differ",
+            anew=_ANEW,
         )
 
 
@@ -356,7 +426,7 @@ def _hash_file(path: Path) -> str:
                 digest.update(block)
         return digest.hexdigest()
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror or error}.") from error
+        raise InputError("{path} cannot be read: {why}.", path=path, why=error.strerror or error) from error
 
 
 def _settings(path: Path):
@@ -364,7 +434,7 @@ def _settings(path: Path):
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {str(error).rstrip('.')}.") from error
+        raise InputError("{path} is not JSON: {why}.", path=path, why=str(error).rstrip(".")) from error
     if not isinstance(content, dict):
         return content
     return {key: value for key, value in content.items() if not key.startswith("_") and key not in _SAVING}
@@ -393,7 +463,12 @@ def check_arguments(recorded: Mapping[str, Any], given: Mapping[str, Any]) -> No
     were = " and ".join(_said(name, recorded.get(name)) for name in different)
     are = " and ".join(f"{_option(name)} is {_shown(given[name])}" for name in different)
     them = "it" if len(different) == 1 else "them"
-    raise ValueError(f"the golden file was recorded with {were}, but {are}; leave {them} out or record anew.")
+    raise InputError(
+        "the golden file was recorded with {were}, but {are}; leave {them} out or record anew.",
+        were=were,
+        are=are,
+        them=them,
+    )
 
 
 def _said(name: str, value) -> str:

@@ -14,6 +14,8 @@ from typing import Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
+from ..errors import InputError
+
 # How stages are compared, and what is held against the tolerance.
 KINDS = {
     "close": "largest difference over the reference's rms",
@@ -145,7 +147,12 @@ def compare(
         ValueError: `kind` is none of `KINDS`.
     """
     if kind not in KINDS:
-        raise ValueError(f"`kind` has to be one of {', '.join(KINDS)}, but is {kind!r}.")
+        raise InputError(
+            "{parameter} has to be one of {known}, but is {given!r}.",
+            parameter="kind",
+            known=", ".join(KINDS),
+            given=kind,
+        )
     ours = None if ours is None else np.asarray(ours)
     theirs = None if theirs is None else np.asarray(theirs)
     problem = _problem_of_arrays(ours, theirs, kind, stacked)

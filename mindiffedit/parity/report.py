@@ -14,6 +14,7 @@ import numpy as np
 import PIL.Image
 
 from .. import options, pictures
+from ..errors import InputError
 from .metrics import Comparison, first_failure, passed
 
 # Extensions of reports, with the kind that `render` knows.
@@ -162,7 +163,12 @@ def render(comparisons: Sequence[Comparison], context: Mapping[str, Any], kind: 
         ValueError: another kind.
     """
     if kind not in _RENDERERS:
-        raise ValueError(f"a report is one of {', '.join(_RENDERERS)}, not {kind!r}.")
+        raise InputError(
+            "{parameter} has to be one of {known}, but is {given!r}.",
+            "kind",
+            known=", ".join(_RENDERERS),
+            given=kind,
+        )
     return _RENDERERS[kind](comparisons, context)
 
 
@@ -323,7 +329,9 @@ def save_diff(
     worst = options.check_positive_int("worst", worst)
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file; give a folder for the pictures of the differences.")
+        raise InputError(
+            "{folder} is a file; give a folder for the pictures of the differences.", folder=folder
+        )
     os.makedirs(folder, exist_ok=True)
     # `sorted` keeps the order of equals, so that failures stay in the order of the stages.
     ranked = sorted(comparisons, key=lambda one: (one.ok, -one.excess if one.ok else 0.0))

@@ -13,6 +13,7 @@ from typing import Dict, Iterable, List, Mapping, Optional, Union
 
 import numpy as np
 
+from ..errors import InputError
 from .metrics import KINDS, Limit
 
 __all__ = ["TABLE", "Tolerance", "floor_of", "for_stage", "limit", "limits", "render_markdown"]
@@ -164,7 +165,9 @@ def for_stage(name: str) -> Tolerance:
     for row in TABLE:
         if fnmatch.fnmatchcase(stage, row.pattern):
             return row
-    raise ValueError(f"there is no tolerance for the stage {name}; add a row to `tolerances.TABLE`.")
+    raise InputError(
+        "there is no tolerance for the stage {name}; add a row to `tolerances.TABLE`.", name=name
+    )
 
 
 def _without_call(name: str) -> str:
@@ -203,10 +206,19 @@ def limit(name: str, floor=None) -> Union[float, np.ndarray]:
     except (TypeError, ValueError):
         floors = np.array(np.nan)
     if floors.size == 0 or not (np.isfinite(floors) & (floors >= 0)).all():
-        raise ValueError(f"the floor of {name} has to be a finite number of at least 0, but is {floor!r}.")
+        raise InputError(
+            "the floor of {name} has to be a finite number of at least 0, but is {floor!r}.",
+            name=name,
+            floor=floor,
+        )
     if floors.ndim > (1 if row.stacked else 0):
         expected = "a list with one number for each step" if row.stacked else "one number"
-        raise ValueError(f"the floor of {name} has to be {expected}, but has shape {floors.shape}.")
+        raise InputError(
+            "the floor of {name} has to be {expected}, but has shape {shape}.",
+            name=name,
+            expected=expected,
+            shape=floors.shape,
+        )
     allowed = np.maximum(row.least, row.factor * floors)
     return float(allowed) if allowed.ndim == 0 else allowed
 
