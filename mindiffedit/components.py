@@ -18,6 +18,15 @@ from .notices import say_once
 
 logger = logging.getLogger(__name__)
 
+MAX_GRAPHS = 13
+"""Compiled graphs that are kept: the text encoder's, and six of an edit for each of two sizes of pictures.
+
+Without a limit, every new size would stay. What goes comes back from the compile cache.
+"""
+
+MAX_GRAPHS_WITHOUT_CACHE = 64
+"""The same where what has gone has to be compiled again."""
+
 Observer = Callable[[str, np.ndarray, Optional[int]], np.ndarray]
 """What ``pipeline.observer`` can be: a function called as ``observer(stage, array, step)`` with every array that
 crosses from one stage to the next, a NumPy array on the host. The pipeline goes on with the array that it returns.
@@ -93,9 +102,10 @@ class PipelineComponents:
         self.check_components()
         self.observer: Optional[Observer] = None
         self._viewers: Dict[int, Viewer] = {}  # by thread
-        self.unet_batch_size = 2  # samples in one UNet evaluation: a guided step of one picture
-        self._progress_bar_config: Dict[str, Any] = {}
         self.compile_cache = compile_caches.open_cache(compile_cache) if mode == "graph" else None
+        self.unet_batch_size = 2  # samples in one UNet evaluation: a guided step of one picture
+        self.max_graphs = MAX_GRAPHS if self.compile_cache is not None else MAX_GRAPHS_WITHOUT_CACHE
+        self._progress_bar_config: Dict[str, Any] = {}
         self._stages_built = None
         self._own_inverse = None
 
@@ -438,6 +448,7 @@ class PipelineComponents:
         parts = (self.unet, self.vae, self.text_encoder, self.mode)
         if self._stages_built is None or not self._stages_built.serves(*parts):
             self._stages_built = Stages(*parts, cache=self.compile_cache)
+        self._stages_built.graphs.limit = self.max_graphs
         return self._stages_built
 
     def _crosses(self, stage: str, array: np.ndarray, step: Optional[int] = None) -> np.ndarray:

@@ -176,7 +176,7 @@ class Decoder:
             self.step = eagerly()(step)
         else:
             key = (type(self).__name__, self.layers, self.heads, self.size)
-            self.step = Graphs(cache).compiled(step, key, models=(model,))
+            self.step = Graphs(cache).compiled(step, key, model)
 
     def encode(self, given: np.ndarray) -> np.ndarray:
         """What is to be written about, (tokens, width) float32."""

@@ -1,104 +1,121 @@
-"""Compiled graphs in memory: one for each stage and shape, a limited number of them."""
+"""Compiled graphs in memory: one for each stage and shape, a limited number of them, none over a model that has changed."""
 
 from __future__ import annotations
 
 import collections
-from typing import Any, Callable, Optional, Sequence
+import contextlib
+import ctypes
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import mindspore as ms
 from mindspore.common.api import JitExecutor_, ms_compile_cache
 
 from . import native, turns
 from .kernels import portable_kernels
+from .reuse import places_of, same_places
 
-MAX_GRAPHS = 16
-"""Graphs that a pipeline keeps: those of two sizes of pictures. Without a limit every new size would stay."""
-
-MAX_GRAPHS_WITHOUT_CACHE = 64
-"""The same where a graph that has gone has to be compiled again."""
+MAX_GRAPHS = 64
+"""Graphs that are kept, where nothing else is said."""
 
 
 class Graphs:
     """Compiles functions, once for every combination of shapes and dtypes.
 
-    What goes comes back from the compile cache. It is then a quarter of the size of a graph that was compiled here,
-    which MindSpore keeps with all that it went through, so of each function only the newest of those stays.
+    A graph reads the memory that a weight had when it was compiled. ``ops.assign`` writes there; ``set_data`` and
+    ``load_param_into_net`` give the weight another, which a graph does not notice, and neither does it notice another
+    layer or attention processor. Graphs over a model that has changed so are dropped, looked for once in a turn.
 
     Args:
         cache: a ``compile_cache.CompileCache`` that a graph is looked for in before it is compiled, or None.
-        limit: graphs kept; the one that was used longest ago goes first. None: ``MAX_GRAPHS``, or
-            ``MAX_GRAPHS_WITHOUT_CACHE``.
+        limit: graphs kept; the one that was used longest ago goes first.
     """
 
-    def __init__(self, cache=None, limit: Optional[int] = None):
-        usual = MAX_GRAPHS_WITHOUT_CACHE if cache is None else MAX_GRAPHS
-        self.cache, self.limit = cache, usual if limit is None else limit
+    def __init__(self, cache=None, limit: int = MAX_GRAPHS):
+        self.cache, self.limit = cache, limit
         self._graphs: "collections.OrderedDict[tuple, _Graph]" = collections.OrderedDict()
+        self._places: Dict[int, List[Any]] = {}  # of each model, as its graphs know it
 
     def __len__(self) -> int:
         return len(self._graphs)
 
-    def compiled(
-        self,
-        function: Callable,
-        key: Sequence[Any],
-        models: Sequence[Any] = (),
-        after: Callable[[], Any] = lambda: None,
-    ) -> Callable:
-        """``mindspore.jit(function)`` for tensors as arguments; see ``CompileCache.compiled`` for ``key`` and ``models``.
+    def compiled(self, function: Callable, key: Sequence[Any], model: Any = None) -> Callable:
+        """``mindspore.jit(function)`` for tensors as arguments.
 
-        The kernels of ``portable_kernels`` are in place while a graph is compiled, and only then. ``after`` is called
-        when one was: weights may have moved to the device for it.
+        The kernels of ``portable_kernels`` are in place while a graph is compiled, and only then.
+
+        Args:
+            function: a function of tensors.
+            key: as for ``CompileCache.compiled``.
+            model: the cell that the function runs, if any.
         """
 
         def run(*arguments):
             with turns.turn():
+                if model is not None:
+                    turns.once((id(self), id(model)), lambda: self._renew(model))
                 shapes = tuple((tuple(argument.shape), argument.dtype) for argument in arguments)
                 place = (function, shapes)
                 graph = self._graphs.get(place)
                 if graph is not None:
                     self._graphs.move_to_end(place)
                     return graph.run(*arguments)
-                while len(self._graphs) >= self.limit:
-                    self._graphs.popitem(last=False)[1].release()
-                graph = _Graph(function, self.cache, key, models)
+                if len(self._graphs) >= self.limit:
+                    while len(self._graphs) >= self.limit:
+                        self._graphs.popitem(last=False)[1].release()
+                    _give_back_memory()
+                graph = _Graph(function, self.cache, key, model)
                 with portable_kernels():
                     result = graph.first_run(*arguments)
-                if graph.is_stored:
-                    self._forget(function, lambda other: other.is_stored)
                 self._graphs[place] = graph
-                after()
+                if model is not None:
+                    self._places[id(model)] = places_of(model)  # weights may have moved to the device for it
                 return result
 
-        run.forget = lambda: self._forget(function)
         return run
 
-    def _forget(self, function: Callable, chosen: Callable[["_Graph"], bool] = lambda graph: True) -> None:
-        for place in [place for place, graph in self._graphs.items() if place[0] is function and chosen(graph)]:
+    def clear(self) -> None:
+        """Drops all graphs."""
+        self._drop(lambda graph: True)
+
+    def _drop(self, chosen: Callable[["_Graph"], bool]) -> None:
+        for place in [place for place, graph in self._graphs.items() if chosen(graph)]:
             self._graphs.pop(place).release()
+
+    def _renew(self, model) -> None:
+        before, now = self._places.get(id(model)), places_of(model)
+        if before is not None and not same_places(before, now):
+            self._drop(lambda graph: graph.model is model)
+        self._places[id(model)] = now
+
+
+def _give_back_memory() -> None:
+    """To the system; glibc keeps what is freed."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class _Graph:
     """A function compiled for one combination of shapes.
 
     Attributes:
-        run: the function.
-        is_stored: whether it was compiled here and is in the cache.
+        function, model: what was compiled, over which model.
+        run: the graph.
     """
 
-    def __init__(self, function: Callable, cache: Optional[Any], key, models):
+    def __init__(self, function: Callable, cache: Optional[Any], key, model):
+        self.function, self.model = function, model
         self._name = f"{function.__module__}.{function.__name__}."
-        self._cache, self._phases, self.is_stored = cache, set(), False
+        self._phases: set = set()
         # A jit object of its own: nothing is shared with the graphs of other shapes.
         if cache is None:
             self.run = ms.jit(function)
         else:
+            models = () if model is None else (model,)
             self.run = cache.compiled(function, key, models=models, extra=native.identity())
 
     def first_run(self, *arguments):
-        before, stored = set(ms_compile_cache), getattr(self._cache, "stored", 0)
+        before = set(ms_compile_cache)
         result = self.run(*arguments)
-        self.is_stored = getattr(self._cache, "stored", 0) > stored
         self._phases = {phase for phase in ms_compile_cache - before if phase.startswith(self._name)}
         return result
 

@@ -20,11 +20,11 @@ from typing import Any, Tuple
 
 import numpy as np
 
-from . import devices, options
+from . import devices, options, turns
 from .checkpoints import CheckpointError, WeightsError
 from .hub import resolve_file
 from .models import parameters_by_name
-from .reuse import digest
+from .reuse import digest, same_places
 from .weight_files import read_tensors
 
 __all__ = ["COMPONENTS", "Adapted", "LowRank", "adapted", "parse", "read"]
@@ -320,6 +320,7 @@ class Adapted:
         self._original: dict[str, np.ndarray] = {}
         self._written: dict[str, tuple[_Term, ...] | None] = {}
         self._digests: dict[str, tuple] = {}  # of the values written
+        self._places: dict[str, list] = {}  # the parameters written, and where they lay
         self._changes = 0  # so often has something changed of what should be in the weights
         self._state: Any = None  # of the weights as they are; None where it has to be found out
 
@@ -431,7 +432,10 @@ class Adapted:
         Raises:
             options.NumericalError: a sum is beyond the weights' dtype; no weight is changed then.
         """
-        if not self.layers or self._state == (self._changes, scale):
+        if not self.layers:
+            return
+        turns.once((Adapted.write, id(self)), self._look)
+        if self._state == (self._changes, scale):
             return
         weights = self.weights
         changes = {}
@@ -456,11 +460,13 @@ class Adapted:
         """What of the adapters is in the weights, for comparing with another time; None where there are none."""
         return self._state if self.layers else None
 
-    def look_again(self) -> None:
-        """Somebody may have given the model other weights: those have to be written to as well."""
-        self._changed()
-        for module in self._written:
-            self._written[module] = None  # not known, so that it is written anew
+    def _look(self) -> None:
+        """Weights that somebody has put in the place of those that were written have to be written as well."""
+        weights = self.weights
+        for module, place in self._places.items():
+            if module in self._written and not same_places(place, [weights[module], weights[module].data_ptr()]):
+                self._written[module] = None  # what is in it is not known
+                self._changed()
 
     def _term(self, name: str, module: str, scale: float = 1.0) -> _Term:
         matrices = self.layers[name][module]
@@ -506,6 +512,7 @@ class Adapted:
             )
         _put(parameter, total)
         self._written[module], self._digests[module] = terms, digest(_values(parameter))
+        self._places[module] = [parameter, parameter.data_ptr()]
 
 
 def _of_block(strengths: Mapping[str, float], module: str) -> float:

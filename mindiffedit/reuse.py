@@ -7,7 +7,7 @@ computed.
 from __future__ import annotations
 
 import collections
-from typing import Any, Callable, Hashable, Tuple
+from typing import Any, Callable, Hashable, List, Tuple
 
 import numpy as np
 import xxhash
@@ -23,12 +23,14 @@ def digest(array: np.ndarray) -> Tuple[str, tuple, bytes]:
 def weights_of(model) -> Hashable:
     """What tells a model's weights from others.
 
-    On a CPU a hash of all values (``fingerprint``), so that no change is missed, whoever made it. Elsewhere the turn
-    (see ``turns``), so that nothing is kept longer: bringing the weights to the host takes longer than what is saved.
+    On a CPU a hash of all values (``fingerprint``), so that no change is missed, whoever made it, and the kinds of the
+    layers. Elsewhere the turn (see ``turns``), so that nothing is kept longer: bringing the weights to the host takes
+    longer than what is saved.
     """
-    if devices.device_target() == "CPU":
-        return turns.once((fingerprint, id(model)), lambda: fingerprint(model))
-    return turns.once((weights_of, id(model)), object)
+    if devices.device_target() != "CPU":
+        return turns.once((weights_of, id(model)), object)
+    kinds = tuple(type(cell) for _, cell in model.cells_and_names())
+    return turns.once((fingerprint, id(model)), lambda: fingerprint(model)), kinds
 
 
 def fingerprint(model) -> bytes:
@@ -51,6 +53,23 @@ def _values(parameter) -> np.ndarray:
     return (
         parameter.astype(mindspore.float32) if parameter.dtype == mindspore.bfloat16 else parameter
     ).asnumpy()
+
+
+def places_of(model) -> List[Any]:
+    """All that a graph over a model is fixed to: its layers, their attention processors, its weights and where they lie."""
+    found: List[Any] = []
+    for _, cell in model.cells_and_names():
+        found += [cell, getattr(cell, "processor", None)]
+    for parameter in model.get_parameters():
+        found += [parameter, parameter.data_ptr()]
+    return found
+
+
+def same_places(some: List[Any], others: List[Any]) -> bool:
+    """Whether two such lists hold the same objects and addresses."""
+    return len(some) == len(others) and all(
+        a == b if isinstance(a, int) else a is b for a, b in zip(some, others)
+    )
 
 
 class Memory:

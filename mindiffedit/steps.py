@@ -12,7 +12,7 @@ graph of its own: it takes no time to compile, so that solvers and batch sizes m
 from __future__ import annotations
 
 import collections
-from typing import Any, Callable, Counter, Dict, Iterator, List, Optional
+from typing import Callable, Counter, Dict, Iterator, Optional
 
 import mindspore as ms
 import numpy as np
@@ -33,6 +33,7 @@ class Stages:
         cache: a ``compile_cache.CompileCache``, or None to compile everything afresh.
 
     Attributes:
+        graphs: what is compiled, in mode "graph".
         calls: how often a model has run, by stage: "text", "encode", "decode" (a picture is one, however many tiles it
             has), "unet"; "rows" counts the UNet's samples.
     """
@@ -40,9 +41,8 @@ class Stages:
     def __init__(self, unet, vae, text_encoder, mode: str, cache=None):
         self.unet, self.vae, self.text_encoder, self.mode = unet, vae, text_encoder, mode
         self.calls: Counter[str] = collections.Counter()
-        self._graphs = Graphs(cache)
+        self.graphs = Graphs(cache)
         self._built: Dict[tuple, Callable] = {}
-        self._places: Dict[int, list] = {}  # of each model's weights, as its stages know them
         self._texts, self._moments = reuse.Memory(64), reuse.Memory(16)
 
     def serves(self, unet, vae, text_encoder, mode: str) -> bool:
@@ -52,8 +52,8 @@ class Stages:
 
     def forget(self) -> None:
         """Drops every built stage and every result; for a change inside a model that nothing else would notice."""
-        for key in list(self._built):
-            self._drop(key)
+        self._built.clear()
+        self.graphs.clear()
         self._texts.clear()
         self._moments.clear()
 
@@ -169,45 +169,14 @@ class Stages:
     # --- building ------------------------------------------------------------------------------------------------
 
     def _stage(self, key: tuple, build: Callable[[], Callable]) -> Callable:
-        model = self._model_of(key)
-        if model is not None:
-            turns.once((self._renew, id(self), id(model)), lambda: self._renew(model))
         if key not in self._built:
             function = build()
-            if self.mode == "pynative":
-                self._built[key] = eagerly()(function)
-            elif model is None:
-                self._built[key] = self._graphs.compiled(function, key)
-            else:
-                self._built[key] = self._graphs.compiled(function, key, (model,), lambda: self._look_at(model))
+            models = {"text": self.text_encoder, "encode": self.vae, "decode": self.vae, "unet": self.unet}
+            eager = self.mode == "pynative"
+            self._built[key] = (
+                eagerly()(function) if eager else self.graphs.compiled(function, key, models.get(key[0]))
+            )
         return self._built[key]
-
-    def _renew(self, model) -> None:
-        """Drops the stages of a model whose weights or layers are others than they were built over.
-
-        A graph reads the memory that a weight had when it was compiled. ``ops.assign`` writes there; ``set_data`` and
-        ``load_param_into_net`` give the weight another, which the graph would not notice, and neither would it another
-        layer or attention processor.
-        """
-        before = self._places.get(id(model))
-        self._look_at(model)
-        if before is not None and not _same(before, self._places[id(model)]):
-            lora.adapted(model).look_again()
-            for key in [key for key in self._built if self._model_of(key) is model]:
-                self._drop(key)
-
-    def _look_at(self, model) -> None:
-        self._places[id(model)] = _places_of(model)
-
-    def _model_of(self, key: tuple):
-        """The model that a stage runs; None for the update, which has no weights."""
-        models = {"text": self.text_encoder, "encode": self.vae, "decode": self.vae, "unet": self.unet}
-        return models.get(key[0])
-
-    def _drop(self, key: tuple) -> None:
-        stage = self._built.pop(key)
-        if hasattr(stage, "forget"):
-            stage.forget()
 
     @staticmethod
     def _sample(array, model) -> ms.Tensor:
@@ -273,22 +242,6 @@ def guided(predictions, guidance_scale):
     batch = predictions.shape[0] // 2
     unconditional, conditional = predictions[:batch], predictions[batch:]
     return unconditional + guidance_scale * (conditional - unconditional)
-
-
-def _places_of(model) -> List[Any]:
-    """All that a graph over a model is fixed to: its layers, their attention processors, its weights and where they lie."""
-    found: List[Any] = []
-    for cell in model.cells_and_names():
-        found += [cell[1], getattr(cell[1], "processor", None)]
-    for parameter in model.get_parameters():
-        found += [parameter, parameter.data_ptr()]
-    return found
-
-
-def _same(places: List[Any], others: List[Any]) -> bool:
-    return len(places) == len(others) and all(
-        a == b if isinstance(a, int) else a is b for a, b in zip(places, others)
-    )
 
 
 def _host(tensor: ms.Tensor) -> np.ndarray:
