@@ -13,7 +13,7 @@ from typing import Any, Callable, Iterator, Optional, Sequence
 LONGEST_VALUE = 100  # characters of a value's repr in a message
 LONGEST_TEXT = 250  # of a text in a message that is shown without quotes, such as a path
 
-__all__ = ["InputError", "InputTypeError", "Message", "cut", "named", "shown"]
+__all__ = ["InputError", "InputTypeError", "Message", "cut", "named", "shown", "whole"]
 
 
 def cut(text: str, longest: int) -> str:
@@ -66,6 +66,11 @@ class Message(str):
 def named(parameter: str) -> Message:
     """A value for a field of a message that names another parameter, or a part of one, such as `prompt[1]`."""
     return Message("{parameter}", parameter)
+
+
+def whole(text: str) -> Message:
+    """A value for a field of a message that is shown at any length, such as a list of all that is wrong."""
+    return _joined([text])
 
 
 def _joined(parts) -> Message:

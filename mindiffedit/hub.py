@@ -24,7 +24,7 @@ from .checkpoints import (
     small_files,
     some,
 )
-from .errors import InputTypeError
+from .errors import InputTypeError, Message
 from .weight_files import PICKLES, find_weights, weight_patterns
 
 __all__ = ["HubOptions", "Repository", "folder_here", "resolve_file", "resolve_folder"]
@@ -359,7 +359,7 @@ class Repository:
         self,
         missing: Sequence[str] = (),
         variant: str | None = None,
-        look_for: str = "another revision, or for a {variant} such as fp16",
+        look_for: str = Message("another revision, or for a {variant} such as fp16"),
     ) -> CheckpointError:
         """The error for weights that were not to be had, of the components `missing` where there are several models.
 
@@ -371,9 +371,9 @@ class Repository:
             where, do = "in the local cache", "Go online once to download them."
         else:
             where = "in what the hub gave"
-            do = (
-                f"Pickle weights are not read: look on the model's page for {look_for}. "
-                f"If the network was down, try again."
+            do = Message(
+                "Pickle weights are not read: look on the model's page for {look_for}. If the network was down, try again.",
+                look_for=look_for,
             )
         what = f"{self.name}: no safetensors weights{parts} {where}{kinds}"
-        return CheckpointError("{what}. " + do, what=what)
+        return CheckpointError("{what}. {do}", what=what, do=do)

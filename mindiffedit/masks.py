@@ -278,12 +278,12 @@ def _guides(guides, shape: Tuple[int, ...]) -> np.ndarray:
     guides = to_numpy(guides)
     if guides.ndim != 4 or guides.shape[1:3] != shape[1:] or guides.shape[0] not in (1, shape[0]):
         raise InputError(
-            "{parameter} has shape {shape}, but maps of shape {maps} need (1 or {count}, {height}, {width}, C); make "
+            "{parameter} has shape {shape}, but maps of shape {maps} need ({count}, {height}, {width}, C); make "
             "it by `edges.guides_of`.",
             parameter="guides",
             shape=guides.shape,
             maps=shape,
-            count=shape[0],
+            count=shape[0] if shape[0] == 1 else f"1 or {shape[0]}",
             height=shape[1],
             width=shape[2],
         )

@@ -32,7 +32,7 @@ from .checkpoints import (
     read_processor,
     small_files,
 )
-from .errors import InputError, InputTypeError
+from .errors import InputError, InputTypeError, Message, whole
 from .survey import Source, Survey, find_sources, place_of, text_part
 from .tokenizer_files import load_clip_tokenizer
 from .weight_files import FLOATS, Stored
@@ -385,7 +385,7 @@ def give_weights(sources: Mapping[str, Source], models: dict[str, Any], dtype: A
         one_file = any(source.file.parent != source.config_file.parent for source in sources.values())
         hint = _hint(misfits, one_file)
         raise WeightsError(
-            "Weights do not fit their models:\n{misfits}\n" + hint, misfits="\n".join(misfits)
+            "Weights do not fit their models:\n{misfits}\n{hint}", misfits=whole("\n".join(misfits)), hint=hint
         )
     for name, source in sources.items():
         _fill(source, plans[name], dtype)
@@ -443,15 +443,17 @@ def _current_name(name: str, parameters: Mapping[str, Any], inner: str) -> str |
     return next((candidate for candidate in candidates if candidate in parameters), None)
 
 
-def _hint(misfits: list[str], one_file: bool) -> str:
+def _hint(misfits: list[str], one_file: bool) -> Message:
     extra = [line for line in misfits if line.startswith("  extra")]
     if any("lora" in line.lower() for line in extra):
-        return "Some are LoRA weights: fuse them into the model before saving it (fuse_lora in diffusers)."
+        return whole("Some are LoRA weights: fuse them into the model before saving it (fuse_lora in diffusers).")
     if one_file:
-        return "The file belongs to another configuration: give {config}, a folder or hub id whose models are these."
+        return Message(
+            "The file belongs to another configuration: give {config}, a folder or hub id whose models are these."
+        )
     if extra and any(line.startswith("  missing") for line in misfits):
-        return "The file holds another model, or an original checkpoint not converted to diffusers' names."
-    return "The config.json beside the file belongs to another model, or the file is damaged."
+        return whole("The file holds another model, or an original checkpoint not converted to diffusers' names.")
+    return whole("The config.json beside the file belongs to another model, or the file is damaged.")
 
 
 def _fill(source: Source, pairs: Mapping[str, tuple[Stored, Any]], dtype: Any) -> None:

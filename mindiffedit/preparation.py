@@ -30,10 +30,11 @@ class Preparation(Adapters):
         from .schedulers import portable
 
         self.scheduler = portable(self.scheduler)
-        if type(self.scheduler).__name__ == "DDIMScheduler" and self.scheduler.config.clip_sample:
+        config = self.scheduler.config
+        if config.get("clip_sample") and "clip_sample" in config.get("_use_default_values", ()):
             say_once(
-                "DDIMScheduler has clip_sample=True, which is its default where a configuration says nothing, and cuts"
-                " latents off; give from_config(..., clip_sample=False) to both schedulers."
+                f"{type(self.scheduler).__name__} clips latents, as it does by default where a configuration says nothing"
+                " of it; one with clip_sample=False does not."
             )
         return self.scheduler
 

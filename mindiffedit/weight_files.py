@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from .checkpoints import CheckpointError, WeightsError, first_line, read_json, some
+from .errors import Message
 
 __all__ = [
     "FLOATS",
@@ -95,7 +96,7 @@ def no_weights(
     pickles = [f for f in files if f.endswith(PICKLES)]
     if variants:
         what = f"holds only the variant{'s' if len(variants) > 1 else ''} {', '.join(variants)}"
-        do = "Give {parameter} {variants[0]}."
+        do = Message("Give {variant} {name}.", name=variants[0])
     elif pickles:
         what = (
             f"holds only pickle weights ({some(pickles)}), which are not read because a pickle can run code"
@@ -105,12 +106,12 @@ def no_weights(
         what = f"has no weights; it holds {some(files)}"
         do = "The checkpoint is incomplete: copy or download it again."
     return CheckpointError(
-        "{folder} {what}. Expected {tried}. " + do,
-        parameter="variant",
+        "{folder} {what}. Expected {tried}. {do}",
+        do=do,
+        parameter="variant" if variants else None,
         folder=folder,
         what=what,
         tried=tried,
-        variants=variants,
     )
 
 

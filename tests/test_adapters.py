@@ -635,7 +635,7 @@ def test_files_that_are_not_to_be_had(ours, tmp_path, files, monkeypatch):
         ours.load_lora_weights(Path(files[0]).parent)
     with pytest.raises(ValueError, match="hub"):
         ours.load_lora_weights("nobody/nothing", local_files_only=True)
-    with pytest.raises(TypeError, match="expected a file"):
+    with pytest.raises(TypeError, match="have to be a file, a folder or a hub id"):
         ours.load_lora_weights(3)
     assert ours.get_list_adapters() == {}
 

@@ -123,8 +123,8 @@ class FakePipeline:
     def generate_mask(self, **kwargs):
         self._note("mask", kwargs)
         seen = self._map(kwargs["image"])
-        self.view("map", seen, None)
-        return (seen > 1).astype(np.int64)
+        mask = (seen > 1).astype(np.int64)
+        return (mask, seen) if kwargs.get("return_map") else mask
 
     def _map(self, image):
         width, height = image.size
@@ -756,7 +756,7 @@ def test_the_reference_s_edit_is_the_three_stages_of_the_guide(work, capsys):
     assert mask == dict(
         target_prompt=TARGET, source_prompt=SOURCE, num_maps_per_mask=10, mask_encode_strength=0.5,
         mask_thresholding_ratio=3.0, num_inference_steps=10, guidance_scale=3.0, generator=5,
-        output_type="np",
+        output_type="np", return_map=True,
     )
     assert invert == dict(
         prompt=SOURCE, num_inference_steps=10, inpaint_strength=0.7, guidance_scale=3.0, negative_prompt=None,
@@ -1018,6 +1018,7 @@ def test_the_reference_s_mask(work, capsys):
     assert asked == dict(
         target_prompt=TARGET, source_prompt=SOURCE, num_maps_per_mask=10, mask_encode_strength=0.5,
         mask_thresholding_ratio=3.0, num_inference_steps=50, guidance_scale=7.5, generator=0, output_type="np",
+        return_map=True,
     )  # fmt: skip
     assert not {"outliers", "mask_level", "sweep"} & set(json.loads(line))
 

@@ -496,7 +496,7 @@ def test_a_debugging_callback_sees_every_intermediate(ours):
     # The prediction of the noiseless latents: what the DDIM step was made of.
     first = stages.index("edited_latents")
     assert stages[first - 1] == "clean_predictions" and stages.index("map") < stages.index("mask") < first
-    assert ours._viewer is None
+    assert not ours._viewers
 
 
 # --- what a report says -------------------------------------------------------------------------------------------

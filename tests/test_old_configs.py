@@ -1,8 +1,10 @@
 """Configs as the first versions of diffusers and transformers wrote them, against what diffusers makes of them."""
 
 import contextlib
+import dataclasses
 import io
 import json
+import types
 
 import diffusers
 import numpy as np
@@ -236,3 +238,17 @@ def test_a_checkpoint_as_the_first_ones_are(checked_folder, tmp_path):
         vision = ours.safety_checker.vision_model(mindspore.Tensor(pixels.numpy()))[1]
         found = ours.safety_checker.visual_projection(vision).asnumpy()
     assert parity.relative(found, features) < 1e-3
+
+
+def test_a_recording_runs_with_the_corrected_scheduler():
+    """W12: otherwise the reference would clip where we do not, and no replay could agree."""
+    from mindiffedit.parity import reference
+    from mindiffedit.parity.case import Case
+
+    said = diffusers.DDIMScheduler(clip_sample=True, steps_offset=1)
+    pipe = types.SimpleNamespace(scheduler=said, set_progress_bar_config=lambda **_: None)
+    case = Case(image=None)
+    recorded = reference.with_schedulers(pipe, case)
+    assert [recorded.scheduler.config.clip_sample, recorded.inverse_scheduler.config.clip_sample] == [False, False]
+    asked = reference.with_schedulers(pipe, dataclasses.replace(case, scheduler_options={"clip_sample": True}))
+    assert asked.scheduler.config.clip_sample is True

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import transformers
 
+from .. import old_configs
 from .case import Case, Tape
 
 _PIPELINE = importlib.import_module(diffusers.StableDiffusionDiffEditPipeline.__module__)
@@ -60,7 +61,10 @@ def _quiet():
 
 def with_schedulers(pipe, case: Case):
     """The pipeline with the schedulers that a case asks for."""
-    config = getattr(pipe, "own_scheduler_config", None) or pipe.scheduler.config
+    config = getattr(pipe, "own_scheduler_config", None)
+    if config is None:
+        # W12: what the reference corrects in its other pipelines, and we when a checkpoint is loaded.
+        config = {**pipe.scheduler.config, **old_configs.scheduler_changes(pipe.scheduler.config, loaded=True)}
     pipe.own_scheduler_config = config
     forward, inverse = getattr(diffusers, case.scheduler), getattr(diffusers, case.inverse_scheduler)
     pipe.scheduler = forward.from_config(config, **case.scheduler_options)

@@ -35,10 +35,13 @@ def with_schedulers(pipe, case: Case):
 
     config = getattr(pipe, "own_scheduler_config", None) or pipe.scheduler.config
     pipe.own_scheduler_config = config
+    # DDIM's default, which the reference runs with: said, so that nobody has to be warned of it.
+    default = {"clip_sample": True} if case.scheduler == "DDIMScheduler" and "clip_sample" not in config else {}
     for name, wanted in (("scheduler", case.scheduler), ("inverse_scheduler", case.inverse_scheduler)):
         home = schedulers if hasattr(schedulers, wanted) else mindone.diffusers
         with portable_kernels():
-            setattr(pipe, name, getattr(home, wanted).from_config(config, **case.scheduler_options))
+            options = {**default, **case.scheduler_options}
+            setattr(pipe, name, getattr(home, wanted).from_config(config, **options))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
