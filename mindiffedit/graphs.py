@@ -5,7 +5,8 @@ from __future__ import annotations
 import collections
 import contextlib
 import ctypes
-from typing import Any, Callable, Dict, List, Optional, Sequence
+import weakref
+from typing import Any, Callable, Dict, List, Optional, Sequence, Set
 
 import mindspore as ms
 from mindspore.common.api import JitExecutor_, ms_compile_cache
@@ -51,6 +52,10 @@ class Graphs:
 
         def run(*arguments):
             with turns.turn():
+                if _ownerless:
+                    phases = set(_ownerless)
+                    _ownerless.difference_update(phases)
+                    _release(phases)
                 if model is not None:
                     turns.once((id(self), id(model)), lambda: self._renew(model))
                 shapes = tuple((tuple(argument.shape), argument.dtype) for argument in arguments)
@@ -59,10 +64,8 @@ class Graphs:
                 if graph is not None:
                     self._graphs.move_to_end(place)
                     return graph.run(*arguments)
-                if len(self._graphs) >= self.limit:
-                    while len(self._graphs) >= self.limit:
-                        self._graphs.popitem(last=False)[1].release()
-                    _give_back_memory()
+                while len(self._graphs) >= self.limit:
+                    self._graphs.popitem(last=False)[1].release()
                 graph = _Graph(function, self.cache, key, model)
                 with portable_kernels():
                     result = graph.first_run(*arguments)
@@ -88,9 +91,16 @@ class Graphs:
         self._places[id(model)] = now
 
 
-def _give_back_memory() -> None:
-    """To the system; glibc keeps what is freed."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
+_ownerless: Set[str] = set()
+"""MindSpore's names of graphs whose pipeline is gone. Garbage is found at any moment, and given back in the next turn."""
+
+
+def _release(phases: Set[str]) -> None:
+    """Gives the memory of graphs back, which MindSpore otherwise holds until the process ends, with their weights."""
+    JitExecutor_.get_instance().del_net_res(None, phases)
+    ms_compile_cache.difference_update(phases)
+    phases.clear()
+    with contextlib.suppress(OSError, AttributeError):  # another C library; glibc keeps what is freed
         ctypes.CDLL(None).malloc_trim(0)
 
 
@@ -105,7 +115,8 @@ class _Graph:
     def __init__(self, function: Callable, cache: Optional[Any], key, model):
         self.function, self.model = function, model
         self._name = f"{function.__module__}.{function.__name__}."
-        self._phases: set = set()
+        self._phases: Set[str] = set()
+        weakref.finalize(self, _ownerless.update, self._phases).atexit = False
         # A jit object of its own: nothing is shared with the graphs of other shapes.
         if cache is None:
             self.run = ms.jit(function)
@@ -116,10 +127,9 @@ class _Graph:
     def first_run(self, *arguments):
         before = set(ms_compile_cache)
         result = self.run(*arguments)
-        self._phases = {phase for phase in ms_compile_cache - before if phase.startswith(self._name)}
+        self._phases.update(phase for phase in ms_compile_cache - before if phase.startswith(self._name))
         return result
 
     def release(self) -> None:
-        """Gives the graph's memory back, which MindSpore otherwise holds until the process ends."""
-        JitExecutor_.get_instance().del_net_res(None, self._phases)
-        ms_compile_cache.difference_update(self._phases)
+        """Gives the graph's memory back."""
+        _release(self._phases)

@@ -1,5 +1,6 @@
 """Several threads, several processes, and everything that can change between two calls: results are those of running alone."""
 
+import gc
 import os
 import select
 import threading
@@ -311,6 +312,19 @@ def test_the_graphs_used_longest_ago_go_and_come_back(cached, tmp_path):
     assert compiled.count == 0, "the last three are there"
     kept.clear()
     assert len(kept) == held() == 0
+
+
+def test_graphs_go_with_their_pipeline(sd1_folder):
+    """In the next turn of any other: they would hold their weights for as long as the process lives."""
+    from mindspore.common import api
+
+    before, pipe = set(api.ms_compile_cache), our_pipeline(sd1_folder)
+    inverted(pipe)
+    phases, other = set(api.ms_compile_cache) - before, sharing(pipe)
+    pipe = None
+    gc.collect()
+    inverted(other)
+    assert len(phases) >= 4 and not phases & set(api.ms_compile_cache)
 
 
 def test_a_forked_child_is_told_what_to_do_instead(ours):
