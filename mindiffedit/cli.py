@@ -48,7 +48,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         with contextlib.redirect_stdout(sys.stderr), _warnings_as_notes(args):
             line, result, *code = _COMMANDS[args.command](args)
         line = json.dumps(result, ensure_ascii=True) if args.json else line
-        print(printable(line, sys.stdout.encoding or "utf-8"), flush=True)
+        print(" ".join(printable(line, sys.stdout.encoding or "utf-8").splitlines()), flush=True)
         return code[0] if code else OK
     except KeyboardInterrupt:
         print("mindiffedit: interrupted.", file=sys.stderr)
