@@ -239,6 +239,11 @@ def test_warnings_are_told_in_the_command_s_words(work, capsys, monkeypatch):  #
     assert "`mask_thresholding_ratio`" in warnings[0] and all(isinstance(each, Message) for each in warnings)
 
 
+def test_a_name_of_two_lines_leaves_the_result_on_one(work, capsys):  # noqa: F811
+    line, _ = ran(capsys, [*edit(), "-o", "a\nb.png"])
+    assert line.startswith("a b.png: ") and Path("a\nb.png").exists()
+
+
 def test_a_note_is_said_once_a_command(work, capsys, monkeypatch):  # noqa: F811
     logger = logging.getLogger("mindiffedit.prompts")
     FakePipeline.breaks["whole"] = lambda: [logger.warning("%s was cut off", text) for text in ("a", "b", "a")]
