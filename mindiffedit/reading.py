@@ -35,8 +35,8 @@ MAX_REDIRECTS = 20
 _STILL_FORMATS = ("MPO", "PSD")
 # Formats that Pillow hands to another program to draw.
 _REFUSED_FORMATS = ("EPS", "WMF")
-# Rows at the lower end that a JPEG may lack: one row of its largest blocks, and the row above, whose colours are smoothed
-# with theirs; no more than a tenth of the picture.
+# Rows at the lower end that a JPEG may lack: one row of its largest blocks, and the row above, whose colours are
+# smoothed with theirs; no more than a tenth of the picture.
 _MOST_ROWS_LOST = 17
 _MAX_PROFILE = 64 * 2**20
 _LONGEST_NAME = 200  # characters of a path or URL in a message
