@@ -17,7 +17,7 @@ import logging
 import sys
 import traceback
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Set
 
 import numpy as np
 
@@ -48,7 +48,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         with contextlib.redirect_stdout(sys.stderr), _warnings_as_notes(args):
             line, result, *code = _COMMANDS[args.command](args)
         line = json.dumps(result, ensure_ascii=True) if args.json else line
-        print(printable(line, sys.stdout.encoding or "utf-8"), flush=True)
+        print(" ".join(printable(line, sys.stdout.encoding or "utf-8").splitlines()), flush=True)
         return code[0] if code else OK
     except KeyboardInterrupt:
         print("mindiffedit: interrupted.", file=sys.stderr)
@@ -76,15 +76,19 @@ def _report(error: Exception, command: str) -> int:
 
 
 class _Notes(logging.Handler):
-    """What the package logs, as notes of a command."""
+    """What the package logs, as notes of a command; each is said once, though every stage may log it."""
 
     def __init__(self, command: str):
         super().__init__(logging.WARNING)
         self.command = command
+        self.said: Set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        said = record.args[0] if record.msg == "%s" and len(record.args) == 1 else record.getMessage()
-        print(f"note: {told(said, self.command)}", file=sys.stderr)
+        text = record.args[0] if record.msg == "%s" and len(record.args) == 1 else record.getMessage()
+        note = told(text, self.command)
+        if note not in self.said:
+            self.said.add(note)
+            print(f"note: {note}", file=sys.stderr)
 
 
 @contextlib.contextmanager

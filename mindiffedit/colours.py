@@ -114,8 +114,8 @@ class Original:
             there = _table(_srgb_of_light(levels ** (1 / gamma)), len(pixels.getbands()))
             back = _table(_light_of_srgb(levels) ** gamma, len(pixels.getbands()))
             return lambda p: p.point(there).convert("RGB"), lambda p: p.convert(pixels.mode).point(back)
-        if pixels.mode == "RGB":
-            return _unchanged, _unchanged
+        if pixels.mode == "RGB":  # a copy does without the profile that cannot be used
+            return _unchanged if why is None else PIL.Image.Image.copy, _unchanged
         return lambda p: p.convert("RGB"), lambda p: p.convert(pixels.mode)
 
     def rewritten(self, edited: PIL.Image.Image, weights: Optional[np.ndarray] = None) -> PIL.Image.Image:

@@ -300,7 +300,7 @@ class Editing:
         num_inference_steps: int = 50,
         inpaint_strength: float = 0.8,
         generator=None,
-        batch_size: int = 1,
+        batch_size: Optional[int] = None,
     ) -> DiffEditInversionPipelineOutput:
         """The picture noised afresh at every level of the edit: a background without an inversion.
 
@@ -312,7 +312,7 @@ class Editing:
             num_inference_steps: as given to the edit.
             inpaint_strength: as given to the edit; it says at which noise level the edit begins.
             generator: int seed or generator(s) of the posterior draw and of all noise.
-            batch_size: number of prompts, B.
+            batch_size: number of prompts, B; None: of pictures.
 
         Returns:
             DiffEditInversionPipelineOutput: ``latents`` (B, T, C, h, w), noisiest first, and ``clean_latents``.
@@ -324,11 +324,13 @@ class Editing:
         options.check_strength(inpaint_strength, "inpaint_strength")
         options.check_steps(num_inference_steps)
         options.effective_steps(num_inference_steps, inpaint_strength)
-        options.check_positive_int("batch_size", batch_size)
+        if batch_size is not None:
+            options.check_positive_int("batch_size", batch_size)
         source = randomness.resolve(generator)
         scheduler = self._ready_scheduler()
         timesteps, _ = self._schedule(scheduler, self.get_timesteps, num_inference_steps, inpaint_strength)
         pixels = self._pixels(image, batch_size)
+        batch_size = batch_size or len(pixels)
         self._check_sources(source, pixels, batch_size, 1)
         clean = self._image_latents(pixels, batch_size, 1, source)
         noised = [self._noised(scheduler, clean, self._noise(clean.shape, source), t) for t in timesteps]

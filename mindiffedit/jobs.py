@@ -175,14 +175,19 @@ def begin(args: Namespace, extensions: Optional[Dict[str, Sequence[str]]] = None
 def check_names(args: Namespace) -> None:
     """Names of files and models that none can have: nothing, as an unset variable of a shell makes it, or too long."""
     for name, value in vars(args).items():
-        if name in ("source", "target", "caption") or name.endswith("negative"):  # texts
-            continue
+        if name in ("source", "target", "caption") or name.endswith("negative") or name.startswith("sweep_"):
+            continue  # texts, and lists of numbers
         told_as = name.upper() if name in ("picture", "golden") else option(name)
         for text in value if isinstance(value, list) else [value]:
             if text == "":
                 raise InputError("{parameter} is empty; give it a value.", told_as)
-            if isinstance(text, str) and "://" not in text and _is_too_long(text):
+            if isinstance(text, str) and "\0" in text:
+                raise InputError("{parameter} has a zero character in it: {text!r}; leave it out.", told_as, text=text)
+            if isinstance(text, str) and not _ADDRESS.match(text) and _is_too_long(text):
                 raise InputError("{parameter} is too long to be a name: {text!r}.", told_as, text=text)
+
+
+_ADDRESS = re.compile(r"\s*(https?|data|file):", re.IGNORECASE)
 
 
 def _is_too_long(path: str) -> bool:

@@ -564,7 +564,7 @@ def feathered(mask, size: Tuple[int, int], radius: float) -> np.ndarray:
         return inside.astype(np.float32)
     weights = []
     for pixels in inside:
-        part = np.minimum(_distance_to(pixels) / radius, 1)
+        part = np.minimum(_distance_to(pixels), radius) / radius  # in this order no radius is too small
         weights.append(np.where(part < 1, 0.5 + 0.5 * np.cos(np.pi * part), 0).astype(np.float32))
     return np.stack(weights)
 

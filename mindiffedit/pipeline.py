@@ -214,14 +214,14 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
         source = randomness.resolve(generator)
         attention_kwargs = self._attention_kwargs(cross_attention_kwargs)
         scheduler = self._ready_scheduler()
+        # 4. Preprocess image
+        pixels = self._pixels(image, batch)
+        self._check_sources(source, pixels, batch, num_maps_per_mask)
         # 5. Set timesteps (before the models run, so that a bad schedule fails first)
         timesteps, _ = self._schedule(
             scheduler, self.get_timesteps, num_inference_steps, mask_encode_strength
         )
         timestep = self._crosses("timestep", np.asarray(timesteps[0]))
-        # 4. Preprocess image
-        pixels = self._pixels(image, batch)
-        self._check_sources(source, pixels, batch, num_maps_per_mask)
 
         # 2. to 8., up to the map
         maps = self._mask_map(
@@ -456,6 +456,8 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
                 kind=scheduler.config.prediction_type,
                 batch=batch,
             )
+        pixels = self._pixels(image, batch)
+        self._check_sources(source, pixels, batch, 1)
         # 6. Prepare timesteps (before the models run, so that a bad schedule fails first)
         timesteps, steps = self._schedule(
             scheduler, self.get_inverse_timesteps, num_inference_steps, inpaint_strength
@@ -463,8 +465,6 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
         timesteps = self._crosses("timesteps", timesteps)
 
         # 2. to 4. Picture to latents
-        pixels = self._pixels(image, batch)
-        self._check_sources(source, pixels, batch, 1)
         latents = self._image_latents(pixels, batch, 1, source)
 
         # 5. Encode input prompt

@@ -381,15 +381,16 @@ class Preparation(Adapters):
         """Standard normal noise, float32, drawn as the reference draws it for models of this dtype."""
         return randomness.randn(shape, source, str(self.vae.dtype).rpartition(".")[2].lower())
 
-    def _pixels(self, image, batch: int) -> np.ndarray:
-        """The picture(s) of a call, (N, 3, H, W) in [-1, 1], or latents (N, C, h, w); N divides the batch."""
+    def _pixels(self, image, batch: Optional[int] = None) -> np.ndarray:
+        """The picture(s) of a call, (N, 3, H, W) in [-1, 1], or latents (N, C, h, w); N divides the batch, if given."""
         if image is None:
             raise InputError(
                 "{parameter} is missing; give a picture (PIL, array, tensor, latents) or a list of them.",
                 parameter="image",
             )
         pixels = pictures.preprocess_image(image, self.vae_scale_factor, self.vae.config.latent_channels)
-        options.check_image_batch(len(pixels), batch)
+        if batch is not None:
+            options.check_image_batch(len(pixels), batch)
         return pixels
 
     def _check_sources(self, source, pixels: np.ndarray, batch: int, copies: int) -> None:

@@ -218,8 +218,8 @@ class SingleFile:
             raise CheckpointError(
                 f"{self.file} has no weights of {', '.join(lacking)} under the original names"
                 f" ({', '.join(_PREFIXES[name][0] + '*' for name in lacking)}); it holds"
-                f" {some(sorted(self._stored), 3)}. Expected a whole Stable Diffusion checkpoint; from_single_file in"
-                f" Python takes what lacks beside the file ({', '.join(f'{name}=...' for name in lacking)})."
+                f" {some(sorted(self._stored), 3)}. Expected a whole Stable Diffusion checkpoint; in Python, components"
+                f" that the file lacks can be given beside it, by their names ({', '.join(lacking)})."
             )
         return found
 

@@ -4,6 +4,7 @@ import argparse
 import ast
 import itertools
 import json
+import logging
 import re
 import string
 import sys
@@ -190,6 +191,8 @@ EDITS = [
      ["--sweep", "s.png", "--sweep-guidances", "0.3,0.5,0.7"]),
     (["--sweep", "s.png", "--sweep-guidances", "2,2"], "each value once", ["--sweep", "s.png", "--sweep-guidances", "2"]),
     (["--sweep", "s.png", "--sweep-strengths", "0.01"], "at least 0.02", ["--sweep", "s.png", "--sweep-strengths", "0.02"]),
+    (["--sweep", "s.png", "--sweep-guidances", ",".join(map(str, range(1, 900)))], "at most 12",
+     ["--sweep", "s.png", "--sweep-guidances", "1,2"]),
     (["--variant", "fp16", "--model", "demo"], "leave --variant out", ["--model", "demo"]),
     (["--grid", "out.png"], "give two names", ["--grid", "grid.png"]),
     (["--grid", "p.png"], "give another name", ["--grid", "grid.png"]),
@@ -234,6 +237,19 @@ def test_warnings_are_told_in_the_command_s_words(work, capsys, monkeypatch):  #
     assert len(said) == 3 and all(f"note: {sentence}" in err for sentence in said)
     assert "lower --mask-threshold or raise --maps" in said[0] and "raise --steps or --iterations" in said[1]
     assert "`mask_thresholding_ratio`" in warnings[0] and all(isinstance(each, Message) for each in warnings)
+
+
+def test_a_name_of_two_lines_leaves_the_result_on_one(work, capsys):  # noqa: F811
+    line, _ = ran(capsys, [*edit(), "-o", "a\nb.png"])
+    assert line.startswith("a b.png: ") and Path("a\nb.png").exists()
+
+
+def test_a_note_is_said_once_a_command(work, capsys, monkeypatch):  # noqa: F811
+    logger = logging.getLogger("mindiffedit.prompts")
+    FakePipeline.breaks["whole"] = lambda: [logger.warning("%s was cut off", text) for text in ("a", "b", "a")]
+    for _ in range(2):
+        _, err = ran(capsys, edit())
+        assert err.count("note: a was cut off") == err.count("note: b was cut off") == 1
 
 
 @pytest.mark.parametrize(

@@ -234,6 +234,22 @@ def test_a_profile_that_says_srgb_changes_no_number():
     assert Original(picture).plain and np.array_equal(shown(picture), np.asarray(picture))
 
 
+def test_a_profile_that_cannot_be_used_is_told_once_and_kept():
+    picture = photo(16, 16)
+    picture.info["icc_profile"] = b"no profile"
+    original = Original(picture)
+    assert len(original.losses) == 1 and "cannot be used" in original.losses[0]
+    assert Original(original.shown).losses == []
+    result = original.rewritten(PIL.Image.new("RGB", picture.size, DRAWN), np.zeros((16, 16)))
+    assert np.array_equal(np.asarray(result), np.asarray(picture)) and result.info["icc_profile"] == b"no profile"
+
+
+def test_a_jpeg_is_nearly_what_was_written(tmp_path):
+    picture = photo(64, 64)
+    pictures.save_image_atomically(picture, tmp_path / "p.jpg")
+    assert np.abs(np.asarray(PIL.Image.open(tmp_path / "p.jpg")).astype(int) - np.asarray(picture)).max() <= 4
+
+
 def test_load_image_keeps_the_reference_s_numbers_and_the_profile_beside_them():
     reference = pytest.importorskip("diffusers.utils").load_image
     for kind in ("wide", "wide cut-out", "wide palette"):

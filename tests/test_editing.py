@@ -306,14 +306,14 @@ def test_pictures_of_different_sizes_are_refused_before_any_work(ours):
         "generate_mask": lambda photos: ours.generate_mask(
             photos, [TARGET] * len(photos), source_prompt=[SOURCE] * len(photos), num_maps_per_mask=1, **both),
         "invert": lambda photos: ours.invert([SOURCE] * len(photos), photos, **both),
-        "noise_image": lambda photos: ours.noise_image(photos, batch_size=len(photos), **both),
+        "noise_image": lambda photos: ours.noise_image(photos, **both),
     }  # fmt: skip
     with ours.debugging(seen):
         for call in calls.values():
             with pytest.raises(ValueError, match="`image`.*80 x 64, 96 x 56.*each picture alone, or resize") as caught:
                 call(photos)
             assert caught.value.parameter == "image"
-    assert not set(seen) - {"timestep", "timesteps"}
+    assert not seen
     # The advice.
     for photo in photos:
         assert calls["noise_image"]([photo]).latents.shape[-2:] == (photo.height // 8, photo.width // 8)
@@ -321,7 +321,9 @@ def test_pictures_of_different_sizes_are_refused_before_any_work(ours):
     # An edit has results of each picture's own size, so there even the same working size is not enough.
     with pytest.raises(ValueError, match="80 x 64, 83 x 65"):
         edit(ours, [PICTURE, PICTURE.resize((83, 65))], [SOURCE] * 2, [TARGET] * 2)
-    assert ours.noise_image([PICTURE, PICTURE.resize((83, 65))], batch_size=2, **both).latents.shape[0] == 2
+    assert ours.noise_image([PICTURE, PICTURE.resize((83, 65))], **both).latents.shape[0] == 2
+    with pytest.raises(ValueError, match="one picture for each prompt"):
+        ours.noise_image([PICTURE, PICTURE], batch_size=1, **both)
 
 
 def test_a_mask_of_the_pictures_size_is_brought_to_its_latents(ours, inverted):

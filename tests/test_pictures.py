@@ -8,6 +8,7 @@ import re
 import stat
 import struct
 import threading
+import urllib.parse
 import warnings
 import zlib
 from pathlib import Path
@@ -341,6 +342,9 @@ def test_a_jpeg_without_its_last_bytes(tmp_path, options):
     assert np.array_equal(cut[:180], whole[:180]) and not np.array_equal(cut, whole)
     path.write_bytes(data[: len(data) // 2])
     refused(path, "truncated", "part of it is missing")
+    noise(192, 120).save(path, quality=90, **options)  # the last row of blocks is a whole one
+    path.write_bytes(path.read_bytes()[:-20])
+    assert pictures.load_image(path).size == (120, 192)
     noise(200, 120).save(path, quality=90, progressive=True, **options)
     path.write_bytes(path.read_bytes()[:-200])  # of its last scan, which is about all rows
     refused(path, "truncated", "part of it is missing")
@@ -419,7 +423,8 @@ def test_urls_are_taken_as_browsers_take_them(server):
     for typed, path in asked.items():
         assert pictures.load_image(server.address + typed).size == (8, 13), typed
         assert server.asked[-1][0] == path
-    for whole in ("  " + server.address, server.address.replace("http", "HTTP"), Path(server.address + "/p")):
+    slashes = server.address.replace("/", "\\") + "\\p"
+    for whole in ("  " + server.address, server.address.replace("http", "HTTP"), Path(server.address + "/p"), slashes):
         assert pictures.load_image(whole).size == (8, 13)
     headers = server.asked[-1][1]
     assert headers["User-Agent"].startswith("mindiffedit/") and headers["Accept-Encoding"] == "identity"
@@ -461,9 +466,12 @@ def test_pictures_in_urls_of_this_machine(tmp_path):
     path = tmp_path / "caf\u00e9 1.png"
     picture.save(path)
     assert "%20" in path.as_uri()
-    for address in (text, "DATA" + text[4:], path.as_uri(), f"file://{path}", f"file://localhost{path}"):
+    plain = "data:image/png," + urllib.parse.quote_from_bytes(png(picture))
+    loose = text.replace(";base64", "; charset=utf-8; BASE64 ").rstrip("=") + "\n"
+    for address in (text, "DATA" + text[4:], plain, loose, path.as_uri(), f"file://{path}", f"file://localhost{path}"):
         assert np.array_equal(np.asarray(pictures.load_image(address)), np.asarray(picture))
     refused("data:", "no data URL")
+    refused("data:image/png;base64,!", "no data URL")
     assert len(refused("data:image/png;base64," + 5000 * "A", "is not a picture")) < 150
     refused("file://elsewhere/p.png", "another machine")
     refused("file:///missing.png", "there is no picture /missing.png")
@@ -478,8 +486,8 @@ def test_urls_that_give_no_picture(server):
     refused(server.address + "/page", "/page is not a picture")
     refused(server.address + "/nothing", "empty")
     refused(server.address + "/missing", "/missing cannot be fetched", "Not Found")
-    refused(server.address + "/file", "cannot be fetched")
-    refused(server.address + "/cut", "/cut")
+    refused(server.address + "/file", "cannot be fetched", "leads to file:///etc/hostname, which is no http(s) URL")
+    assert refused(server.address + "/cut", "/cut", "Connection broken").count("IncompleteRead") == 1
     server.shutdown()
     server.server_close()
     refused(server.address + "/p", "cannot be fetched", "refused")
