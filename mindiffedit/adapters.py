@@ -304,15 +304,14 @@ class Adapters(PipelineComponents):
         if "hf_token" in kwargs:
             kwargs["token"] = kwargs.pop("hf_token")
         place = _place("load_textual_inversion", kwargs)
-        tokenizer, text_encoder = tokenizer or self.tokenizer, text_encoder or self.text_encoder
+        parts = self._with_words(tokenizer, text_encoder)
         sources = pretrained_model_name_or_path
         sources = list(sources) if isinstance(sources, (list, tuple)) else [sources]
         tokens = list(token) if isinstance(token, (list, tuple)) else [token]
         if tokens == [None]:
             tokens *= len(sources)
         contents = [textual_inversion.read(source, **place) for source in sources]
-        checked = textual_inversion.check(contents, tokens, tokenizer, text_encoder)
-        textual_inversion.add(*checked, tokenizer, text_encoder)
+        textual_inversion.add(*textual_inversion.check(contents, tokens, *parts), *parts)
 
     @turns.turn()
     def unload_textual_inversion(
@@ -326,9 +325,17 @@ class Adapters(PipelineComponents):
             text_encoder: default: the pipeline's.
         """
         chosen = [tokens] if isinstance(tokens, str) else tokens
-        textual_inversion.remove(
-            chosen or None, tokenizer or self.tokenizer, text_encoder or self.text_encoder
+        textual_inversion.remove(chosen or None, *self._with_words(tokenizer, text_encoder))
+
+    def _with_words(self, tokenizer, text_encoder):
+        """Tokenizer and text encoder, the pipeline's own where none is given."""
+        parts = (
+            self.tokenizer if tokenizer is None else tokenizer,
+            self.text_encoder if text_encoder is None else text_encoder,
         )
+        if None in parts:
+            raise InputError("Textual inversions need a tokenizer and a text encoder, and this pipeline has not both.")
+        return parts
 
     def maybe_convert_prompt(self, prompt: Union[str, List[str]], tokenizer):
         """Prompts in which a word of several vectors is followed by the words of its further vectors.

@@ -532,9 +532,11 @@ def _take_words(job: Job) -> None:
 def _check_weights_file(path: str, name: str) -> None:
     if not path.lower().endswith(".safetensors"):
         raise InputError(
-            "{parameter} {path}: only .safetensors files are read, since others can run code; convert it.",
+            "{parameter} {path}: only .safetensors files are read, since others can run code; {remedy}.",
             parameter=name,
             path=path,
+            # As prompts of other programs have it.
+            remedy="a weight or a word follows after '='" if ".safetensors:" in path.lower() else "convert it",
         )
     if not os.path.isfile(path):
         raise InputError("{parameter} {path}: there is no such file.", parameter=name, path=path)

@@ -120,6 +120,10 @@ def parse(
             misfits.append(f"{name} belongs to neither {' nor '.join(COMPONENTS)}")
     found = {}
     for component, part in parts.items():
+        if part and component not in targets:
+            raise WeightsError(
+                f"{what} has weights for the {component}, which this pipeline has not; load it as a dict without them."
+            )
         if part:
             matrices, problems = _matrices(component, part, alphas, metadata, targets[component], what)
             found[component] = matrices

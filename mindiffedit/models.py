@@ -11,6 +11,7 @@ are.
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import os
 import re
@@ -20,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from . import devices, hub, old_configs, quick_imports
+from . import devices, hub, old_configs, quick_imports, schedules
 from .checkpoints import (
     COMPONENTS,
     INDEX_FILE,
@@ -33,6 +34,7 @@ from .checkpoints import (
     small_files,
 )
 from .errors import InputError, InputTypeError, Message, whole
+from .notices import say_once
 from .survey import Source, Survey, find_sources, place_of, text_part
 from .tokenizer_files import load_clip_tokenizer
 from .weight_files import FLOATS, Stored
@@ -215,22 +217,27 @@ def _make_scheduler(folder: Path, class_name: str, config: Mapping[str, Any]) ->
         scheduler_class = (
             getattr(mindone.diffusers.schedulers, class_name, None) if class_name.endswith("Scheduler") else None
         )
-    if scheduler_class is None:
-        raise CheckpointError(
-            "{folder}: mindone has no scheduler {class_name!r}. Put DDIMScheduler in its place in {index}, or give"
-            " another one as {parameter}.",
-            parameter="scheduler",
-            folder=folder,
-            class_name=class_name,
-            index=INDEX_FILE,
-        )
+    replaceable = class_name.endswith("Scheduler") and "Inverse" not in class_name and "beta_start" in config
     try:
+        if scheduler_class is None:
+            raise ValueError("mindone has none of this name")
         with _portable_kernels():
             scheduler = scheduler_class.from_config(old_configs.scheduler_names(config))
-    except Exception as error:  # whatever a broken config makes the scheduler raise
-        raise CheckpointError(
-            f"{folder}: no {class_name} can be made of its config: {first_line(error)}."
-        ) from error
+    except Exception as error:  # whatever a broken config, or a kernel that this device has not, makes it raise
+        if class_name in _OWN_SCHEDULERS or not replaceable:
+            raise CheckpointError(
+                f"{folder}: no {class_name} can be made of its config: {first_line(error)}. Put a DDIMScheduler in its"
+                f" place, there and in {INDEX_FILE}."
+            ) from error
+        from .schedulers import DDIMScheduler
+
+        options = schedules.suited("DDIMScheduler", config)
+        say_once(
+            f"{folder}: no {class_name} can be made here ({first_line(error).rstrip('.')}), so DDIM is taken, with"
+            f" timestep_spacing={options['timestep_spacing']!r}."
+        )
+        known = inspect.signature(DDIMScheduler.__init__).parameters
+        return DDIMScheduler(**{name: value for name, value in config.items() if name in known} | options)
     # Not of an inverse: the reference takes that as it is.
     changes = {} if "Inverse" in class_name else old_configs.scheduler_changes(scheduler.config, loaded=True)
     if changes:

@@ -8,7 +8,7 @@ from typing import Any, Dict, List, Optional
 
 import numpy as np
 
-from . import options, pictures, randomness, schedules, turns
+from . import options, pictures, randomness, schedules, textual_inversion, turns
 from .adapters import Adapters
 from .errors import InputError, named
 from .notices import say_once
@@ -177,6 +177,7 @@ class Preparation(Adapters):
         inputs = self._tokens(texts, length or self._tokens_read)
         if length is None:
             self._warn_of_truncation(texts, inputs.input_ids)
+        textual_inversion.check_ids(inputs.input_ids, self.tokenizer, self.text_encoder)
         uses_mask = getattr(self.text_encoder.config, "use_attention_mask", False)
         token_ids = self._crosses(stage, inputs.input_ids)
         mask = inputs.attention_mask if uses_mask else None

@@ -17,6 +17,8 @@ from typing import Optional
 
 import numpy as np
 
+from .errors import InputError
+
 F32 = np.float32
 
 
@@ -188,7 +190,17 @@ def suited(class_name: str, config) -> dict:
     Such a configuration does not know DDIM's options, whose defaults are not made for latents: they are not to be
     clipped. And "linspace" gives timesteps that DDIM's steps do not arrive at. Other solvers' names of
     ``algorithm_type`` are none of DPM-Solver++.
+
+    Raises:
+        InputError: it is for models of another kind (flow matching, EDM), which these two cannot run.
     """
+    predicts = config.get("prediction_type", "epsilon")
+    if config.get("beta_start") is None or predicts not in ("epsilon", "sample", "v_prediction"):
+        raise InputError(
+            f"The model's scheduler, with prediction_type {predicts!r} and beta_start {config.get('beta_start')!r}, is for"
+            " flow matching or another kind of diffusion, which neither DDIM nor DPM-Solver++ can invert; take a model"
+            " that was trained with betas and predicts 'epsilon' or 'v_prediction'."
+        )
     if class_name == "DPMSolverMultistepScheduler":
         return dict(algorithm_type="dpmsolver++")
     spacing = "trailing" if config.get("timestep_spacing") == "trailing" else "leading"

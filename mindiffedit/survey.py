@@ -324,7 +324,9 @@ def _misfits(configs: Mapping[str, Mapping[str, Any]], tokenizer: Any) -> list[s
             if any(w != width for w in (takes if isinstance(takes, (list, tuple)) else [takes])):
                 problems.append(f"the text encoder is {width} wide, the UNet takes {takes}")
     if text is not None and hasattr(tokenizer, "get_vocab"):
-        largest = max(tokenizer.get_vocab().values(), default=-1)
+        # Words of textual inversions may be another pipeline's: they are judged where a prompt has them.
+        words = {t.content for t in getattr(tokenizer, "added_tokens_decoder", {}).values() if not t.special}
+        largest = max((i for word, i in tokenizer.get_vocab().items() if word not in words), default=-1)
         size = text.get("vocab_size", 49408)
         if largest >= size:
             # Past the end of its table an embedding gives zeros on some devices, and no error.

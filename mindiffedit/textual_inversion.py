@@ -17,7 +17,7 @@ from .hub import resolve_file
 from .pictures import is_tensor, to_numpy
 from .weight_files import read_tensors
 
-__all__ = ["add", "check", "expanded", "occurring", "read", "remove", "word_of"]
+__all__ = ["add", "check", "check_ids", "expanded", "occurring", "read", "remove", "word_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +101,7 @@ def check(contents: Sequence[tuple[Any, str]], tokens: Sequence[Any], tokenizer,
             count=len(tokens),
             embeddings=len(contents),
         )
+    check_ids([len(tokenizer) - 1], tokenizer, text_encoder)
     width = text_encoder.config.hidden_size
     vocabulary = tokenizer.get_vocab()
     names: list[str] = []
@@ -141,6 +142,23 @@ def check(contents: Sequence[tuple[Any, str]], tokens: Sequence[Any], tokenizer,
     return names, vectors
 
 
+def check_ids(ids, tokenizer, text_encoder) -> None:
+    """InputError for token ids beyond the text encoder's table; some devices would take zeros there, in silence.
+
+    Pipelines that share a tokenizer and not the text encoder come to it: the words are then in the table of one alone.
+    """
+    size = text_encoder.config.vocab_size
+    if np.max(ids, initial=-1) < size:
+        return
+    words = [token.content for i, token in sorted(tokenizer.added_tokens_decoder.items()) if i >= size]
+    raise InputError(
+        "The tokenizer has words that the text encoder has no embeddings for: {words!r}. Where another pipeline, which"
+        " shares the tokenizer and not the text encoder, has loaded them, unload them there, and give each a tokenizer of"
+        " its own by copy.deepcopy.",
+        words=words,
+    )
+
+
 def _named(content, what: str, token) -> tuple[str, Any]:
     """Token and embedding of one file or tensor."""
     if isinstance(content, np.ndarray):
@@ -177,12 +195,10 @@ def _named(content, what: str, token) -> tuple[str, Any]:
 
 def add(tokens: Sequence[str], vectors: Sequence[np.ndarray], tokenizer, text_encoder) -> None:
     """Adds checked tokens to the tokenizer, and their vectors to the text encoder's table."""
-    before = len(tokenizer)
-    table = _table(text_encoder)[:before]
-    missing = np.zeros((before - len(table), table.shape[1]), np.float32)  # none in any known checkpoint
+    table = _table(text_encoder)[: len(tokenizer)]
     for token in tokens:
         tokenizer.add_tokens(token)
-    _replace_table(text_encoder, np.concatenate([table, missing, np.stack(vectors)]))
+    _replace_table(text_encoder, np.concatenate([table, np.stack(vectors)]))
 
 
 def remove(tokens: Sequence[str] | None, tokenizer, text_encoder) -> None:
@@ -219,6 +235,7 @@ def remove(tokens: Sequence[str] | None, tokenizer, text_encoder) -> None:
             tokenizer=tokenizer,
         )
     gone = sorted(added[token] for token in chosen)
+    check_ids(gone, tokenizer, text_encoder)
     kept = {i: token for i, token in tokenizer.added_tokens_decoder.items() if i not in gone}
     moved = {i - sum(other < i for other in gone): token for i, token in kept.items()}
     tokenizer._added_tokens_decoder = moved

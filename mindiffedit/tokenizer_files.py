@@ -93,6 +93,7 @@ def _take_apart(folder: Path, place: Path) -> None:
     for token in added.values():
         token.pop("id")
     config.setdefault("added_tokens_decoder", added)
+    config["tokenizer_class"] = "CLIPTokenizer"  # else transformers warns that it is called TokenizersBackend
     padding = whole.get("padding")
     if isinstance(padding, dict) and "pad_token" in padding:
         config.setdefault("pad_token", padding["pad_token"])

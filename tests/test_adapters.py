@@ -1,5 +1,6 @@
 """LoRA and textual inversion against diffusers, on tiny checkpoints; and that neither compiles what need not be."""
 
+import copy
 import inspect
 import json
 import re
@@ -16,6 +17,7 @@ from test_pipeline import CLOSE, PICTURE, SOURCE, TARGET, our_pipeline, their_pi
 
 from mindiffedit import StableDiffusionDiffEditPipeline, compile_cache, devices, lora, models, options, weight_files
 from mindiffedit.checkpoints import CheckpointError
+from mindiffedit.errors import InputError
 from mindiffedit.survey import check_folder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -819,6 +821,48 @@ def test_words_that_do_not_fit_change_nothing(ours, tmp_path, caplog):
     assert len(ours.tokenizer) == length and bits(ours) == table
     ours.load_textual_inversion({"emb_params": torch.ones(1, 32)})
     assert "emb_params" in caplog.text
+
+
+def test_a_tokenizer_that_two_text_encoders_share(sd1_folder):
+    """One table only has the words; the other's next row, or the one that a word moves to, is another's."""
+    one, two = (our_pipeline(sd1_folder, mode="pynative") for _ in range(2))
+    two.tokenizer = one.tokenizer
+    one.load_textual_inversion(VECTORS[:2], token="<one>")
+    plain, with_it = embedded(two, prompt="a photo"), embedded(one, prompt="a <one>")
+    for action in (
+        lambda: embedded(two, prompt="a <one>"),
+        lambda: two.load_textual_inversion(VECTORS[3:], token="<two>"),
+        two.unload_textual_inversion,
+    ):
+        with pytest.raises(InputError, match="'<one>', '<one>_1'.*shares the tokenizer"):
+            action()
+    assert np.array_equal(embedded(two, prompt="a photo"), plain) and np.array_equal(embedded(one, prompt="a <one>"), with_it)
+    # The advice.
+    one.unload_textual_inversion()
+    two.tokenizer = copy.deepcopy(one.tokenizer)
+    one.load_textual_inversion(VECTORS[:2], token="<one>")
+    two.load_textual_inversion(VECTORS[3:], token="<two>")
+    assert np.array_equal(embedded(one, prompt="a <one>"), with_it) and not np.array_equal(embedded(two, prompt="<two>"), plain)
+    # A pipeline of the same components has the words, whoever loaded them.
+    three = type(one)(**one.components, requires_safety_checker=False, mode="pynative")
+    assert np.array_equal(embedded(three, prompt="a <one>"), with_it)
+    three.unload_textual_inversion("<one>")
+    three.load_textual_inversion(VECTORS[1:3], token="<one>")
+    assert np.array_equal(embedded(one, prompt="a <one>"), embedded(three, prompt="a <one>"))
+    assert not np.array_equal(embedded(one, prompt="a <one>"), with_it)
+
+
+def test_a_pipeline_without_a_text_encoder(sd1_folder, parts):
+    pipe = StableDiffusionDiffEditPipeline.from_pretrained(
+        sd1_folder, text_encoder=None, tokenizer=None, safety_checker=None, mode="pynative"
+    )
+    tensors = peft_names(parts[0])
+    with pytest.raises(ValueError, match="for the text_encoder, which this pipeline has not"):
+        pipe.load_lora_weights(tensors)
+    pipe.load_lora_weights({name: value for name, value in tensors.items() if name.startswith("unet.")})
+    for action in (lambda: pipe.load_textual_inversion(VECTORS, token="<a>"), pipe.unload_textual_inversion):
+        with pytest.raises(InputError, match="need a tokenizer and a text encoder"):
+            action()
 
 
 # --- signatures, what is missing, documents --------------------------------------------------------------------------

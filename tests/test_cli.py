@@ -861,6 +861,7 @@ def solver(capsys, monkeypatch):
     """The solver of a command, its options and its notes, for a model with a scheduler of a class."""
 
     def of(scheduler, options, argv):
+        options = {"beta_start": 0.2, **options}
         FakePipeline.calls.clear()
         monkeypatch.setattr(FakePipeline, "own_scheduler", type(scheduler, (FakeScheduler,), {}))
         monkeypatch.setattr(FakePipeline, "own_options", options)

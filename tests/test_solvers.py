@@ -119,6 +119,35 @@ def test_the_spacing_of_a_checkpoint_without_an_inverse(ours, loaded, said):
     assert ours._ready_inverse_scheduler().config.timestep_spacing == "linspace"
 
 
+def test_a_scheduler_that_cannot_be_made_gives_way_to_ddim(ours, tmp_path, said):
+    """No class of that name in mindone, or kernels that this device has not: only its configuration is needed."""
+    config = dict(**SD, prediction_type="v_prediction", timestep_spacing="trailing", _diffusers_version="0.40.0")
+    for name in ("NewestScheduler", "DPMSolverSDEScheduler", "IPNDMScheduler"):
+        said.clear()
+        made = models._make_scheduler(tmp_path, name, config)
+        assert type(made) is DDIMScheduler and (made.config.beta_start, made.config.beta_schedule) == (0.00085, SD["beta_schedule"])
+        assert (made.config.prediction_type, made.config.timestep_spacing) == ("v_prediction", "trailing")
+        assert not made.config.clip_sample and name in "".join(said)
+        put(ours, made)
+        ours.invert(SOURCE, PICTURE, **SHORT)
+    for name, content in (("NewestScheduler", {}), ("Newest", config), ("NewestInverseScheduler", config)):
+        with pytest.raises(ValueError, match=f"no {name} can be made.*Put a DDIMScheduler"):
+            models._make_scheduler(tmp_path, name, content)
+
+
+def test_solvers_of_another_kind_of_diffusion_are_refused(ours, loaded, models_run):
+    import mindone.diffusers.schedulers as theirs
+
+    for scheduler in (
+        theirs.FlowMatchEulerDiscreteScheduler(),
+        loaded("UniPCMultistepScheduler", prediction_type="flow_prediction", use_flow_sigmas=True),
+    ):
+        put(ours, scheduler)
+        with pytest.raises(InputError, match="flow matching or another kind of diffusion"):
+            ours.invert(SOURCE, PICTURE, **SHORT)
+    assert not models_run
+
+
 def test_the_guides_calls_on_every_checkpoint(ours, theirs, loaded, said):
     """`from_config` as it is there; where diffusers has a result, it is that."""
     for name in (*OTHERS, *OWN):
