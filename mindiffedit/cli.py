@@ -48,7 +48,9 @@ def main(argv: Optional[List[str]] = None) -> int:
         with contextlib.redirect_stdout(sys.stderr), _warnings_as_notes(args):
             line, result, *code = _COMMANDS[args.command](args)
         line = json.dumps(result, ensure_ascii=True) if args.json else line
-        print(" ".join(printable(line, sys.stdout.encoding or "utf-8").splitlines()), flush=True)
+        if not args.command.startswith("parity"):  # whose tables have many
+            line = " ".join(line.splitlines())  # a name may have a line break in it
+        print(printable(line, sys.stdout.encoding or "utf-8"), flush=True)
         return code[0] if code else OK
     except KeyboardInterrupt:
         print("mindiffedit: interrupted.", file=sys.stderr)

@@ -21,7 +21,7 @@ import PIL.Image
 import PIL.ImageOps
 
 from .colours import to_rgb
-from .errors import InputError
+from .errors import InputError, cut
 
 # A header may promise any size; nothing is decoded above this many pixels (8192 × 8192; 192 MiB as RGB).
 MAX_PIXELS = 8192 * 8192
@@ -100,7 +100,7 @@ def _of_local_address(address: str) -> PIL.Image.Image:
     if address[:5].lower() == "file:":
         parts = urllib.parse.urlsplit(address)
         if parts.netloc not in ("", "localhost"):
-            raise InputError("{name} is on another machine; give the path of a file.", "image", name=_cut(address))
+            raise InputError("{name} is on another machine; give the path of a file.", "image", name=cut(address, _LONGEST_NAME))
         return _load_file(urllib.request.url2pathname(parts.path))
     kind, comma, content = address.partition(",")
     data = urllib.parse.unquote_to_bytes(content)
@@ -114,14 +114,14 @@ def _of_local_address(address: str) -> PIL.Image.Image:
         raise InputError(
             "{name} is no data URL ({why}); it begins as data:image/png;base64, and the data follow.",
             "image",
-            name=_cut(address, 40),
+            name=cut(address, 40),
             why=_sentence(error),
         ) from error
-    return _decode(io.BytesIO(data), _cut(address, 40))
+    return _decode(io.BytesIO(data), cut(address, 40))
 
 
 def _load_file(path) -> PIL.Image.Image:
-    name = _cut(os.fsdecode(path))
+    name = cut(os.fsdecode(path), _LONGEST_NAME)
     if os.path.isdir(path):
         raise InputError("{name} is a folder; give the path of one picture.", "image", name=name)
     if "\0" in os.fsdecode(path) or not os.path.isfile(path):
@@ -358,7 +358,7 @@ def _download(url: str) -> bytes:
                         return _body(answer, name, begun)
                     url = requests.compat.urljoin(answer.url, target)
                     if not re.match("https?:", url, re.IGNORECASE):
-                        raise requests.exceptions.InvalidSchema(f"it leads to {_cut(url, 40)}, which is no http(s) URL")
+                        raise requests.exceptions.InvalidSchema(f"it leads to {cut(url, 40)}, which is no http(s) URL")
             raise requests.TooManyRedirects(f"it leads on and on, {MAX_REDIRECTS} times")
     # urllib3's errors come out where a body is read, UnicodeError and ValueError of hosts that are no names.
     except InputError:
@@ -412,12 +412,7 @@ def _reason(error: BaseException) -> str:
 
 def _shown_address(url: str) -> str:
     """A URL for messages: without name and password, and not at any length."""
-    return _cut(re.sub(r"^(\w+://)[^/?#]*@", r"\1", url))
-
-
-def _cut(name: str, most: int = 0) -> str:
-    most = most or _LONGEST_NAME
-    return name if len(name) <= most else f"{name[:most]}... ({len(name)} characters)"
+    return cut(re.sub(r"^(\w+://)[^/?#]*@", r"\1", url), _LONGEST_NAME)
 
 
 def _sentence(error) -> str:

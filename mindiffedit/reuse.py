@@ -29,8 +29,10 @@ def weights_of(model) -> Hashable:
     """
     if devices.device_target() != "CPU":
         return turns.once((weights_of, id(model)), object)
-    kinds = tuple(type(cell) for _, cell in model.cells_and_names())
-    return turns.once((fingerprint, id(model)), lambda: fingerprint(model)), kinds
+    return turns.once(
+        (weights_of, id(model)),
+        lambda: (fingerprint(model), *(type(cell) for _, cell in model.cells_and_names())),
+    )
 
 
 def fingerprint(model) -> bytes:
