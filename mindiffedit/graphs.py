@@ -16,7 +16,7 @@ from .kernels import portable_kernels
 from .reuse import places_of, same_places
 
 MAX_GRAPHS = 64
-"""Graphs that are kept, where nothing else is said."""
+"""Graphs that are kept, where nothing else is said; a pipeline says it, see ``max_graphs``."""
 
 
 class Graphs:

@@ -100,7 +100,9 @@ def _of_local_address(address: str) -> PIL.Image.Image:
     if address[:5].lower() == "file:":
         parts = urllib.parse.urlsplit(address)
         if parts.netloc not in ("", "localhost"):
-            raise InputError("{name} is on another machine; give the path of a file.", "image", name=cut(address, _LONGEST_NAME))
+            raise InputError(
+                "{name} is on another machine; give the path of a file.", "image", name=cut(address, _LONGEST_NAME)
+            )
         return _load_file(urllib.request.url2pathname(parts.path))
     kind, comma, content = address.partition(",")
     data = urllib.parse.unquote_to_bytes(content)
