@@ -30,7 +30,7 @@ REQUIRES = [
     # convolution of 320 channels takes 5 s there instead of 0.04 s. mindone 0.5.0 wants 2.6 at least; 2.7 is
     # the oldest that we have run.
     "mindspore>=2.7,<2.9",
-    # The models, the text encoder and the schedulers. Exact because `mindiffedit.kernels` replaces operators
+    # The models, the text encoder and the schedulers. Exact because `mindiffedit.runtime.kernels` replaces operators
     # by the names that this release's model code calls.
     "mindone==0.5.0",
     # Tokenizer and image processor; mindone 0.5.0 asks for exactly this one. It is said again here because
@@ -66,12 +66,11 @@ REFERENCE = ["torch==2.13.0", "diffusers==0.35.2"]
 # API page's long signatures into lines.
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10", "mkdocstrings[python]>=0.29,<2", "black"]
 
-NATIVE = "mindiffedit/native"
+NATIVE = "mindiffedit/runtime/native"
 
 # Contraction to fused multiply-add, and no errno, keep IEEE's rules for NaN and infinity; -ffast-math would not.
 COMPILE = (
-    "-std=c++17 -O3 -fPIC -pthread -fvisibility=hidden -fno-rtti -fno-math-errno -ffp-contract=fast "
-    "-Wno-psabi"
+    "-std=c++17 -O3 -fPIC -pthread -fvisibility=hidden -fno-rtti -fno-math-errno -ffp-contract=fast -Wno-psabi"
 ).split()
 
 # The kernels are compiled once for each; operators.cpp chooses when it runs.
@@ -147,9 +146,7 @@ def run(command):
     """Run a compiler; RuntimeError with its first line of complaint where it fails."""
     result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if result.returncode:
-        lines = [line for line in result.stdout.splitlines() if "error" in line] or [
-            f"exit status {result.returncode}"
-        ]
+        lines = [line for line in result.stdout.splitlines() if "error" in line] or [f"exit status {result.returncode}"]
         raise RuntimeError(f"{command[0]}: {lines[0]}")
 
 
@@ -165,7 +162,7 @@ setup(
     packages=find_packages(include=["mindiffedit", "mindiffedit.*"]),
     package_data={"mindiffedit": demo_files()},
     cmdclass={"build_ext": BuildNative},
-    ext_modules=[Extension("mindiffedit.native.libmindiffedit", sources=[f"{NATIVE}/operators.cpp"])],
+    ext_modules=[Extension("mindiffedit.runtime.native.libmindiffedit", sources=[f"{NATIVE}/operators.cpp"])],
     install_requires=REQUIRES,
     extras_require={
         "benchmark": ["matplotlib>=3.5"],  # for `scripts/benchmark.py --scaling`, which draws

@@ -3,6 +3,8 @@
 Names are imported when first used, so that ``import mindiffedit`` and the command line's help stay quick.
 """
 
+import os
+
 __version__ = "0.1.0"
 
 _HOMES = {
@@ -11,25 +13,27 @@ _HOMES = {
     "DiffEditOutput": "outputs",
     "EditReport": "outputs",
     "StableDiffusionPipelineOutput": "outputs",
-    "DDIMScheduler": "schedulers",
-    "DDIMInverseScheduler": "schedulers",
-    "DPMSolverMultistepScheduler": "schedulers",
-    "DPMSolverMultistepInverseScheduler": "schedulers",
-    "Generator": "generator",
+    "DDIMScheduler": "solvers.schedulers",
+    "DDIMInverseScheduler": "solvers.schedulers",
+    "DPMSolverMultistepScheduler": "solvers.schedulers",
+    "DPMSolverMultistepInverseScheduler": "solvers.schedulers",
+    "Generator": "noise.generator",
     "InputError": "errors",
     "InputTypeError": "errors",
     "MaskOptions": "masks",
-    "load_component": "models",
-    "portable_kernels": "kernels",
-    "AnimatedStrip": "strips",
-    "PromptGenerator": "prompts",
-    "Captioner": "prompts",
-    "average_embeddings": "prompts",
-    "load_image": "reading",
-    "make_image_grid": "pictures",
+    "load_component": "checkpoints.models",
+    "portable_kernels": "runtime.kernels",
+    "AnimatedStrip": "images.strips",
+    "PromptGenerator": "text.prompts",
+    "Captioner": "text.prompts",
+    "average_embeddings": "text.prompts",
+    "load_image": "images.reading",
+    "make_image_grid": "images.pictures",
 }
 
 __all__ = [*_HOMES, "__version__"]
+
+__path__.append(os.path.join(os.path.dirname(__file__), "_moved"))
 
 
 def __getattr__(name):

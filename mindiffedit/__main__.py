@@ -3,7 +3,7 @@
 import os
 import sys
 
-from mindiffedit.cli import main
+from mindiffedit.cli.command import main
 
 
 def program() -> int:

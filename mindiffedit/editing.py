@@ -6,14 +6,19 @@ import contextlib
 import re
 import time
 import unicodedata
-from typing import Any, Callable, Dict, List, Optional, Sequence, Union
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from PIL.Image import Image
 
-from . import colours, masks, options, pictures, randomness, schedules, turns
-from .errors import InputError, InputTypeError, Message
-from .outputs import DiffEditInversionPipelineOutput, DiffEditOutput, EditReport
+from mindiffedit import masks, options
+from mindiffedit.errors import InputError, InputTypeError, Message
+from mindiffedit.images import colours, pictures
+from mindiffedit.noise import randomness
+from mindiffedit.outputs import DiffEditInversionPipelineOutput, DiffEditOutput, EditReport
+from mindiffedit.runtime import turns
+from mindiffedit.solvers import schedules
 
 INVERSIONS = ("ddim", "noise")
 
@@ -38,10 +43,10 @@ class Editing:
     def edit(
         self,
         image,
-        source_prompt: Optional[Union[str, List[str]]] = None,
-        target_prompt: Optional[Union[str, List[str]]] = None,
+        source_prompt: str | list[str] | None = None,
+        target_prompt: str | list[str] | None = None,
         *,
-        negative_prompt: Optional[Union[str, List[str]]] = None,
+        negative_prompt: str | list[str] | None = None,
         source_prompt_embeds=None,
         target_prompt_embeds=None,
         negative_prompt_embeds=None,
@@ -51,29 +56,29 @@ class Editing:
         num_maps_per_mask: int = 4,
         mask_encode_strength: float = 0.5,
         mask_thresholding_ratio: float = 2.0,
-        mask_options: Optional[masks.MaskOptions] = None,
+        mask_options: masks.MaskOptions | None = None,
         mask_image=None,
         mask_combination: str = "replace",
         per_image_clamp: bool = True,
         corrected_guidance: bool = True,
-        outlier_quantile: Optional[float] = 0.99,
+        outlier_quantile: float | None = 0.99,
         inversion: str = "ddim",
-        inversion_prompt: Optional[Union[str, List[str]]] = None,
+        inversion_prompt: str | list[str] | None = None,
         inversion_guidance_scale: float = 1.0,
         inversion_iterations: int = 0,
         aligned_background: bool = True,
-        image_latents: Optional[DiffEditInversionPipelineOutput] = None,
+        image_latents: DiffEditInversionPipelineOutput | None = None,
         paste_back: bool = True,
-        feather: Optional[int] = None,
+        feather: int | None = None,
         eta: float = 0.0,
         generator=None,
         output_type: str = "pil",
         measure_reconstruction: bool = False,
-        callback_on_step_end: Optional[Callable] = None,
+        callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        debug_callback: Optional[Callable] = None,
-        cross_attention_kwargs: Optional[Dict[str, Any]] = None,
-        clip_skip: Optional[int] = None,
+        debug_callback: Callable | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        clip_skip: int | None = None,
     ) -> DiffEditOutput:
         """Changes what the two prompts disagree about, and nothing else.
 
@@ -169,9 +174,7 @@ class Editing:
         options.check_viewer(debug_callback)
         mask_options = EDIT_MASK if mask_options is None else masks.checked_options(mask_options)
         feather = (
-            self.vae_scale_factor
-            if feather is None
-            else options.check_at_least_zero(feather, "feather", MOST_FEATHER)
+            self.vae_scale_factor if feather is None else options.check_at_least_zero(feather, "feather", MOST_FEATHER)
         )
         _check_inversion(inversion, inversion_iterations, image_latents, measure_reconstruction)
         randomness.resolve(generator)
@@ -183,13 +186,11 @@ class Editing:
         own = self._own_mask(mask_image, mask_combination, mask_options, grid, batch)
         if image_latents is not None:
             timesteps, _ = self._schedule(self._ready_scheduler(), self.get_timesteps, *schedule.values())
-            self._check_inverted(
-                image_latents, (batch, len(timesteps), self.vae.config.latent_channels, *grid)
-            )
+            self._check_inverted(image_latents, (batch, len(timesteps), self.vae.config.latent_channels, *grid))
         elif inversion == "ddim":
             self._ready_inverse_scheduler()  # before the mask, which has to be at the noise levels of the same solver
 
-        seconds: Dict[str, float] = {}
+        seconds: dict[str, float] = {}
         with contextlib.nullcontext() if debug_callback is None else self.debugging(debug_callback):
             # 2. The mask
             with _timed(seconds, "mask"):
@@ -300,7 +301,7 @@ class Editing:
         num_inference_steps: int = 50,
         inpaint_strength: float = 0.8,
         generator=None,
-        batch_size: Optional[int] = None,
+        batch_size: int | None = None,
     ) -> DiffEditInversionPipelineOutput:
         """The picture noised afresh at every level of the edit: a background without an inversion.
 
@@ -358,7 +359,7 @@ class Editing:
         self._check_prompts(target[0], negative[0], target[1], negative[1], is_guided)
         return batch
 
-    def _own_mask(self, mask_image, combination, mask_options, grid, batch) -> Optional[np.ndarray]:
+    def _own_mask(self, mask_image, combination, mask_options, grid, batch) -> np.ndarray | None:
         """The user's mask on the latents' grid, (B, h, w) float32; 0 and 1 unless masks are soft."""
         if mask_image is None:
             if combination != "replace":
@@ -439,7 +440,7 @@ def _for_each_map(generator, copies: int):
     return [source for source in randomness.resolve(generator) for _ in range(copies)]
 
 
-def _originals(image, batch: int) -> Optional[List[colours.Original]]:
+def _originals(image, batch: int) -> list[colours.Original] | None:
     """For each prompt the PIL picture that it is about; None where others than PIL pictures were given."""
     given = list(image) if isinstance(image, (list, tuple)) else [image]
     if not all(isinstance(picture, Image) for picture in given):
@@ -475,7 +476,7 @@ def _finished(decoded, flags, originals, mask, feather, paste_back, report, as_p
     return images
 
 
-def change_outside(images, originals, weights) -> List[float]:
+def change_outside(images, originals, weights) -> list[float]:
     """Rms difference of pictures (B, H, W, 3) in [0, 1], in levels of 255, where the weights (B, H, W) are 0.
 
     0 where they never are.
@@ -492,13 +493,13 @@ def _rms(arrays: np.ndarray) -> np.ndarray:
     return np.sqrt(np.square(arrays, dtype=np.float64).mean(axis=tuple(range(1, arrays.ndim))))
 
 
-def _psnr(decoded: np.ndarray, pixels: np.ndarray) -> List[float]:
+def _psnr(decoded: np.ndarray, pixels: np.ndarray) -> list[float]:
     """dB between pictures (B, 3, H, W) in [-1, 1]."""
     error = _rms(np.clip(decoded, -1, 1) - np.concatenate([pixels] * (len(decoded) // len(pixels)))) / 2
     return [float(value) for value in -20 * np.log10(np.maximum(error, 1e-5))]
 
 
-def _warnings(report: EditReport, source_prompt, target_prompt, own_mask: bool) -> List[Message]:
+def _warnings(report: EditReport, source_prompt, target_prompt, own_mask: bool) -> list[Message]:
     """What looks wrong, and what to turn."""
     found = []
     for i, share in enumerate(report.mask_coverage):
@@ -508,9 +509,7 @@ def _warnings(report: EditReport, source_prompt, target_prompt, own_mask: bool) 
             if own_mask:
                 remedy = "draw more of it"
             found.append(
-                Message(
-                    "{which}the mask is empty, so nothing has changed; {remedy}.", which=which, remedy=remedy
-                )
+                Message("{which}the mask is empty, so nothing has changed; {remedy}.", which=which, remedy=remedy)
             )
         elif share > 0.9:
             remedy = Message(
@@ -560,12 +559,12 @@ def _words(text: str) -> set:
     return set() if _WITHOUT_SPACES.search(text) else set(re.findall(r"\w+", text))
 
 
-def _listed(prompt) -> List[str]:
+def _listed(prompt) -> list[str]:
     return [prompt] if isinstance(prompt, str) else list(prompt or [])
 
 
 @contextlib.contextmanager
-def _timed(seconds: Dict[str, float], stage: str):
+def _timed(seconds: dict[str, float], stage: str):
     begun = time.perf_counter()
     yield
     seconds[stage] = time.perf_counter() - begun

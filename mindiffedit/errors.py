@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 import string
-from typing import Any, Callable, Iterator, Optional, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 LONGEST_VALUE = 100  # characters of a value's repr in a message
 LONGEST_TEXT = 250  # of a text in a message that is shown without quotes, such as a path
@@ -48,14 +49,14 @@ class Message(str):
 
     _parts: Sequence[str]
 
-    def __new__(cls, template: str, /, parameter: Optional[str] = None, **values: Any) -> "Message":
+    def __new__(cls, template: str, /, parameter: str | None = None, **values: Any) -> Message:
         return _joined(_parts(template, parameter, values))
 
     def told(self, name: Callable[[str], str]) -> str:
         """The sentence with other names: ``name`` is called with Python's name of each parameter."""
         return "".join(name(str(part)) if isinstance(part, _Name) else part for part in self._parts)
 
-    def renamed(self, **names: str) -> "Message":
+    def renamed(self, **names: str) -> Message:
         """The sentence with other parameters, by the names that they replace."""
         return _joined(_Name(names.get(part, part)) if isinstance(part, _Name) else part for part in self._parts)
 
@@ -81,7 +82,7 @@ def _joined(parts) -> Message:
     return message
 
 
-def _parts(template: str, parameter: Optional[str], values: dict) -> Iterator[str]:
+def _parts(template: str, parameter: str | None, values: dict) -> Iterator[str]:
     for text, field, form, conversion in string.Formatter().parse(template):
         yield text
         if field is None:
@@ -101,10 +102,10 @@ def _parts(template: str, parameter: Optional[str], values: dict) -> Iterator[st
 class _AboutInput:
     """What the two kinds of error share; with a ``parameter`` or ``values`` the text is a ``Message``'s template."""
 
-    parameter: Optional[str]
+    parameter: str | None
     message: Message
 
-    def __init__(self, text: str, /, parameter: Optional[str] = None, **values: Any):
+    def __init__(self, text: str, /, parameter: str | None = None, **values: Any):
         if isinstance(text, Message):
             message = text
         elif parameter is None and not values:

@@ -7,15 +7,16 @@ A *map* is the averaged difference of two noise predictions, (B, h, w) float32, 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Callable, List, Sequence, Tuple
 
 import numpy as np
 import PIL.Image
 
-from .edges import follow_edges
-from .errors import InputError, InputTypeError, Message, named
-from .options import (
+from mindiffedit.errors import InputError, InputTypeError, Message, named
+from mindiffedit.images.edges import follow_edges
+from mindiffedit.images.pictures import contact_sheet, grey_levels, is_tensor, mask_values, to_numpy, to_srgb
+from mindiffedit.options import (
     NumericalError,
     check_at_least_zero,
     check_count,
@@ -27,7 +28,6 @@ from .options import (
     check_switch,
     check_threshold,
 )
-from .pictures import contact_sheet, grey_levels, is_tensor, mask_values, to_numpy, to_srgb
 
 COMBINATIONS = ("replace", "union", "subtract", "intersection")
 MAX_SWEEP_VALUES = 12
@@ -215,9 +215,7 @@ def mask_of(
         share = np.stack([ndimage.gaussian_filter(x, options.smoothing, mode="nearest") for x in share])
     if options.edges > 0:
         followed = zip(share, _guides(guides, maps.shape))
-        share = np.stack(
-            [follow_edges(x, guide, options.edges, options.edge_contrast) for x, guide in followed]
-        )
+        share = np.stack([follow_edges(x, guide, options.edges, options.edge_contrast) for x, guide in followed])
     threshold = np.float32(options.threshold)
     masks = np.stack([_cleaned(x > threshold, options) for x in share])
     if not options.soft:
@@ -263,13 +261,11 @@ def _clamp(clamp, count: int) -> np.ndarray:
         )
     clamp = clamp.astype(np.float32)
     if not (clamp > 0).all():
-        raise InputError(
-            "{parameter} has to be above 0, but is {least:g}.", parameter="clamp", least=clamp.min()
-        )
+        raise InputError("{parameter} has to be above 0, but is {least:g}.", parameter="clamp", least=clamp.min())
     return clamp if clamp.ndim == 0 else clamp.reshape(-1, 1, 1)
 
 
-def _guides(guides, shape: Tuple[int, ...]) -> np.ndarray:
+def _guides(guides, shape: tuple[int, ...]) -> np.ndarray:
     if guides is None:
         raise InputError(
             "{parameter} asks for the picture's edges; give {guides}, as `edges.guides_of` makes them.",
@@ -329,7 +325,7 @@ def _softened(share: np.ndarray, mask: np.ndarray, threshold: float, reach: int)
     return levels.astype(np.float32) / np.float32(255)
 
 
-def mask_coverage(mask) -> List[float]:
+def mask_coverage(mask) -> list[float]:
     """For each mask its share of the latents, from 0 to 1; a soft value counts as the part that it is."""
     return [float(values.mean(dtype=np.float64)) for values in _grids(mask, "mask")]
 
@@ -337,9 +333,7 @@ def mask_coverage(mask) -> List[float]:
 # --- masks of users --------------------------------------------------------------------------------
 
 
-def user_mask(
-    mask, size: Tuple[int, int], batch: int = 1, name: str = "mask", soft: bool = True
-) -> np.ndarray:
+def user_mask(mask, size: tuple[int, int], batch: int = 1, name: str = "mask", soft: bool = True) -> np.ndarray:
     """A mask drawn by the user, of any size and kind, on the latents' grid.
 
     Args:
@@ -381,7 +375,7 @@ def user_mask(
     return resampled if check_switch(soft, "soft") else (resampled >= 0.5).astype(np.float32)
 
 
-def on_latents(mask, size: Tuple[int, int], factor: int, batch: int, soft: bool) -> np.ndarray:
+def on_latents(mask, size: tuple[int, int], factor: int, batch: int, soft: bool) -> np.ndarray:
     """A mask of the picture's size, on the grid of its latents: what `user_mask` makes of it, (batch, 1, h, w).
 
     W10: for the call that mirrors the reference's, which takes masks of the latents' size alone.
@@ -510,7 +504,7 @@ def _grids(mask, name: str) -> np.ndarray:
 # --- sizes -----------------------------------------------------------------------------------------
 
 
-def _checked_size(size) -> Tuple[int, int]:
+def _checked_size(size) -> tuple[int, int]:
     try:
         height, width = size
     except (TypeError, ValueError):
@@ -520,7 +514,7 @@ def _checked_size(size) -> Tuple[int, int]:
     return check_positive_int("size", height), check_positive_int("size", width)
 
 
-def _resampled(values: np.ndarray, size: Tuple[int, int]) -> np.ndarray:
+def _resampled(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """(B, H, W) at another size: the largest value where it shrinks, the nearest where it grows."""
     for axis, wanted in zip((1, 2), size):
         length = values.shape[axis]
@@ -534,7 +528,7 @@ def _resampled(values: np.ndarray, size: Tuple[int, int]) -> np.ndarray:
     return values
 
 
-def enlarged(mask, size: Tuple[int, int]) -> np.ndarray:
+def enlarged(mask, size: tuple[int, int]) -> np.ndarray:
     """A mask at the size (H, W) of its picture, each pixel with the value of its latent: float32 (B, H, W).
 
     `size` may be no multiple of the latents; `user_mask` is the way back. A size below the mask's takes the largest
@@ -546,7 +540,7 @@ def enlarged(mask, size: Tuple[int, int]) -> np.ndarray:
 # --- pasting results back --------------------------------------------------------------------------
 
 
-def feathered(mask, size: Tuple[int, int], radius: float) -> np.ndarray:
+def feathered(mask, size: tuple[int, int], radius: float) -> np.ndarray:
     """Weights of an edited picture over its original, float32 (B, H, W) in [0, 1].
 
     1 on all pixels of the mask, (1 + cos(pi d / radius)) / 2 at a distance of d pixels from the nearest of them, and
@@ -655,9 +649,7 @@ def overlay(
     except (TypeError, ValueError):
         colour = ()
     if len(colour) != 3:
-        raise InputError(
-            "{parameter} has to be (red, green, blue), whole numbers from 0 to 255.", parameter="colour"
-        )
+        raise InputError("{parameter} has to be (red, green, blue), whole numbers from 0 to 255.", parameter="colour")
     opacity = check_strength(opacity, "opacity")
     check_switch(outline, "outline")
     pixels = np.asarray(to_srgb(picture)).astype(np.float32)
@@ -703,9 +695,7 @@ def sweep_values(text: str, name: str, check: Callable) -> list:
     for entry in entries:
         try:
             value = check(_number(entry, text, name), name)
-        except (
-            InputTypeError
-        ) as error:  # a fraction where a whole number is meant: the text's value, not a type
+        except InputTypeError as error:  # a fraction where a whole number is meant: the text's value, not a type
             raise InputError(error.message, error.parameter) from error
         if value in values:
             raise InputError(

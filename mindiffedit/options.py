@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import Optional, Sequence, Tuple
+from collections.abc import Sequence
 
 import numpy as np
 
-from .errors import InputError, InputTypeError, Message, named, shown
-from .pictures import to_numpy
+from mindiffedit.errors import InputError, InputTypeError, Message, named, shown
+from mindiffedit.images.pictures import to_numpy
 
 MAX_STEPS = 1000
 MOST_ITERATIONS = 100  # of one step of an inversion; two or three are of use
@@ -58,7 +58,7 @@ __all__ = [
 class NumericalError(ArithmeticError, ValueError):
     """A stage produced NaN or infinity. `stage` (str) and `step` (int or None) say where; `message` is the sentence."""
 
-    def __init__(self, message: str, stage: Optional[str] = None, step: Optional[int] = None):
+    def __init__(self, message: str, stage: str | None = None, step: int | None = None):
         super().__init__(message)
         self.message = message
         self.stage = stage
@@ -79,9 +79,7 @@ def _real(value, name: str, expected: str) -> float:
     except OverflowError:  # a whole number of more than 308 digits
         number = math.inf
     if not math.isfinite(number):
-        raise InputError(
-            "{parameter} has to be {expected}, but is {value!r}.", name, expected=expected, value=value
-        )
+        raise InputError("{parameter} has to be {expected}, but is {value!r}.", name, expected=expected, value=value)
     return number
 
 
@@ -153,9 +151,7 @@ def effective_steps(num_inference_steps: int, strength: float, name: str = "inpa
         needed = math.ceil(1 / strength)
         while int(needed * strength) < 1:
             needed += 1
-        remedy = Message(
-            "{remedy}, or {num_inference_steps} of at least {needed}", remedy=remedy, needed=needed
-        )
+        remedy = Message("{remedy}, or {num_inference_steps} of at least {needed}", remedy=remedy, needed=needed)
     raise InputError(
         "{parameter} {strength:g} of {steps} steps leaves no step to run: {remedy}.",
         parameter=name,
@@ -243,7 +239,7 @@ def check_eta(value) -> float:
     return eta
 
 
-def check_quantile(value, name: str = "outlier_quantile") -> Optional[float]:
+def check_quantile(value, name: str = "outlier_quantile") -> float | None:
     """None, or a number above 0 and up to 1."""
     if value is None:
         return None
@@ -293,7 +289,7 @@ def check_callback(callback, callback_steps) -> int:
     return check_positive_int("callback_steps", callback_steps)
 
 
-def check_step_callback(callback, tensor_inputs, allowed: Sequence[str]) -> Tuple[str, ...]:
+def check_step_callback(callback, tensor_inputs, allowed: Sequence[str]) -> tuple[str, ...]:
     """`callback_on_step_end` is None or callable; returns the names of the tensors that it gets, from `allowed`."""
     if callback is not None and not callable(callback):
         raise InputTypeError(
@@ -329,7 +325,7 @@ def check_viewer(callback) -> None:
         )
 
 
-def check_clip_skip(value, number_of_layers: int) -> Optional[int]:
+def check_clip_skip(value, number_of_layers: int) -> int | None:
     """None, or how many of the text encoder's last layers are left out: 0 to `number_of_layers`."""
     if value is None:
         return None
@@ -346,7 +342,7 @@ def check_clip_skip(value, number_of_layers: int) -> Optional[int]:
 
 def check_regularisation(
     lambda_auto_corr, lambda_kl, num_reg_steps, num_auto_corr_rolls
-) -> Tuple[float, float, int, int]:
+) -> tuple[float, float, int, int]:
     """The four options of the inversion's regularisers: weights of at least 0, counts of at least 0.
 
     A weight or a count of 0 switches its regulariser off.
@@ -389,7 +385,7 @@ def check_temperature(value) -> float:
     return temperature
 
 
-def check_top_k(value) -> Optional[int]:
+def check_top_k(value) -> int | None:
     """How many of the likeliest tokens are drawn from: at least 1, or None for all of them (as 0, in transformers)."""
     if value is None:
         return None
@@ -499,9 +495,7 @@ def _check_texts(value, name: str) -> int:
     if isinstance(value, str):
         return 1
     if not isinstance(value, list):
-        raise InputError(
-            "{parameter} has to be of type `str` or `list` but is {value!t}.", parameter=name, value=value
-        )
+        raise InputError("{parameter} has to be of type `str` or `list` but is {value!t}.", parameter=name, value=value)
     if len(value) == 0:
         raise InputError("{parameter} is an empty list; give one text for each picture.", parameter=name)
     for i, entry in enumerate(value):
@@ -538,7 +532,7 @@ def _check_negative(prompt, negative_prompt, batch_size: int, text: str, negativ
         )
 
 
-def _check_embeds(value, name: str) -> Tuple[int, ...]:
+def _check_embeds(value, name: str) -> tuple[int, ...]:
     """`value` holds finite floats (B, tokens, width); returns the shape."""
     array = to_numpy(value)
     if array.dtype.kind != "f":
@@ -554,9 +548,7 @@ def _check_embeds(value, name: str) -> Tuple[int, ...]:
             shape=array.shape,
         )
     if not np.isfinite(array).all():
-        raise InputError(
-            "{parameter} has NaN or infinite values; every value has to be finite.", parameter=name
-        )
+        raise InputError("{parameter} has NaN or infinite values; every value has to be finite.", parameter=name)
     return array.shape
 
 
@@ -629,9 +621,7 @@ def check_image_latents(
         got = f"has batch size {array.shape[0]} with latent images from {array.shape[1]} timesteps"
         raise _wrong_count(name, batch_size, steps, got)
     if not np.isfinite(array).all():
-        raise InputError(
-            "{parameter} has NaN or infinite values; every value has to be finite.", parameter=name
-        )
+        raise InputError("{parameter} has NaN or infinite values; every value has to be finite.", parameter=name)
     return array
 
 
@@ -653,9 +643,7 @@ def check_clean_latents(array, shape: Sequence[int], name: str = "clean_latents"
             shape=array.shape,
         )
     if not np.isfinite(array).all():
-        raise InputError(
-            "{parameter} has NaN or infinite values; every value has to be finite.", parameter=name
-        )
+        raise InputError("{parameter} has NaN or infinite values; every value has to be finite.", parameter=name)
     return array
 
 
@@ -708,7 +696,7 @@ def check_generators(generator, count: int) -> None:
         )
 
 
-def check_finite(array, stage: str, step: Optional[int] = None) -> None:
+def check_finite(array, stage: str, step: int | None = None) -> None:
     """Raise NumericalError, naming the stage (and the step, counted from 0) that produced NaN or infinity."""
     array = to_numpy(array)
     finite = np.isfinite(array)

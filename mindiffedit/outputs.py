@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any, Dict, List, Optional, Union
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -12,7 +12,7 @@ import PIL.Image
 class _Output:
     """Attributes, and a mapping of those that are not None with access by position: diffusers' outputs."""
 
-    def keys(self) -> List[str]:
+    def keys(self) -> list[str]:
         """Names of the values that are not None, in order."""
         named = (f.name for f in fields(self) if not f.metadata.get("beside"))
         return [name for name in named if getattr(self, name) is not None]
@@ -50,7 +50,7 @@ class DiffEditInversionPipelineOutput(_Output):
     """
 
     latents: Any
-    images: Optional[Union[List[PIL.Image.Image], np.ndarray]] = None
+    images: list[PIL.Image.Image] | np.ndarray | None = None
     clean_latents: Any = field(default=None, metadata={"beside": True})
 
 
@@ -64,7 +64,7 @@ class StableDiffusionPipelineOutput(_Output):
     """
 
     images: Any
-    nsfw_content_detected: Optional[List[bool]] = None
+    nsfw_content_detected: list[bool] | None = None
 
 
 @dataclass
@@ -84,13 +84,13 @@ class EditReport:
         warnings: sentences that say what looks wrong and which option to change.
     """
 
-    mask_coverage: List[float]
-    inversion_error: Optional[List[float]] = None
-    reconstruction_psnr: Optional[List[float]] = None
-    change_outside: Optional[List[float]] = None
-    change_outside_before_paste_back: Optional[List[float]] = None
-    seconds: Dict[str, float] = field(default_factory=dict)
-    warnings: List[str] = field(default_factory=list)
+    mask_coverage: list[float]
+    inversion_error: list[float] | None = None
+    reconstruction_psnr: list[float] | None = None
+    change_outside: list[float] | None = None
+    change_outside_before_paste_back: list[float] | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -109,8 +109,8 @@ class DiffEditOutput(_Output):
 
     images: Any
     mask_image: np.ndarray
-    mask_map: Optional[np.ndarray]
+    mask_map: np.ndarray | None
     image_latents: Any
     latents: Any
     report: EditReport
-    nsfw_content_detected: Optional[List[bool]] = None
+    nsfw_content_detected: list[bool] | None = None

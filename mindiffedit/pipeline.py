@@ -11,20 +11,25 @@ import copy
 import dataclasses
 import inspect
 import logging
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
-from . import edges, masks, options, pictures, randomness, regularisers, schedules, turns
-from .editing import Editing
-from .errors import InputError, InputTypeError, named
-from .outputs import DiffEditInversionPipelineOutput, StableDiffusionPipelineOutput
-from .preparation import Preparation, as_its_own
+from mindiffedit import masks, options
+from mindiffedit.editing import Editing
+from mindiffedit.errors import InputError, InputTypeError, named
+from mindiffedit.images import edges, pictures
+from mindiffedit.noise import randomness, regularisers
+from mindiffedit.outputs import DiffEditInversionPipelineOutput, StableDiffusionPipelineOutput
+from mindiffedit.preparation import Preparation, as_its_own
+from mindiffedit.runtime import turns
+from mindiffedit.solvers import schedules
 
 logger = logging.getLogger(__name__)
 
 
-def _texts(prompt, batch: int) -> List[str]:
+def _texts(prompt, batch: int) -> list[str]:
     """Prompts as a list; None is the empty text."""
     if prompt is None:
         return [""] * batch
@@ -82,27 +87,27 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
     def generate_mask(
         self,
         image=None,
-        target_prompt: Optional[Union[str, List[str]]] = None,
-        target_negative_prompt: Optional[Union[str, List[str]]] = None,
+        target_prompt: str | list[str] | None = None,
+        target_negative_prompt: str | list[str] | None = None,
         target_prompt_embeds=None,
         target_negative_prompt_embeds=None,
-        source_prompt: Optional[Union[str, List[str]]] = None,
-        source_negative_prompt: Optional[Union[str, List[str]]] = None,
+        source_prompt: str | list[str] | None = None,
+        source_negative_prompt: str | list[str] | None = None,
         source_prompt_embeds=None,
         source_negative_prompt_embeds=None,
-        num_maps_per_mask: Optional[int] = 10,
-        mask_encode_strength: Optional[float] = 0.5,
-        mask_thresholding_ratio: Optional[float] = 3.0,
+        num_maps_per_mask: int | None = 10,
+        mask_encode_strength: float | None = 0.5,
+        mask_thresholding_ratio: float | None = 3.0,
         num_inference_steps: int = 50,
         guidance_scale: float = 7.5,
         generator=None,
-        output_type: Optional[str] = "np",
-        cross_attention_kwargs: Optional[Dict[str, Any]] = None,
+        output_type: str | None = "np",
+        cross_attention_kwargs: dict[str, Any] | None = None,
         *,
         per_image_clamp: bool = False,
         corrected_guidance: bool = False,
-        outlier_quantile: Optional[float] = None,
-        mask_options: Optional[masks.MaskOptions] = None,
+        outlier_quantile: float | None = None,
+        mask_options: masks.MaskOptions | None = None,
         return_map: bool = False,
     ):
         """Where the picture has to change: the thresholded difference of noise predictions for two prompts.
@@ -200,10 +205,7 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
         if (
             target_prompt is not None
             and source_prompt is not None
-            and (
-                _texts(target_prompt, batch) == _texts(source_prompt, batch)
-                and (same_negatives or not is_guided)
-            )
+            and (_texts(target_prompt, batch) == _texts(source_prompt, batch) and (same_negatives or not is_guided))
         ):
             raise InputError(
                 "Source and target prompt are the same ({text!r}), so there is no difference to make a mask of; say in "
@@ -218,9 +220,7 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
         pixels = self._pixels(image, batch)
         self._check_sources(source, pixels, batch, num_maps_per_mask)
         # 5. Set timesteps (before the models run, so that a bad schedule fails first)
-        timesteps, _ = self._schedule(
-            scheduler, self.get_timesteps, num_inference_steps, mask_encode_strength
-        )
+        timesteps, _ = self._schedule(scheduler, self.get_timesteps, num_inference_steps, mask_encode_strength)
         timestep = self._crosses("timestep", np.asarray(timesteps[0]))
 
         # 2. to 8., up to the map
@@ -242,9 +242,7 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
         maps = self._crosses("map", maps)
 
         # 8. The mask. D4: without `per_image_clamp` the clamp is a mean over the whole batch, as in the reference.
-        clamp = self._crosses(
-            "clamp_magnitude", masks.clamp_of(maps, mask_thresholding_ratio, per_image_clamp)
-        )
+        clamp = self._crosses("clamp_magnitude", masks.clamp_of(maps, mask_thresholding_ratio, per_image_clamp))
         guides = None
         if mask_options.edges:
             guides = edges.guides_of(pixels, maps.shape[1:])
@@ -298,9 +296,7 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
 
         # 7. Predict the noise for both prompts and, where their negatives differ, for these
         on_source, on_target = np.split(
-            self._noise_predictions(
-                "noise_predictions", noised, timestep, [origin, target], attention_kwargs
-            ),
+            self._noise_predictions("noise_predictions", noised, timestep, [origin, target], attention_kwargs),
             2,
         )
         difference = on_target - on_source
@@ -349,28 +345,28 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
     @turns.turn()
     def invert(
         self,
-        prompt: Optional[Union[str, List[str]]] = None,
+        prompt: str | list[str] | None = None,
         image=None,
         num_inference_steps: int = 50,
         inpaint_strength: float = 0.8,
         guidance_scale: float = 7.5,
-        negative_prompt: Optional[Union[str, List[str]]] = None,
+        negative_prompt: str | list[str] | None = None,
         generator=None,
         prompt_embeds=None,
         negative_prompt_embeds=None,
         decode_latents: bool = False,
-        output_type: Optional[str] = "pil",
+        output_type: str | None = "pil",
         return_dict: bool = True,
-        callback: Optional[Callable[[int, int, Any], None]] = None,
-        callback_steps: Optional[int] = 1,
-        cross_attention_kwargs: Optional[Dict[str, Any]] = None,
+        callback: Callable[[int, int, Any], None] | None = None,
+        callback_steps: int | None = 1,
+        cross_attention_kwargs: dict[str, Any] | None = None,
         lambda_auto_corr: float = 20.0,
         lambda_kl: float = 20.0,
         num_reg_steps: int = 0,
         num_auto_corr_rolls: int = 5,
         *,
         inversion_iterations: int = 0,
-        callback_on_step_end: Optional[Callable] = None,
+        callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ):
         """Latents of the picture, step by step from nearly clean to noisy, along the inverse scheduler.
@@ -459,18 +455,14 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
         pixels = self._pixels(image, batch)
         self._check_sources(source, pixels, batch, 1)
         # 6. Prepare timesteps (before the models run, so that a bad schedule fails first)
-        timesteps, steps = self._schedule(
-            scheduler, self.get_inverse_timesteps, num_inference_steps, inpaint_strength
-        )
+        timesteps, steps = self._schedule(scheduler, self.get_inverse_timesteps, num_inference_steps, inpaint_strength)
         timesteps = self._crosses("timesteps", timesteps)
 
         # 2. to 4. Picture to latents
         latents = self._image_latents(pixels, batch, 1, source)
 
         # 5. Encode input prompt
-        embeds = self._joined_embeds(
-            prompt, 1, is_guided, negative_prompt, prompt_embeds, negative_prompt_embeds
-        )
+        embeds = self._joined_embeds(prompt, 1, is_guided, negative_prompt, prompt_embeds, negative_prompt_embeds)
 
         # 7. Noising loop
         def regularised(noise_pred, model_input, t):
@@ -566,7 +558,7 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
         iterations=0,
         step_callback=None,
         tensor_inputs=(),
-    ) -> Tuple[List[np.ndarray], Optional[np.ndarray]]:
+    ) -> tuple[list[np.ndarray], np.ndarray | None]:
         """The loop of ``invert`` (no mask) and of the edit.
 
         Args:
@@ -586,9 +578,7 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
             plan = dataclasses.replace(plan, coefficients=self._crosses("coefficients", plan.coefficients))
         if plan is not None and regularise is None:
             refine = self._refinement(scheduler, predict, is_guided, iterations)
-            advance = self._fused_advance(
-                plan, predict, guidance_scale, latents, mask, source, refine, backgrounds
-            )
+            advance = self._fused_advance(plan, predict, guidance_scale, latents, mask, source, refine, backgrounds)
         else:
             advance = self._stepwise_advance(
                 scheduler,
@@ -626,8 +616,7 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
     def _step_ended(self, callback, i, t, tensors, names, latents, embeds, predict):
         """Calls ``callback_on_step_end``; returns the latents and embeddings to go on with."""
         given = {
-            name: None if tensors[name] is None else self._tensor(tensors[name], self.unet.dtype)
-            for name in names
+            name: None if tensors[name] is None else self._tensor(tensors[name], self.unet.dtype) for name in names
         }
         with turns.turn_given_up():
             changed = callback(self, i, t, given)
@@ -731,17 +720,14 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
         """The compiled UNet with guidance, then the scheduler's own ``step``: any scheduler, any option."""
         import mindspore as ms
 
-        from .kernels import eagerly
-
-        from .steps import guided
+        from mindiffedit.runtime.kernels import eagerly
+        from mindiffedit.stages import guided
 
         scheduler = copy.deepcopy(scheduler)  # it keeps what it has seen from step to step, and may be shared
         accepted = inspect.signature(scheduler.step).parameters
         extra = {"eta": eta} if "eta" in accepted else {}
         wants_noise = "variance_noise" in accepted
-        stochastic = (eta > 0 and "eta" in accepted) or "sde" in str(
-            scheduler.config.get("algorithm_type", "")
-        )
+        stochastic = (eta > 0 and "eta" in accepted) or "sde" in str(scheduler.config.get("algorithm_type", ""))
 
         def draw(shape):
             return self._crosses("step_noise", self._noise(shape, source), step)
@@ -785,29 +771,29 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
     @turns.turn()
     def __call__(
         self,
-        prompt: Optional[Union[str, List[str]]] = None,
+        prompt: str | list[str] | None = None,
         mask_image=None,
         image_latents=None,
-        inpaint_strength: Optional[float] = 0.8,
+        inpaint_strength: float | None = 0.8,
         num_inference_steps: int = 50,
         guidance_scale: float = 7.5,
-        negative_prompt: Optional[Union[str, List[str]]] = None,
-        num_images_per_prompt: Optional[int] = 1,
+        negative_prompt: str | list[str] | None = None,
+        num_images_per_prompt: int | None = 1,
         eta: float = 0.0,
         generator=None,
         latents=None,
         prompt_embeds=None,
         negative_prompt_embeds=None,
-        output_type: Optional[str] = "pil",
+        output_type: str | None = "pil",
         return_dict: bool = True,
-        callback: Optional[Callable[[int, int, Any], None]] = None,
+        callback: Callable[[int, int, Any], None] | None = None,
         callback_steps: int = 1,
-        cross_attention_kwargs: Optional[Dict[str, Any]] = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
         clip_skip: int = None,
         *,
         clean_latents=None,
         soft_mask: bool = False,
-        callback_on_step_end: Optional[Callable] = None,
+        callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ):
         """The edit: denoise towards ``prompt`` inside the mask, keep the inverted latents outside.
@@ -914,7 +900,7 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
         soft_mask=False,
         callback_on_step_end=None,
         callback_on_step_end_tensor_inputs=("latents",),
-    ) -> Tuple[np.ndarray, Optional[np.ndarray]]:
+    ) -> tuple[np.ndarray, np.ndarray | None]:
         """The call up to its latents, (B, C, h, w) float32; and the UNet's outputs in the first step, see ``_run``."""
         # 1. Check inputs
         options.check_guidance_scale(guidance_scale)
@@ -958,9 +944,7 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
         mask = np.concatenate([np.broadcast_to(mask, (batch, *mask.shape[1:]))] * num_images_per_prompt)
 
         # 5. Set timesteps
-        timesteps, steps = self._schedule(
-            scheduler, self.get_timesteps, num_inference_steps, inpaint_strength
-        )
+        timesteps, steps = self._schedule(scheduler, self.get_timesteps, num_inference_steps, inpaint_strength)
         timesteps = self._crosses("timesteps", timesteps)
 
         # 6. Preprocess image latents
@@ -1037,7 +1021,7 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
             return images, None
         import mindspore as ms
 
-        from .kernels import eagerly
+        from mindiffedit.runtime.kernels import eagerly
 
         inputs = self.feature_extractor(pictures.postprocess_image(images, "pil"), return_tensors="np")
         with eagerly():

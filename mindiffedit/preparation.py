@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import inspect
 import logging
-from typing import Any, Dict, List, Optional
+from typing import Any
 
 import numpy as np
 
-from . import options, pictures, randomness, schedules, textual_inversion, turns
-from .adapters import Adapters
-from .errors import InputError, named
-from .notices import say_once
+from mindiffedit import options
+from mindiffedit.checkpoints import textual_inversion
+from mindiffedit.checkpoints.adapters import Adapters
+from mindiffedit.errors import InputError, named
+from mindiffedit.images import pictures
+from mindiffedit.noise import randomness
+from mindiffedit.runtime import turns
+from mindiffedit.runtime.notices import say_once
+from mindiffedit.solvers import schedules
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +32,7 @@ class Preparation(Adapters):
     """Everything that the three calls share before their loops."""
 
     def _ready_scheduler(self):
-        from .schedulers import portable
+        from mindiffedit.solvers.schedulers import portable
 
         self.scheduler = portable(self.scheduler)
         config = self.scheduler.config
@@ -44,7 +49,7 @@ class Preparation(Adapters):
         A scheduler that has none gives way to DDIM (W14), for the mask and the edit too: the three have to be at the
         same noise levels.
         """
-        from .schedulers import INVERSES, DDIMScheduler, check_invertible, inverse_of, portable
+        from mindiffedit.solvers.schedulers import INVERSES, DDIMScheduler, check_invertible, inverse_of, portable
 
         scheduler, inverse = self._ready_scheduler(), self.inverse_scheduler
         belonging = INVERSES.get(type(scheduler).__name__)
@@ -106,7 +111,7 @@ class Preparation(Adapters):
             )
         return timesteps, steps
 
-    def _attention_kwargs(self, given) -> Dict[str, Any]:
+    def _attention_kwargs(self, given) -> dict[str, Any]:
         """Checked ``cross_attention_kwargs``: the LoRAs' ``scale``, and what the attention processors know.
 
         Others are ignored with a warning.
@@ -132,9 +137,7 @@ class Preparation(Adapters):
             "kwargs",
         }
         for name in [name for name in given if name not in known]:
-            logger.warning(
-                "cross_attention_kwargs %r is not known to the attention processors and is ignored.", name
-            )
+            logger.warning("cross_attention_kwargs %r is not known to the attention processors and is ignored.", name)
             del given[name]
         return {**given, **scale}
 
@@ -147,26 +150,22 @@ class Preparation(Adapters):
         length = self.tokenizer.model_max_length
         return min(length, getattr(self.text_encoder.config, "max_position_embeddings", length))
 
-    def _tokens(self, texts: List[str], length: int):
-        return self.tokenizer(
-            texts, padding="max_length", max_length=length, truncation=True, return_tensors="np"
-        )
+    def _tokens(self, texts: list[str], length: int):
+        return self.tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="np")
 
-    def _warn_of_truncation(self, texts: List[str], token_ids: np.ndarray) -> None:
+    def _warn_of_truncation(self, texts: list[str], token_ids: np.ndarray) -> None:
         whole = self.tokenizer(texts, padding="longest", return_tensors="np").input_ids
         if whole.shape[-1] >= token_ids.shape[-1] and not np.array_equal(whole, token_ids):
             limit = self._tokens_read
             removed = self.tokenizer.batch_decode(whole[:, limit - 1 : -1])
-            logger.warning(
-                "The text encoder reads %d tokens; this part of the prompt was cut off: %s", limit, removed
-            )
+            logger.warning("The text encoder reads %d tokens; this part of the prompt was cut off: %s", limit, removed)
 
     def _embed(
         self,
-        texts: List[str],
+        texts: list[str],
         stage: str,
-        length: Optional[int] = None,
-        skip: Optional[int] = None,
+        length: int | None = None,
+        skip: int | None = None,
         lora_scale: float = 1.0,
     ) -> np.ndarray:
         """Prompt embeddings (B, L, D) float32 of texts, padded or cut to the length that is read.
@@ -193,8 +192,8 @@ class Preparation(Adapters):
         negative_prompt=None,
         prompt_embeds=None,
         negative_prompt_embeds=None,
-        lora_scale: Optional[float] = None,
-        clip_skip: Optional[int] = None,
+        lora_scale: float | None = None,
+        clip_skip: int | None = None,
     ):
         """Text to prompt embeddings, as the reference's method of that name.
 
@@ -251,9 +250,7 @@ class Preparation(Adapters):
         lora_scale=1.0,
     ):
         """``encode_prompt`` on the host: float32 arrays."""
-        batch = self._check_prompts(
-            prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, is_guided, prefix
-        )
+        batch = self._check_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, is_guided, prefix)
         if prompt_embeds is None:
             texts = [prompt] if isinstance(prompt, str) else prompt
             positive = self._embed(texts, f"{prefix}token_ids", skip=clip_skip, lora_scale=lora_scale)
@@ -382,7 +379,7 @@ class Preparation(Adapters):
         """Standard normal noise, float32, drawn as the reference draws it for models of this dtype."""
         return randomness.randn(shape, source, str(self.vae.dtype).rpartition(".")[2].lower())
 
-    def _pixels(self, image, batch: Optional[int] = None) -> np.ndarray:
+    def _pixels(self, image, batch: int | None = None) -> np.ndarray:
         """The picture(s) of a call, (N, 3, H, W) in [-1, 1], or latents (N, C, h, w); N divides the batch, if given."""
         if image is None:
             raise InputError(
@@ -416,7 +413,7 @@ class Preparation(Adapters):
             return scale * latents + spread * noise
         import mindspore as ms
 
-        from .kernels import eagerly
+        from mindiffedit.runtime.kernels import eagerly
 
         with eagerly():
             result = scheduler.add_noise(
@@ -431,7 +428,7 @@ class Preparation(Adapters):
             return latents
         import mindspore as ms
 
-        from .kernels import eagerly
+        from mindiffedit.runtime.kernels import eagerly
 
         with eagerly():
             return scheduler.scale_model_input(ms.Tensor(latents), as_its_own(scheduler, timestep)).asnumpy()

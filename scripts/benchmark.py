@@ -316,9 +316,7 @@ def shown_command(args) -> str:
     words += [f"--repeats {args.repeats}", f"--threads {args.threads}"]
     if args.mindone_maps is not None and not args.only_step:
         words.append(f"--mindone-maps {args.mindone_maps}")
-    words += [
-        f"--{name.replace('_', '-')}" for name in ("cold", "only_step", "vae_tiling") if getattr(args, name)
-    ]
+    words += [f"--{name.replace('_', '-')}" for name in ("cold", "only_step", "vae_tiling") if getattr(args, name)]
     if args.model:
         words.append("--model demo" if args.model == "demo" else "--model FOLDER")
     return " ".join(words)
@@ -471,14 +469,10 @@ def build_parser() -> argparse.ArgumentParser:
     count = number(int, 1)
     add = parser.add_argument
     add("--size", type=pixels, default=256, help="pixels on each side of the picture (256)")
-    add(
-        "--steps", type=count, default=10, help="steps of the schedule, or guided steps with --only-step (10)"
-    )
+    add("--steps", type=count, default=10, help="steps of the schedule, or guided steps with --only-step (10)")
     add("--maps", type=count, default=4, help="noise maps per mask (4)")
     add("--batch", type=count, default=1, help="pictures edited together (1)")
-    add(
-        "--strength", type=number(float, 0, 1, True), default=0.8, help="share of the steps that is run (0.8)"
-    )
+    add("--strength", type=number(float, 0, 1, True), default=0.8, help="share of the steps that is run (0.8)")
     add("--guidance", type=number(float, 1, None, True), default=7.5, help="guidance scale, above 1 (7.5)")
     add("--parties", type=party_names, default=list(PARTIES), help="some of torch,mindone,ours (all)")
     add("--mindone-maps", type=count, metavar="N", help="maps per mask for mindone, where --maps is above 1")
@@ -520,9 +514,7 @@ def build_parser() -> argparse.ArgumentParser:
 def check_options(parser, args) -> None:
     """What single options do not show. Ends the program with one sentence."""
     if int(args.steps * args.strength) < 1 and not args.only_step:
-        parser.error(
-            f"--steps {args.steps} at --strength {args.strength:g} leaves no step; give more of one."
-        )
+        parser.error(f"--steps {args.steps} at --strength {args.strength:g} leaves no step; give more of one.")
     if args.scaling and int(args.scaling_steps * args.strength) < 1:
         parser.error(f"--scaling-steps {args.scaling_steps} at --strength {args.strength:g} leaves no step.")
     if args.cold and args.only_step:
@@ -532,13 +524,9 @@ def check_options(parser, args) -> None:
     if args.mindone_maps is not None and "mindone" not in args.parties:
         parser.error("--mindone-maps is given, but mindone is not among --parties.")
     if args.threads > usable_cores():
-        parser.error(
-            f"--threads {args.threads} is more than the {usable_cores()} cores that can be used here."
-        )
+        parser.error(f"--threads {args.threads} is more than the {usable_cores()} cores that can be used here.")
     if args.model and args.checkpoint_folder:
-        parser.error(
-            "--model takes a checkpoint that is there, --checkpoint-folder makes one; give one of them."
-        )
+        parser.error("--model takes a checkpoint that is there, --checkpoint-folder makes one; give one of them.")
     if args.model and args.model != "demo" and not checkpoint.is_checkpoint(args.model):
         parser.error(f"--model {args.model} is no folder with a model_index.json.")
     for option in ("json", "markdown", "scaling"):
@@ -572,9 +560,7 @@ def find_model(args) -> tuple[Path, Path | None]:
         try:
             run_job(job, args.timeout)
         except Died as death:
-            raise ValueError(
-                f"the checkpoint could not be made: {death}\n" + "\n".join(death.lines)
-            ) from None
+            raise ValueError(f"the checkpoint could not be made: {death}\n" + "\n".join(death.lines)) from None
         finally:
             checkpoint.sweep(folder)
     return folder, folder.with_name(f"{folder.name}.operations.json")

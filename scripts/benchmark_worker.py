@@ -114,9 +114,7 @@ def make_pictures(size: int, count: int, seed: int) -> list:
 # --- the parties ----------------------------------------------------------------------------------
 
 
-BARE = dict(
-    safety_checker=None, requires_safety_checker=False, feature_extractor=None, inverse_scheduler=None
-)
+BARE = dict(safety_checker=None, requires_safety_checker=False, feature_extractor=None, inverse_scheduler=None)
 """What the two reference pipelines are loaded without."""
 
 
@@ -145,8 +143,7 @@ class Party:
     def counts(self) -> dict:
         """{"unet": {"calls", "samples"}, "encode": ..., "decode": ...} so far; None where it is not known."""
         return {
-            name: {"calls": self.calls[name], "samples": self.samples[name]}
-            for name in ("unet", "encode", "decode")
+            name: {"calls": self.calls[name], "samples": self.samples[name]} for name in ("unet", "encode", "decode")
         }
 
     def made_ready(self, pipeline, library):
@@ -206,7 +203,7 @@ class MindSporeParty(Party):
         import mindone
         import mindspore
 
-        from mindiffedit import devices
+        from mindiffedit.runtime import devices
 
         self.mindspore, self.compile_count = mindspore, devices.compile_count
         self.compile_count()  # starts the count
@@ -226,7 +223,7 @@ class Mindone(MindSporeParty):
     def prepare(self):
         from mindspore import mint, ops
 
-        from mindiffedit import kernels
+        from mindiffedit.runtime import kernels
 
         kernels.KERNELS = tuple(kernel for kernel in kernels.KERNELS if not kernel.improves)
 
@@ -240,7 +237,7 @@ class Mindone(MindSporeParty):
         importlib.import_module("mindone.diffusers")  # eight seconds that do not belong to loading
 
     def around(self):
-        from mindiffedit.kernels import portable_kernels
+        from mindiffedit.runtime.kernels import portable_kernels
 
         return portable_kernels()
 
@@ -275,7 +272,7 @@ class Ours(MindSporeParty):
     """The pipeline of this project."""
 
     def prepare(self):
-        from mindiffedit import quick_imports
+        from mindiffedit.runtime import quick_imports
 
         quick_imports.prepare()
         for name in ("diffusers.models.unets.unet_2d_condition", "transformers.models.clip.modeling_clip"):

@@ -111,9 +111,7 @@ def judged(edit, picture, mask, result, classifier) -> dict:
     record = evaluation.judge(edit, picture, mask, result, classifier)
     outside = masks.feathered(mask, (scenes.SIZE, scenes.SIZE), FEATHER)[0] == 0
     before, after = np.asarray(picture), np.asarray(result.convert("RGB"))
-    record["psnr_outside_mask"] = (
-        evaluation.psnr(before, after, outside) if outside.any() else evaluation.HIGHEST_PSNR
-    )
+    record["psnr_outside_mask"] = evaluation.psnr(before, after, outside) if outside.any() else evaluation.HIGHEST_PSNR
     return record
 
 
@@ -158,10 +156,7 @@ def reconstructions(editor, edits, batch, settings, seed, **options) -> float:
         ).latents
         everywhere = np.ones((len(filled), *latents.shape[-2:]), np.float32)
         rebuilt = editor.pipeline(sources, everywhere, latents, guidance_scale=scale, **shared).images
-        found += [
-            evaluation.psnr(np.asarray(a), np.asarray(b))
-            for a, b in list(zip(pictures, rebuilt))[: len(chunk)]
-        ]
+        found += [evaluation.psnr(np.asarray(a), np.asarray(b)) for a, b in list(zip(pictures, rebuilt))[: len(chunk)]]
     return float(np.mean(found, dtype=np.float64))
 
 
@@ -245,9 +240,7 @@ def sheet_of(edits, shown) -> Image.Image:
         for mask, result in found[:columns]:
             grey = np.round(255 * masks.enlarged(mask, size)).astype(np.uint8).reshape(size)
             rows[-1] += [Image.fromarray(grey), result]
-    labels = [
-        edit.source.caption if i == 0 else edit.target.caption for edit in edits[:columns] for i in (0, 1)
-    ]
+    labels = [edit.source.caption if i == 0 else edit.target.caption for edit in edits[:columns] for i in (0, 1)]
     return masks.contact_sheet(rows, ["as drawn", *shown], labels)
 
 

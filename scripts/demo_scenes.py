@@ -61,7 +61,7 @@ class Scene:
     def caption(self) -> str:
         return caption_of([o.phrase for o in self.objects], self.background)
 
-    def replaced(self, index: int, kind: str | None = None, colour: str | None = None) -> "Scene":
+    def replaced(self, index: int, kind: str | None = None, colour: str | None = None) -> Scene:
         """The same scene with another kind or colour for the object at ``index``."""
         old = self.objects[index]
         new = SceneObject(kind or old.kind, colour or old.colour, old.x, old.y, old.radius, old.tilt)

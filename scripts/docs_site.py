@@ -33,7 +33,7 @@ def usage(command: str) -> str:
     """The help of a command such as "edit" or "parity check"; of the program for the empty text."""
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))
-    from mindiffedit.arguments import build_parser
+    from mindiffedit.cli.arguments import build_parser
 
     with mock.patch.dict(os.environ, COLUMNS="100"):  # argparse asks the terminal otherwise
         parser = build_parser()

@@ -46,7 +46,7 @@ fingerprint() {
 import hashlib, os, pathlib, platform, sys
 project, extra = pathlib.Path(sys.argv[1]), sys.argv[2]
 # The C++ sources and the choice of compiler decide what is built, setup.py what is installed.
-sources = sorted(p for p in (project / "mindiffedit/native").iterdir() if p.suffix in (".cpp", ".h"))
+sources = sorted(p for p in (project / "mindiffedit/runtime/native").iterdir() if p.suffix in (".cpp", ".h"))
 said = (extra, platform.python_version(), sys.prefix, os.environ.get("CXX", ""))
 parts = [p.read_bytes() for p in (project / "setup.py", *sources)] + [text.encode() for text in said]
 print(hashlib.sha256(b"\0".join(parts)).hexdigest())

@@ -66,8 +66,9 @@ def iou(mask: np.ndarray, truth: np.ndarray) -> float:
     """Intersection over union of two boolean arrays of one shape; 0 where both are empty."""
     mask, truth = np.asarray(mask), np.asarray(truth)
     if mask.dtype != bool or truth.dtype != bool or mask.shape != truth.shape:
-        raise ValueError(f"expected two boolean arrays of one shape, got {mask.dtype} {mask.shape} and "
-                         f"{truth.dtype} {truth.shape}")
+        raise ValueError(
+            f"expected two boolean arrays of one shape, got {mask.dtype} {mask.shape} and {truth.dtype} {truth.shape}"
+        )
     union = np.count_nonzero(mask | truth)
     return np.count_nonzero(mask & truth) / union if union else 0.0
 
@@ -151,7 +152,7 @@ class MindSporeEditor:
 
     def vae_round_trip(self, pictures: list[Image.Image]) -> list[Image.Image]:
         """Encode (the posterior's mean) and decode."""
-        from mindiffedit.pictures import postprocess_image, preprocess_image
+        from mindiffedit.images.pictures import postprocess_image, preprocess_image
 
         pixels = preprocess_image(pictures, self.pipeline.vae_scale_factor)
         means = np.split(self.pipeline._stages.encode_image(pixels), 2, axis=1)[0]
@@ -170,8 +171,12 @@ class ReferenceEditor:
 
         self.torch = torch
         self.pipeline = StableDiffusionDiffEditPipeline.from_pretrained(
-            str(model), torch_dtype=torch.float32, safety_checker=None, requires_safety_checker=False,
-            feature_extractor=None, inverse_scheduler=None,
+            str(model),
+            torch_dtype=torch.float32,
+            safety_checker=None,
+            requires_safety_checker=False,
+            feature_extractor=None,
+            inverse_scheduler=None,
         )
         self.pipeline.inverse_scheduler = DDIMInverseScheduler.from_config(self.pipeline.scheduler.config)
         self.pipeline.set_progress_bar_config(disable=True)
@@ -213,8 +218,11 @@ def make_edits(editor, edits, pictures, masks, settings, seed) -> list[Image.Ima
     shared = dict(num_inference_steps=settings["steps"], inpaint_strength=settings["strength"])
     sources = [edit.source.caption for edit in edits]
     latents = editor.pipeline.invert(
-        prompt=sources, image=pictures, guidance_scale=settings["invert_guidance"],
-        generator=[editor.generator(g) for g in generators(seed, edits, 2)], **shared,
+        prompt=sources,
+        image=pictures,
+        guidance_scale=settings["invert_guidance"],
+        generator=[editor.generator(g) for g in generators(seed, edits, 2)],
+        **shared,
     ).latents
     return editor.pipeline(
         prompt=[edit.target.caption for edit in edits],
@@ -228,9 +236,7 @@ def make_edits(editor, edits, pictures, masks, settings, seed) -> list[Image.Ima
 
 def rebuild(editor, edits, pictures, settings, seed) -> list[Image.Image]:
     """Inversion and denoising of the whole picture with its own caption and without guidance."""
-    shared = dict(
-        num_inference_steps=settings["steps"], inpaint_strength=settings["strength"], guidance_scale=1.0
-    )
+    shared = dict(num_inference_steps=settings["steps"], inpaint_strength=settings["strength"], guidance_scale=1.0)
     sources = [edit.source.caption for edit in edits]
     own = [editor.generator(g) for g in generators(seed, edits, 3)]
     latents = editor.pipeline.invert(prompt=sources, image=pictures, generator=own, **shared).latents
@@ -271,8 +277,16 @@ def judge(edit: Edit, picture, mask, edited, classifier) -> dict:
 
 
 AVERAGED = (
-    "mask_iou", "mask_iou_either", "mask_share", "target_seen", "kind_seen", "colour_seen", "seen_unedited",
-    "seen_drawn", "psnr_outside", "psnr_outside_either",
+    "mask_iou",
+    "mask_iou_either",
+    "mask_share",
+    "target_seen",
+    "kind_seen",
+    "colour_seen",
+    "seen_unedited",
+    "seen_drawn",
+    "psnr_outside",
+    "psnr_outside_either",
 )
 
 
@@ -288,14 +302,22 @@ def averages(records: list[dict]) -> dict:
 
 
 def evaluate(
-    editor, classifier, settings, *, count, seed, batch, reconstructions, progress=lambda done, of: None,
+    editor,
+    classifier,
+    settings,
+    *,
+    count,
+    seed,
+    batch,
+    reconstructions,
+    progress=lambda done, of: None,
     keep_pictures=0,
 ):
     """Runs everything; returns (results, pictures), the latter for the first ``keep_pictures`` edits."""
     edits = [sample_edit(seed, index) for index in range(count)]
     records, kept, rebuilt = [], [], {"vae": [], "inversion": []}
     for start in range(0, count, batch):
-        chunk = edits[start:start + batch]
+        chunk = edits[start : start + batch]
         # A last batch that is not full is filled up, since another size would be compiled anew.
         filled = (chunk + [chunk[-1]] * batch)[:batch] if count > batch else chunk
         pictures = [scenes.draw_scene(edit.source)[0] for edit in filled]
@@ -312,7 +334,7 @@ def evaluate(
                 "inversion": rebuild(editor, filled, pictures, settings, seed),
             }
             for name, results in again.items():
-                pairs = list(zip(pictures, results))[:min(len(chunk), reconstructions - start)]
+                pairs = list(zip(pictures, results))[: min(len(chunk), reconstructions - start)]
                 rebuilt[name] += [psnr(np.asarray(a), np.asarray(b.convert("RGB"))) for a, b in pairs]
         progress(start + len(chunk), count)
     groups = {
@@ -322,8 +344,7 @@ def evaluate(
     }
     results = {name: averages(group) for name, group in groups.items()}
     results["reconstruction"] = {"pictures": len(rebuilt["vae"])} | {
-        f"psnr_{name}": float(np.mean(values, dtype=np.float64)) if values else None
-        for name, values in rebuilt.items()
+        f"psnr_{name}": float(np.mean(values, dtype=np.float64)) if values else None for name, values in rebuilt.items()
     }
     results["goals"] = {
         name: {"goal": goal, "reached": results["all"][name], "passed": bool(results["all"][name] >= goal)}
@@ -421,9 +442,7 @@ KNOBS = (
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     known = demo.SETTINGS
     add = parser.add_argument
     add("--scenes", type=positive, default=200, help="number of scenes, each edited once (200)")
@@ -442,7 +461,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--ablation", type=natural, default=100, help="with --compare: scenes of the ablation (100)")
     add("--timed", type=natural, default=20, help="with --compare: edits whose seconds are measured (20)")
     add("--json", type=Path, metavar="FILE", help="write settings, means and every edit's figures")
-    add("--sheet", type=Path, metavar="PNG", help="write the first twelve edits as one picture; with --compare the first four of each party")
+    add(
+        "--sheet",
+        type=Path,
+        metavar="PNG",
+        help="write the first twelve edits as one picture; with --compare the first four of each party",
+    )
     add("--check", action="store_true", help="exit with 1 when a goal is missed")
     return parser
 
@@ -455,9 +479,16 @@ def compare(args, editor, classifier, settings) -> int:
         print(f"{name}: {done} edits", file=sys.stderr, flush=True)
 
     results, sheet = compare_editing.compare(
-        editor, classifier, settings, count=args.scenes, seed=args.seed, batch=args.batch,
-        ablation=min(args.ablation, args.scenes), rebuilt=min(args.reconstructions, args.scenes),
-        timed=min(args.timed, args.scenes - 1), progress=progress,
+        editor,
+        classifier,
+        settings,
+        count=args.scenes,
+        seed=args.seed,
+        batch=args.batch,
+        ablation=min(args.ablation, args.scenes),
+        rebuilt=min(args.reconstructions, args.scenes),
+        timed=min(args.timed, args.scenes - 1),
+        progress=progress,
     )
     print(compare_editing.tables(results))
     if args.sheet:
@@ -481,8 +512,15 @@ def main(arguments=None) -> int:
     if args.compare:
         return compare(args, editor, classifier, settings)
     results, kept = evaluate(
-        editor, classifier, settings, count=args.scenes, seed=args.seed, batch=args.batch,
-        reconstructions=args.reconstructions, progress=Progress(), keep_pictures=12 if args.sheet else 0,
+        editor,
+        classifier,
+        settings,
+        count=args.scenes,
+        seed=args.seed,
+        batch=args.batch,
+        reconstructions=args.reconstructions,
+        progress=Progress(),
+        keep_pictures=12 if args.sheet else 0,
     )
     results = {
         "scenes": args.scenes,
@@ -492,8 +530,10 @@ def main(arguments=None) -> int:
         "settings": settings,
         "seconds": round(time.monotonic() - started, 1),
     } | results
-    print(f"{results['library']}, model {args.model}, seed {args.seed}, {results['seconds']:.0f} s, "
-          + ", ".join(f"{name} {value:g}" for name, value in settings.items()))
+    print(
+        f"{results['library']}, model {args.model}, seed {args.seed}, {results['seconds']:.0f} s, "
+        + ", ".join(f"{name} {value:g}" for name, value in settings.items())
+    )
     print(table(results))
     if args.json:
         args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

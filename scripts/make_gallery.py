@@ -29,7 +29,7 @@ import demo_scenes as scenes  # noqa: E402
 from evaluate_editing import Edit, positive, sample_edit  # noqa: E402
 
 from mindiffedit import demo  # noqa: E402
-from mindiffedit.pictures import atomic_path, make_image_grid  # noqa: E402
+from mindiffedit.images.pictures import atomic_path, make_image_grid  # noqa: E402
 
 OPTIONS = {
     "num_inference_steps": demo.EDIT_SETTINGS["steps"],
@@ -147,9 +147,7 @@ def main(argv=None, load=load_pipeline) -> int:
     pipeline, strips = load(), {}
     for edit in edits:
         picture = scenes.draw_scene(edit.source)[0]
-        edited = pipeline.edit(
-            picture, edit.source.caption, edit.target.caption, generator=edit.index, **OPTIONS
-        )
+        edited = pipeline.edit(picture, edit.source.caption, edit.target.caption, generator=edit.index, **OPTIONS)
         strips[picture_name(edit)] = strip(picture, edited)
         print(f"{len(strips)}/{len(edits)} {edit.source.caption} -> {edit.target.caption}", file=sys.stderr)
     write(args.output, text, strips)

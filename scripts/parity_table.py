@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mindiffedit import pictures
+from mindiffedit.images import pictures
 from mindiffedit.parity import tolerances
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
@@ -71,9 +71,7 @@ def render(lines) -> str:
 
 
 def _table(lines):
-    measured = collections.defaultdict(
-        lambda: dict(floor=0.0, ours=0.0, share=0.0, counts=collections.Counter())
-    )
+    measured = collections.defaultdict(lambda: dict(floor=0.0, ours=0.0, share=0.0, counts=collections.Counter()))
     for line in lines:
         checkpoint = line["case"].partition(":")[0]
         for stage in line["stages"]:

@@ -177,9 +177,7 @@ def torch_profile(job: dict) -> dict:
     torch.set_num_threads(job["threads"])
     channels = AutoencoderKL.load_config(job["model"], subfolder="vae")["block_out_channels"]
     unet = UNet2DConditionModel.from_pretrained(job["model"], subfolder="unet").eval()
-    latents, embeds = (
-        torch.from_numpy(array) for array in inputs(job, 2 ** (len(channels) - 1), unet.config)
-    )
+    latents, embeds = (torch.from_numpy(array) for array in inputs(job, 2 ** (len(channels) - 1), unet.config))
     moment, evaluations = torch.tensor(500), job["evaluations"]
     with torch.inference_mode():
         unet(latents, moment, embeds)
@@ -290,10 +288,7 @@ def family_rows(ours: list[dict], theirs: list[dict]) -> list[dict]:
     for side, rows in enumerate((ours, theirs)):
         for row in rows:
             sums[family(row["kernel"])][side] += row["ms_total"]
-    rows = [
-        {"family": name, "ours_ms": a, "torch_ms": b, "ratio": report.ratio(a, b)}
-        for name, (a, b) in sums.items()
-    ]
+    rows = [{"family": name, "ours_ms": a, "torch_ms": b, "ratio": report.ratio(a, b)} for name, (a, b) in sums.items()]
     return sorted(rows, key=lambda row: -row["ours_ms"])
 
 
@@ -313,9 +308,7 @@ def tables(results: dict, lines: int) -> str:
         figures = [show(row["ours_ms"]), show(row["torch_ms"]), show(row["ratio"], "{:.2f} x")]
         cells.append([row["family"], *figures])
     parts.append(report.text_table(cells))
-    cells = [
-        ["operator", "shapes of its inputs", "count", "ms each", "ms total", "torch ms each", "ours / torch"]
-    ]
+    cells = [["operator", "shapes of its inputs", "count", "ms each", "ms total", "torch ms each", "ours / torch"]]
     for row in ours["rows"][:lines]:
         stride = f", stride {row['stride']}" if row["stride"] > 1 else ""
         cells.append(
@@ -344,9 +337,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--size", type=benchmark.pixels, default=256, help="pixels on each side of the picture (256)")
     add("--batch", type=count, default=2, help="samples of one evaluation; a guided step has two (2)")
     add("--evaluations", type=count, default=2, help="evaluations to measure, after one that compiles (2)")
-    add(
-        "--model", metavar="FOLDER", help="a checkpoint, or 'demo', instead of the random one of benchmark.py"
-    )
+    add("--model", metavar="FOLDER", help="a checkpoint, or 'demo', instead of the random one of benchmark.py")
     add("--checkpoint-folder", type=Path, metavar="FOLDER", help="where the random one is made and kept")
     add("--threads", type=count, default=benchmark.usable_cores(), help="cores to use (all)")
     add("--no-torch", action="store_true", help="ours only")

@@ -73,7 +73,7 @@ class SceneClassifier:
             )
 
     @classmethod
-    def load(cls, path: Path = WEIGHTS) -> "SceneClassifier":
+    def load(cls, path: Path = WEIGHTS) -> SceneClassifier:
         from safetensors.numpy import load_file
 
         if not Path(path).is_file():

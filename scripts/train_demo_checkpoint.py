@@ -80,9 +80,7 @@ NOISE_SCHEDULE = dict(
 )
 
 # The picture that ships beside the checkpoint; mindiffedit.demo.SAMPLE_PROMPTS names it.
-SAMPLE = scenes.Scene(
-    (scenes.SceneObject("apple", "red", 60.0, 68.0, 36.0, 5.0),), "wooden table", texture_seed=5
-)
+SAMPLE = scenes.Scene((scenes.SceneObject("apple", "red", 60.0, 68.0, 36.0, 5.0),), "wooden table", texture_seed=5)
 
 
 # --- tokenizer ---------------------------------------------------------------------------------------------------
@@ -299,9 +297,7 @@ def classifier_sample(seed: int):
     pixels = np.asarray(picture)
     if rng.random() < 0.5:
         coarse = rng.normal(0, 1, (32, 32, 3)).astype(np.float32) * rng.uniform(0, 14)
-        fine = np.stack(
-            [np.asarray(Image.fromarray(coarse[..., c]).resize((scenes.SIZE,) * 2)) for c in range(3)], -1
-        )
+        fine = np.stack([np.asarray(Image.fromarray(coarse[..., c]).resize((scenes.SIZE,) * 2)) for c in range(3)], -1)
         pixels = np.clip(pixels + fine, 0, 255).astype(np.uint8)
     crop = scene_classifier.object_crop(pixels, masks[which], rng.uniform(-5, 5, 2), rng.uniform(0.85, 1.2))
     item = scene.objects[which]
@@ -472,9 +468,7 @@ def export(args, tokenizer, vae, denoiser, scaling_factor):
 
 def main():
     here = Path(__file__).resolve().parent
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for the stages' states")
     parser.add_argument("--output", type=Path, default=here.parent / "mindiffedit" / "demo" / "checkpoint")
     parser.add_argument("--classifier", type=Path, default=scene_classifier.WEIGHTS)

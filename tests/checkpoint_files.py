@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 
-from mindiffedit.models import parameters_by_name
+from mindiffedit.checkpoints.models import parameters_by_name
 
 MODEL_FILES = {
     "vae": "vae/diffusion_pytorch_model.safetensors",
@@ -26,9 +26,7 @@ def read_tensors(path):
 def write_tensors(path, tensors):
     from safetensors.numpy import save_file
 
-    save_file(
-        {name: np.ascontiguousarray(t) for name, t in tensors.items()}, str(path), metadata={"format": "pt"}
-    )
+    save_file({name: np.ascontiguousarray(t) for name, t in tensors.items()}, str(path), metadata={"format": "pt"})
 
 
 def change_json(path, **changes):

@@ -65,7 +65,7 @@ def copy(sd1_folder, tmp_path):
 @pytest.fixture(scope="session")
 def checked(checked_folder):
     """The components of `checked_folder`, not to be changed."""
-    from mindiffedit.models import load_components
+    from mindiffedit.checkpoints.models import load_components
 
     return load_components(checked_folder)
 
@@ -73,7 +73,7 @@ def checked(checked_folder):
 @pytest.fixture(scope="session")
 def sd2(sd2_folder):
     """The components of `sd2_folder`, not to be changed."""
-    from mindiffedit.models import load_components
+    from mindiffedit.checkpoints.models import load_components
 
     return load_components(sd2_folder)
 

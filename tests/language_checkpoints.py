@@ -10,9 +10,7 @@ from pathlib import Path
 from checkpoints import WORDS, perturb
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-MORE_WORDS = (
-    "caption image that contains write has to be english most characters long at photograph is".split()
-)
+MORE_WORDS = "caption image that contains write has to be english most characters long at photograph is".split()
 
 
 def make_t5_tokenizer(folder: Path):

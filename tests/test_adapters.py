@@ -15,21 +15,19 @@ import torch
 from diffusers import StableDiffusionDiffEditPipeline as Reference
 from test_pipeline import CLOSE, PICTURE, SOURCE, TARGET, our_pipeline, their_pipeline
 
-from mindiffedit import StableDiffusionDiffEditPipeline, compile_cache, devices, lora, models, options, weight_files
-from mindiffedit.checkpoints import CheckpointError
+from mindiffedit import StableDiffusionDiffEditPipeline, options
+from mindiffedit.checkpoints import lora, models, weight_files
+from mindiffedit.checkpoints.layout import CheckpointError
+from mindiffedit.checkpoints.survey import check_folder
 from mindiffedit.errors import InputError
-from mindiffedit.survey import check_folder
+from mindiffedit.runtime import compile_cache, devices
 
 ROOT = Path(__file__).resolve().parent.parent
-ROUNDING = (
-    2e-5  # of a prediction or an embedding, relative to the reference's rms; measured: 1.6e-6 to 4.7e-6
-)
+ROUNDING = 2e-5  # of a prediction or an embedding, relative to the reference's rms; measured: 1.6e-6 to 4.7e-6
 SEEN = 1e-2  # what a LoRA or a word changes at least
 
 ATTENTION = r".*attn\d\.to_(q|k|v|out\.0)"
-EVERYWHERE = (
-    r".*(attn\d\.to_(q|k|v|out\.0)|ff\.net\.(0\.proj|2)|proj_(in|out)|conv\d?|conv_shortcut|time_emb_proj)"
-)
+EVERYWHERE = r".*(attn\d\.to_(q|k|v|out\.0)|ff\.net\.(0\.proj|2)|proj_(in|out)|conv\d?|conv_shortcut|time_emb_proj)"
 TEXT = r".*(self_attn\.(q|k|v|out)_proj|mlp\.fc\d)"
 
 
@@ -228,9 +226,7 @@ def test_an_alpha_that_is_ignored_is_seen(ours, theirs, parts, tmp_path, monkeyp
 def metadata_of(parts, **options_):
     found = {}
     for component in parts:
-        config = dict(
-            r=4, lora_alpha=6, rank_pattern={}, alpha_pattern={}, target_modules=list(parts[component])
-        )
+        config = dict(r=4, lora_alpha=6, rank_pattern={}, alpha_pattern={}, target_modules=list(parts[component]))
         found.update({f"{component}.{key}": value for key, value in {**config, **options_}.items()})
     return {"lora_adapter_metadata": json.dumps(found)}
 
@@ -242,15 +238,11 @@ def attention_only(parts):
 def by_rank(parts):
     """Convolutions of rank 2, the rest of rank 4; no alphas."""
     cut = {
-        component: {
-            name: (down[:2], up[:, :2]) if down.ndim == 4 else (down, up)
-            for name, (down, up) in found.items()
-        }
+        component: {name: (down[:2], up[:, :2]) if down.ndim == 4 else (down, up) for name, (down, up) in found.items()}
         for component, found in parts.items()
     }
     cut["text_encoder"] = {
-        name: (down[:3], up[:, :3]) if "fc1" in name else (down, up)
-        for name, (down, up) in cut["text_encoder"].items()
+        name: (down[:3], up[:, :3]) if "fc1" in name else (down, up) for name, (down, up) in cut["text_encoder"].items()
     }
     return cut
 
@@ -264,8 +256,10 @@ FORMATS = {
         None,
     ),
     "kohya, whole alphas, as merging scripts write them": lambda parts: (
-        {name: value.to(torch.int64) if name.endswith(".alpha") else value
-         for name, value in kohya_names(parts, 2.0).items()},
+        {
+            name: value.to(torch.int64) if name.endswith(".alpha") else value
+            for name, value in kohya_names(parts, 2.0).items()
+        },
         None,
     ),
     "kohya, alphas that differ in attention": lambda parts: (
@@ -488,9 +482,7 @@ def test_a_whole_edit(ours, theirs, files):
             ours.observer = None
             latents = pipe.invert(SOURCE, PICTURE, generator=noise(1), **scaled).latents
             images = pipe(TARGET, mask, latents, output_type="latent", negative_prompt="bad", **scaled).images
-            found.append(
-                (mask, latents.numpy(), images.detach().numpy() if pipe is theirs else images.numpy())
-            )
+            found.append((mask, latents.numpy(), images.detach().numpy() if pipe is theirs else images.numpy()))
     (mask, latents, images), (their_mask, their_latents, their_images) = found
     assert parity.relative(maps[0], maps[1]) < CLOSE and np.array_equal(mask, their_mask)
     assert parity.relative(latents, their_latents) < CLOSE
@@ -590,8 +582,7 @@ def test_a_lora_that_does_not_fit_changes_nothing(ours, parts, files):
         "text_encoder_2.x.lora_A.weight belongs": {"text_encoder_2.x.lora_A.weight": torch.ones(2, 2)},
         "counterpart": {f"unet.{attention}.lora_magnitude_vector.weight": torch.ones(16)},
         "token_embedding": {
-            f"text_encoder.text_model.embeddings.token_embedding.lora_{side}.weight": torch.ones(2, 2)
-            for side in "AB"
+            f"text_encoder.text_model.embeddings.token_embedding.lora_{side}.weight": torch.ones(2, 2) for side in "AB"
         },
         "is no LoRA": {"unet.conv_in.weight": torch.ones(3)},
     }
@@ -836,13 +827,17 @@ def test_a_tokenizer_that_two_text_encoders_share(sd1_folder):
     ):
         with pytest.raises(InputError, match="'<one>', '<one>_1'.*shares the tokenizer"):
             action()
-    assert np.array_equal(embedded(two, prompt="a photo"), plain) and np.array_equal(embedded(one, prompt="a <one>"), with_it)
+    assert np.array_equal(embedded(two, prompt="a photo"), plain) and np.array_equal(
+        embedded(one, prompt="a <one>"), with_it
+    )
     # The advice.
     one.unload_textual_inversion()
     two.tokenizer = copy.deepcopy(one.tokenizer)
     one.load_textual_inversion(VECTORS[:2], token="<one>")
     two.load_textual_inversion(VECTORS[3:], token="<two>")
-    assert np.array_equal(embedded(one, prompt="a <one>"), with_it) and not np.array_equal(embedded(two, prompt="<two>"), plain)
+    assert np.array_equal(embedded(one, prompt="a <one>"), with_it) and not np.array_equal(
+        embedded(two, prompt="<two>"), plain
+    )
     # A pipeline of the same components has the words, whoever loaded them.
     three = type(one)(**one.components, requires_safety_checker=False, mode="pynative")
     assert np.array_equal(embedded(three, prompt="a <one>"), with_it)
@@ -868,11 +863,9 @@ def test_a_pipeline_without_a_text_encoder(sd1_folder, parts):
 # --- signatures, what is missing, documents --------------------------------------------------------------------------
 
 
-METHODS = (
-    """load_lora_weights unload_lora_weights set_adapters delete_adapters disable_lora enable_lora fuse_lora
+METHODS = """load_lora_weights unload_lora_weights set_adapters delete_adapters disable_lora enable_lora fuse_lora
     unfuse_lora get_active_adapters get_list_adapters load_textual_inversion unload_textual_inversion
     maybe_convert_prompt""".split()
-)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -18,12 +18,13 @@ from test_cli import SOURCE, TARGET, FakePipeline, edit, ran, refused, stages, w
 
 import mindiffedit
 import mindiffedit.parity
-from mindiffedit import InputError, InputTypeError, MaskOptions, cli, masks, options
-from mindiffedit.arguments import _PARAMETERS, build_parser
+from mindiffedit import InputError, InputTypeError, MaskOptions, masks, options
+from mindiffedit.cli import command as cli
+from mindiffedit.cli.arguments import _PARAMETERS, build_parser
+from mindiffedit.cli.latents_file import read_latents
 from mindiffedit.editing import _warnings
 from mindiffedit.errors import LONGEST_TEXT, Message
-from mindiffedit.generator import Generator
-from mindiffedit.latents_file import read_latents
+from mindiffedit.noise.generator import Generator
 from mindiffedit.outputs import EditReport
 
 PACKAGE = Path(mindiffedit.__file__).parent
@@ -224,7 +225,9 @@ def test_advice_about_latents(work, capsys):  # noqa: F811
     ran(capsys, invert("--steps", "10"))
     assert read_latents("l.safetensors")[2]["steps"] == 10
     FakePipeline.calls.clear()
-    refused(capsys, with_latents("--model", "model", "--steps", "20"), "with --steps 10, but --steps is 20; leave it out")
+    refused(
+        capsys, with_latents("--model", "model", "--steps", "20"), "with --steps 10, but --steps is 20; leave it out"
+    )
     refused(capsys, with_latents("--model", "model", "--size", "64"), "leave it out")
     refused(capsys, with_latents(), "give that --model")
     ran(capsys, with_latents("--model", "model"))
@@ -246,7 +249,7 @@ def test_a_name_of_two_lines_leaves_the_result_on_one(work, capsys):  # noqa: F8
 
 
 def test_a_note_is_said_once_a_command(work, capsys, monkeypatch):  # noqa: F811
-    logger = logging.getLogger("mindiffedit.prompts")
+    logger = logging.getLogger("mindiffedit.text.prompts")
     FakePipeline.breaks["whole"] = lambda: [logger.warning("%s was cut off", text) for text in ("a", "b", "a")]
     for _ in range(2):
         _, err = ran(capsys, edit())
@@ -301,8 +304,11 @@ def test_our_own_faults_are_no_bad_input(work, capsys, monkeypatch):  # noqa: F8
 
 
 def test_errors_of_the_calls_are_told_as_options(work, capsys):  # noqa: F811
-    kinds = InputError("{parameter} is {x!r}.", parameter="num_inference_steps", x="y" * 5000), InputTypeError(
-        "{parameter}: give {guidance_scale=1}, {variant='fp16'} or {cross_attention_kwargs}.", parameter="prompt"
+    kinds = (
+        InputError("{parameter} is {x!r}.", parameter="num_inference_steps", x="y" * 5000),
+        InputTypeError(
+            "{parameter}: give {guidance_scale=1}, {variant='fp16'} or {cross_attention_kwargs}.", parameter="prompt"
+        ),
     )
 
     def fail(error):

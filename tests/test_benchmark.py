@@ -28,9 +28,7 @@ import profile_step  # noqa: E402
 TINY = dict(
     unet=UNET,
     vae=dict(sample_size=64, block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4),
-    text=dict(
-        vocab_size=600, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
-    ),
+    text=dict(vocab_size=600, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4),
 )
 
 
@@ -114,9 +112,7 @@ def test_whole_command(tiny, tmp_path):
         assert row["encodes"] >= 1 and row["decodes"] == 1
     torch_warm, ours_cold, ours_warm = results["rows"][1:]
     assert torch_warm["unet_samples"] == 4 * 2 + 2 + 2 and torch_warm["graphs"] is None
-    assert (
-        ours_cold["graphs"] > 0 and ours_warm["graphs"] == 0
-    ), "a second edit of the same sizes compiles nothing"
+    assert ours_cold["graphs"] > 0 and ours_warm["graphs"] == 0, "a second edit of the same sizes compiles nothing"
     assert {row["what"] for row in results["ratios"]} == {"cold", "warm"}
     assert set(results["ratios"][1]["ratios"]) == {"mask", "invert", "edit", "total"}
     (same,) = results["agreement"]
@@ -130,11 +126,14 @@ def test_whole_command(tiny, tmp_path):
 
 
 def test_a_party_that_dies_is_a_line_of_the_table(fake_worker, tiny, tmp_path, capsys):
-    fake_worker("""
+    fake_worker(
+        """
         if job.get("party") == "ours":
             print("it was too much", file=sys.stderr)
             os.kill(os.getpid(), signal.SIGKILL)
-        """ + textwrap.indent(answer(), "        "))
+        """
+        + textwrap.indent(answer(), "        ")
+    )
     file = tmp_path / "all.json"
     assert benchmark.main(["--model", str(tiny), "--parties", "ours,torch", "--json", str(file)]) == 1
     shown = capsys.readouterr()
@@ -187,7 +186,8 @@ def test_an_interruption_kills_the_workers(fake_worker, tmp_path, tiny):
 
 def test_runs_are_interleaved_and_caches_fresh(fake_worker, tiny, tmp_path, capsys):
     log = tmp_path / "log"
-    fake_worker(f"""
+    fake_worker(
+        f"""
         with open({str(log)!r}, "a") as out:
             cache = os.environ.get("MINDIFFEDIT_CACHE")
             left = os.listdir(cache) if cache else None
@@ -195,7 +195,9 @@ def test_runs_are_interleaved_and_caches_fresh(fake_worker, tiny, tmp_path, caps
                 open(os.path.join(cache, "graph"), "w").close()
             line = [job["kind"], job.get("party"), job.get("maps"), left, os.environ.get("MINDIFFEDIT_NATIVE")]
             out.write(json.dumps(line) + "\\n")
-        """ + textwrap.indent(answer(), "        "))
+        """
+        + textwrap.indent(answer(), "        ")
+    )
     common = ["--model", str(tiny), "--maps", "3"]
     assert benchmark.main([*common, "--repeats", "2", "--mindone-maps", "1"]) == 0
     once = [
@@ -308,9 +310,7 @@ def test_what_a_killed_maker_left_is_removed(tmp_path):
     for process in (ended.pid, os.getpid()):
         (tmp_path / f"made.partial-{process}" / "unet").mkdir(parents=True)
     checkpoint.sweep(tmp_path / "made")
-    assert [path.name for path in tmp_path.iterdir()] == [
-        f"made.partial-{os.getpid()}"
-    ], "one is still at work"
+    assert [path.name for path in tmp_path.iterdir()] == [f"made.partial-{os.getpid()}"], "one is still at work"
 
 
 def test_the_tokenizer_reads_anything_and_ends_as_clip_does(tmp_path):
@@ -426,10 +426,7 @@ def test_the_section_is_dated_and_appended(tmp_path):
     text = report.markdown_section(results_of(rows), date(2030, 2, 1))
     assert text.startswith("### 2030-02-01: whole edits, 256 x 256 pixels\n")
     assert "A processor, 2 cores (2 used), 16 GB of memory. mindspore 2.8, torch 2.0." in text
-    assert (
-        "| ours | 4 | 1 | cold | 2.00 | 1.00 | 1.00 | 1.00 | 3.00 | 3.00 | 2.00 | 4 | 8 | 8 | 8 | 5 | 2.7% |"
-        in text
-    )
+    assert "| ours | 4 | 1 | cold | 2.00 | 1.00 | 1.00 | 1.00 | 3.00 | 3.00 | 2.00 | 4 | 8 | 8 | 8 | 5 | 2.7% |" in text
     assert "torch, run 1, failed: not done after 5 s, killed" in text
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in table}) == 1

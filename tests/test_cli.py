@@ -4,8 +4,8 @@ Most tests run with a pipeline that only notes what it is asked; a few with a re
 """
 
 import contextlib
-import functools
 import dataclasses
+import functools
 import inspect
 import json
 import os
@@ -21,13 +21,21 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from mindiffedit import cli, demo, masks, options, pictures
-from mindiffedit.arguments import (
-    CORRECTED_DEFAULTS, DEFAULTS, SCHEDULERS, _PARAMETERS, build_parser, option_of, told,
-)  # fmt: skip
+from mindiffedit import demo, masks, options
+from mindiffedit.cli import command as cli
+from mindiffedit.cli.arguments import (  # fmt: skip
+    _PARAMETERS,
+    CORRECTED_DEFAULTS,
+    DEFAULTS,
+    SCHEDULERS,
+    build_parser,
+    option_of,
+    told,
+)
+from mindiffedit.cli.latents_file import read_latents
 from mindiffedit.editing import EDIT_MASK
 from mindiffedit.errors import Message, named
-from mindiffedit.latents_file import read_latents
+from mindiffedit.images import pictures
 from mindiffedit.outputs import DiffEditInversionPipelineOutput, DiffEditOutput, EditReport
 from mindiffedit.pipeline import StableDiffusionDiffEditPipeline
 
@@ -172,14 +180,22 @@ class FakePipeline:
         return DiffEditOutput([image], mask.astype(np.int64), None, None, None, report, self.flags)
 
 
-WEIGHTS = ("unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors",
-           "text_encoder/model.safetensors")
+WEIGHTS = (
+    "unet/diffusion_pytorch_model.safetensors",
+    "vae/diffusion_pytorch_model.safetensors",
+    "text_encoder/model.safetensors",
+)
 
 
 def write_model(folder, sample_size=16, levels=4):
     """A folder that looks like a checkpoint; its files of weights hold none."""
-    classes = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel",
-               "tokenizer": "CLIPTokenizer", "scheduler": "PNDMScheduler"}
+    classes = {
+        "unet": "UNet2DConditionModel",
+        "vae": "AutoencoderKL",
+        "text_encoder": "CLIPTextModel",
+        "tokenizer": "CLIPTokenizer",
+        "scheduler": "PNDMScheduler",
+    }
     index = {name: ["library", of] for name, of in classes.items()}
     content = {
         "model_index.json": {"_class_name": "StableDiffusionPipeline", **index},
@@ -208,12 +224,12 @@ def work(tmp_path, monkeypatch):
     module = types.ModuleType("mindiffedit.pipeline")
     module.StableDiffusionDiffEditPipeline = FakePipeline
     monkeypatch.setitem(sys.modules, "mindiffedit.pipeline", module)
-    schedulers = types.ModuleType("mindiffedit.schedulers")
+    schedulers = types.ModuleType("mindiffedit.solvers.schedulers")
     for names in SCHEDULERS.values():
         for name in names:
             setattr(schedulers, name, type(name, (FakeScheduler,), {}))
-    monkeypatch.setitem(sys.modules, "mindiffedit.schedulers", schedulers)
-    monkeypatch.setattr("mindiffedit.devices.require_device", lambda name: name or "CPU")
+    monkeypatch.setitem(sys.modules, "mindiffedit.solvers.schedulers", schedulers)
+    monkeypatch.setattr("mindiffedit.runtime.devices.require_device", lambda name: name or "CPU")
     # So that the command's own defaults do not outlive the test.
     monkeypatch.setenv("GLOG_v", "3")
     monkeypatch.setenv("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -290,7 +306,11 @@ def test_help_and_argument_errors_import_nothing_heavy(argv, code, tmp_path):
     environment = {**os.environ, "PYTHONPATH": root}
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "mindiffedit", *argv],
-        capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
+        timeout=120,
     )
     imported = {line.split("|")[-1].strip().split(".")[0] for line in done.stderr.splitlines() if "|" in line}
     assert done.returncode == code
@@ -307,13 +327,57 @@ def test_help_and_argument_errors_import_nothing_heavy(argv, code, tmp_path):
 def test_help_names_every_option(capsys):
     assert cli.main(["edit", "--help"]) == 0
     text = capsys.readouterr().out
-    for option in ("--reference", "--mask-smoothing", "--mask-dilation", "--mask-erosion", "--fill-holes",
-                   "--mask-edges", "--edge-contrast", "--smallest-region", "--mask-level", "--soft-mask", "--mask-combine", "--outliers", "--inversion",
-                   "--iterations", "--no-paste-back", "--feather", "--caption", "--overlay", "--strip", "--sweep",
-                   "--sweep-strengths", "--sweep-guidances", "--lora", "--embedding", "--config", "--variant",
-                   "--prompt-model", "--caption-model", "--source", "--target", "--output", "--model", "--seed", "--steps", "--strength",
-                   "--guidance", "--maps", "--mask", "--grid", "--mode", "--device", "--json", "--latents",
-                   "--negative", "--mask-strength", "--mask-threshold", "--revision", "--offline", "--quiet"):
+    for option in (
+        "--reference",
+        "--mask-smoothing",
+        "--mask-dilation",
+        "--mask-erosion",
+        "--fill-holes",
+        "--mask-edges",
+        "--edge-contrast",
+        "--smallest-region",
+        "--mask-level",
+        "--soft-mask",
+        "--mask-combine",
+        "--outliers",
+        "--inversion",
+        "--iterations",
+        "--no-paste-back",
+        "--feather",
+        "--caption",
+        "--overlay",
+        "--strip",
+        "--sweep",
+        "--sweep-strengths",
+        "--sweep-guidances",
+        "--lora",
+        "--embedding",
+        "--config",
+        "--variant",
+        "--prompt-model",
+        "--caption-model",
+        "--source",
+        "--target",
+        "--output",
+        "--model",
+        "--seed",
+        "--steps",
+        "--strength",
+        "--guidance",
+        "--maps",
+        "--mask",
+        "--grid",
+        "--mode",
+        "--device",
+        "--json",
+        "--latents",
+        "--negative",
+        "--mask-strength",
+        "--mask-threshold",
+        "--revision",
+        "--offline",
+        "--quiet",
+    ):
         assert option in text
     steps = " ".join(text.split())
     assert "default: 50" in steps and f"demo model: {demo.SETTINGS['steps']}" in steps
@@ -553,7 +617,7 @@ def test_a_strip_watches_the_edit(work, capsys, monkeypatch, more):
         def __exit__(self, *error):
             watched.append(stages())
 
-    monkeypatch.setattr("mindiffedit.strips.AnimatedStrip", Strip)
+    monkeypatch.setattr("mindiffedit.images.strips.AnimatedStrip", Strip)
     ran(capsys, edit("--strip", "strip.gif", *more))
     assert watched[0] == (FakePipeline, "strip.gif", {"every": 2})  # 40 steps that run, about 20 frames
     assert watched[1] == ["load"] and len(watched[2]) > 1
@@ -684,10 +748,10 @@ class PromptGenerator(Writer):
 
 @pytest.fixture
 def writers(work, monkeypatch):
-    module = types.ModuleType("mindiffedit.prompts")
+    module = types.ModuleType("mindiffedit.text.prompts")
     module.Captioner, module.PromptGenerator = Captioner, PromptGenerator
     module.average_embeddings = lambda pipe, texts: ("mean", type(pipe), tuple(texts))
-    monkeypatch.setitem(sys.modules, "mindiffedit.prompts", module)
+    monkeypatch.setitem(sys.modules, "mindiffedit.text.prompts", module)
     monkeypatch.setattr(Writer, "asked", [])
     return Writer.asked
 
@@ -754,20 +818,36 @@ def test_the_reference_s_edit_is_the_three_stages_of_the_guide(work, capsys):
     image = mask.pop("image")
     assert image.size == (112, 88) and invert.pop("image") is image
     assert mask == dict(
-        target_prompt=TARGET, source_prompt=SOURCE, num_maps_per_mask=10, mask_encode_strength=0.5,
-        mask_thresholding_ratio=3.0, num_inference_steps=10, guidance_scale=3.0, generator=5,
-        output_type="np", return_map=True,
+        target_prompt=TARGET,
+        source_prompt=SOURCE,
+        num_maps_per_mask=10,
+        mask_encode_strength=0.5,
+        mask_thresholding_ratio=3.0,
+        num_inference_steps=10,
+        guidance_scale=3.0,
+        generator=5,
+        output_type="np",
+        return_map=True,
     )
     assert invert == dict(
-        prompt=SOURCE, num_inference_steps=10, inpaint_strength=0.7, guidance_scale=3.0, negative_prompt=None,
+        prompt=SOURCE,
+        num_inference_steps=10,
+        inpaint_strength=0.7,
+        guidance_scale=3.0,
+        negative_prompt=None,
         generator=5,
     )
     assert change.pop("mask_image").shape == (1, 11, 14)
     latents = change.pop("image_latents")
     assert latents.shape == (1, 7, 4, 11, 14) and latents.dtype == np.float32
     assert change == dict(
-        prompt=TARGET, negative_prompt=SOURCE, inpaint_strength=0.7, num_inference_steps=10,
-        guidance_scale=3.0, generator=5, output_type="pil",
+        prompt=TARGET,
+        negative_prompt=SOURCE,
+        inpaint_strength=0.7,
+        num_inference_steps=10,
+        guidance_scale=3.0,
+        generator=5,
+        output_type="pil",
     )
 
     assert sorted(os.listdir()) == ["model", "out.png", "p.png"]
@@ -791,8 +871,7 @@ def test_defaults_are_the_reference_s_and_the_demo_model_has_its_own(work, capsy
     assert arguments("invert")["num_inference_steps"] == 50
     assert (arguments("mask")["num_maps_per_mask"], arguments("edit")["inpaint_strength"]) == (10, 0.8)
     FakePipeline.calls.clear()
-    own = dict(steps=12, strength=0.5, guidance=2.0, maps=3, mask_strength=0.4, mask_threshold=2.5,
-               invert_guidance=1.0)
+    own = dict(steps=12, strength=0.5, guidance=2.0, maps=3, mask_strength=0.4, mask_threshold=2.5, invert_guidance=1.0)
     monkeypatch.setattr(demo, "SETTINGS", own)
     ran(capsys, [word if word != "model" else "demo" for word in edit("--maps", "4", "--reference")])
     assert arguments("load") == str(work / "model")
@@ -804,15 +883,53 @@ def test_defaults_are_the_reference_s_and_the_demo_model_has_its_own(work, capsy
 
 
 def test_json_is_one_object_with_the_reference_s_whole_story(work, capsys):
-    line, err = ran(capsys, edit("--reference", "--json", "--grid", "grid.png", "--negative", "", "--invert-guidance", "1",
-                                 "--device", "cpu", "--mode", "pynative", "--dtype", "float16"))
+    line, err = ran(
+        capsys,
+        edit(
+            "--reference",
+            "--json",
+            "--grid",
+            "grid.png",
+            "--negative",
+            "",
+            "--invert-guidance",
+            "1",
+            "--device",
+            "cpu",
+            "--mode",
+            "pynative",
+            "--dtype",
+            "float16",
+        ),
+    )
     result = json.loads(line)
     expected = dict(
-        command="edit", output="out.png", grid="grid.png", picture="p.png", width=117, height=91,
-        working_width=112, working_height=88, source=SOURCE, target=TARGET, negative="", seed=0, steps=50,
-        strength=0.8, guidance=7.5, invert_guidance=1.0, maps=10, mask_strength=0.5, mask_threshold=3.0,
-        mask_share=0.5, device="CPU", mode="pynative", scheduler="ddim", model=str(work / "model"),
-        safety_checker_flagged=None, reference=True,
+        command="edit",
+        output="out.png",
+        grid="grid.png",
+        picture="p.png",
+        width=117,
+        height=91,
+        working_width=112,
+        working_height=88,
+        source=SOURCE,
+        target=TARGET,
+        negative="",
+        seed=0,
+        steps=50,
+        strength=0.8,
+        guidance=7.5,
+        invert_guidance=1.0,
+        maps=10,
+        mask_strength=0.5,
+        mask_threshold=3.0,
+        mask_share=0.5,
+        device="CPU",
+        mode="pynative",
+        scheduler="ddim",
+        model=str(work / "model"),
+        safety_checker_flagged=None,
+        reference=True,
     )
     assert {name: result[name] for name in expected} == expected
     assert set(result["seconds"]) == {"load", "mask", "invert", "edit"}
@@ -829,7 +946,7 @@ def test_the_grid_shows_all_three(work, capsys):
     assert grid.shape[1] > 3 * 117
     third = grid.shape[1] // 3
     flat = (np.abs(grid.astype(int) - [10, 200, 30]).sum(-1) < 5).mean(0)
-    assert flat[2 * third + 20: -20].min() > 0.5 and flat[: 2 * third - 20].max() < 0.1
+    assert flat[2 * third + 20 : -20].min() > 0.5 and flat[: 2 * third - 20].max() < 0.1
 
 
 def test_quiet_says_nothing_but_the_result(work, capsys):
@@ -997,8 +1114,27 @@ def test_a_mask_without_an_edge_is_said(work, capsys, value, words):
 
 
 def test_mask_writes_white_where_the_picture_changes(work, capsys):
-    line, _ = ran(capsys, ["mask", "p.png", "--source", SOURCE, "--target", TARGET, "-o", "m.png", "--model",
-                           "model", "--maps", "2", "--mask-strength", "0.3", "--mask-threshold", "2"])
+    line, _ = ran(
+        capsys,
+        [
+            "mask",
+            "p.png",
+            "--source",
+            SOURCE,
+            "--target",
+            TARGET,
+            "-o",
+            "m.png",
+            "--model",
+            "model",
+            "--maps",
+            "2",
+            "--mask-strength",
+            "0.3",
+            "--mask-threshold",
+            "2",
+        ],
+    )
     assert stages() == ["load", "mask"]
     asked = arguments("mask")
     assert (asked["num_maps_per_mask"], asked["mask_encode_strength"]) == (2, 0.3)
@@ -1045,13 +1181,37 @@ def invert(capsys, *more, output="l.safetensors"):
 
 
 def edit_with_latents(*more):
-    return ["edit", "p.png", "--latents", "l.safetensors", "--target", TARGET, "-o", "out.png",
-            "--model", "model", *more]
+    return [
+        "edit",
+        "p.png",
+        "--latents",
+        "l.safetensors",
+        "--target",
+        TARGET,
+        "-o",
+        "out.png",
+        "--model",
+        "model",
+        *more,
+    ]
 
 
 def test_invert_writes_what_edit_reads(work, capsys):
-    line = invert(capsys, "--steps", "10", "--strength", "0.6", "--guidance", "2", "--seed", "9",
-                  "--scheduler", "dpm", "--negative", "blurred")
+    line = invert(
+        capsys,
+        "--steps",
+        "10",
+        "--strength",
+        "0.6",
+        "--guidance",
+        "2",
+        "--seed",
+        "9",
+        "--scheduler",
+        "dpm",
+        "--negative",
+        "blurred",
+    )
     assert "1 x 6 x 4 x 11 x 14" in line and "seed 9" in line
     asked = arguments("invert")
     assert (asked["guidance_scale"], asked["negative_prompt"], asked["generator"]) == (2.0, "blurred", 9)
@@ -1223,9 +1383,7 @@ def test_demo_writes_four_pictures(work, capsys):
     line, _ = ran(capsys, ["demo", "-o", "a/b"])
     assert sorted(os.listdir("a/b")) == ["edit.png", "edited.png", "mask.png", "original.png"]
     assert line.startswith(os.path.join("a", "b", "edit.png"))
-    np.testing.assert_array_equal(
-        np.asarray(PIL.Image.open("a/b/original.png")), np.asarray(PIL.Image.open("p.png"))
-    )
+    np.testing.assert_array_equal(np.asarray(PIL.Image.open("a/b/original.png")), np.asarray(PIL.Image.open("p.png")))
     asked = arguments("whole")
     assert asked["source_prompt"] == demo.SAMPLE_PROMPTS["source"]
     assert asked["target_prompt"] == demo.SAMPLE_PROMPTS["target"]
@@ -1453,8 +1611,13 @@ def test_bad_pictures(work, capsys):
     open("empty.png", "wb").close()
     open("text.png", "w").write("hello")
     for name, words in (
-        ("missing.png", "there is no picture"), ("small.png", "too small"), ("moving.gif", "animated"),
-        ("cut.png", "truncated"), ("empty.png", "empty"), ("text.png", "not a picture"), (".", "is a folder"),
+        ("missing.png", "there is no picture"),
+        ("small.png", "too small"),
+        ("moving.gif", "animated"),
+        ("cut.png", "truncated"),
+        ("empty.png", "empty"),
+        ("text.png", "not a picture"),
+        (".", "is a folder"),
         ("http://127.0.0.1:9/p.png", "cannot be fetched"),
     ):
         refused(capsys, edit(picture=name), words)
@@ -1495,11 +1658,22 @@ def test_bad_model_folders(work, capsys):
 def test_the_cheapest_is_looked_at_first(work, capsys):
     """Everything is wrong; each repair uncovers the next dearer fault."""
     PIL.Image.new("L", (3, 3)).save("mask3.png")
-    bad = {"--steps": "0", "--target": "", "-o": "nowhere/out.png", "--mask": "no-mask.png",
-           "--model": "missing", "picture": "no-picture.png"}
-    repairs = [("--steps", "10", "--target"), ("--target", TARGET, "nowhere"),
-               ("-o", "out.png", "no-picture.png"), ("picture", "p.png", "no-mask.png"),
-               ("--mask", "mask3.png", "no such folder"), ("--model", "model", "3 x 3")]
+    bad = {
+        "--steps": "0",
+        "--target": "",
+        "-o": "nowhere/out.png",
+        "--mask": "no-mask.png",
+        "--model": "missing",
+        "picture": "no-picture.png",
+    }
+    repairs = [
+        ("--steps", "10", "--target"),
+        ("--target", TARGET, "nowhere"),
+        ("-o", "out.png", "no-picture.png"),
+        ("picture", "p.png", "no-mask.png"),
+        ("--mask", "mask3.png", "no such folder"),
+        ("--model", "model", "3 x 3"),
+    ]
 
     def argv():
         words = ["edit", bad["picture"], "--source", SOURCE, "--reference"]
@@ -1515,7 +1689,7 @@ def test_an_absent_device_is_an_error(work, capsys, monkeypatch):
     def absent(name):
         raise RuntimeError(f"device {name} was asked for\nand is not here")
 
-    monkeypatch.setattr("mindiffedit.devices.require_device", absent)
+    monkeypatch.setattr("mindiffedit.runtime.devices.require_device", absent)
     refused(capsys, edit("--device", "ascend"), "device Ascend was asked for and is not here")
 
 
@@ -1579,12 +1753,12 @@ def test_hub_models_are_fetched_after_the_cheap_checks(work, capsys, monkeypatch
         asked.append((name, options, kwargs))
         return work / "model"
 
-    monkeypatch.setattr("mindiffedit.hub.resolve_folder", resolve)
+    monkeypatch.setattr("mindiffedit.checkpoints.hub.resolve_folder", resolve)
     hub = [word if word != "model" else "maker/model" for word in edit("--revision", "v1", "--offline")]
     refused(capsys, [*hub, "--steps", "0"])
     assert asked == []
     line, _ = ran(capsys, [*hub, "--json", "--no-safety-checker"])
-    (name, options, kwargs), = asked
+    ((name, options, kwargs),) = asked
     assert name == "maker/model" and options.revision == "v1" and options.local_files_only is True
     assert kwargs["skip"] == ("safety_checker",)
     assert arguments("load") == str(work / "model")
@@ -1613,7 +1787,7 @@ def test_the_page_s_examples_run_one_after_the_other(work, capsys, monkeypatch):
         def __init__(self, *_, **__):
             super().__init__()
 
-    monkeypatch.setattr("mindiffedit.strips.AnimatedStrip", Strip)
+    monkeypatch.setattr("mindiffedit.images.strips.AnimatedStrip", Strip)
     page = ROOT / "docs" / "cli.md"
     text = page.read_text(encoding="utf-8")
     (work / "page.md").write_text(text[: text.index("## Models")])  # what comes then needs other models
@@ -1660,8 +1834,28 @@ def test_the_reference_s_edit_by_a_real_model_is_the_pipeline_s_own(sd2_folder, 
 
     assert cli.main(["mask", "p.png", *texts, "-o", "mask.png", "--maps", "2", *numbers]) == 0
     assert cli.main(["invert", "p.png", "--source", SOURCE, "-o", "l.safetensors", *numbers]) == 0
-    assert cli.main(["edit", "p.png", "--target", TARGET, "--mask", "mask.png", "--latents", "l.safetensors",
-                     "-o", "parts.png", "--model", str(sd2_folder), "--seed", "4", "--reference"]) == 0
+    assert (
+        cli.main(
+            [
+                "edit",
+                "p.png",
+                "--target",
+                TARGET,
+                "--mask",
+                "mask.png",
+                "--latents",
+                "l.safetensors",
+                "-o",
+                "parts.png",
+                "--model",
+                str(sd2_folder),
+                "--seed",
+                "4",
+                "--reference",
+            ]
+        )
+        == 0
+    )
     whole, parts = np.asarray(PIL.Image.open("whole.png")), np.asarray(PIL.Image.open("parts.png"))
     np.testing.assert_array_equal(whole, parts)
 

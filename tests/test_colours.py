@@ -12,8 +12,9 @@ from test_cli import edit as command
 from test_cli import ran, work  # noqa: F401 (a fixture)
 from test_pipeline import SOURCE, TARGET, our_pipeline
 
-from mindiffedit import MaskOptions, colours, load_image, masks, pictures
-from mindiffedit.colours import Original
+from mindiffedit import MaskOptions, load_image, masks
+from mindiffedit.images import colours, pictures
+from mindiffedit.images.colours import Original
 
 SRGB = PIL.ImageCms.ImageCmsProfile(PIL.ImageCms.createProfile("sRGB"))
 WEIGHTS = np.zeros((32, 40), np.float32)
@@ -51,7 +52,9 @@ def print_profile():
 
     def table(inputs, outputs, points):
         ramps = bytes(range(256))
-        head = b"mft1\0\0\0\0" + bytes([inputs, outputs, 2, 0]) + struct.pack(">9i", *(65536 * np.eye(3, dtype=int)).flat)
+        head = (
+            b"mft1\0\0\0\0" + bytes([inputs, outputs, 2, 0]) + struct.pack(">9i", *(65536 * np.eye(3, dtype=int)).flat)
+        )
         return head + ramps * inputs + bytes(np.clip(points, 0, 255).astype(np.uint8)) + ramps * outputs
 
     inks = np.array(np.meshgrid(*[[0, 1]] * 4, indexing="ij")).reshape(4, 16).T
@@ -457,7 +460,7 @@ def test_latents_belong_to_the_colours_that_were_inverted(work, capsys):  # noqa
     """Files of before know plain RGB pictures by the same hash."""
     import hashlib
 
-    from mindiffedit import jobs
+    from mindiffedit.cli import jobs
 
     picture = photo(96, 64)
     expected = hashlib.sha256(b"(96, 64)" + picture.tobytes()).hexdigest()

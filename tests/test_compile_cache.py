@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from mindspore import nn, ops
 
-from mindiffedit import arguments, compile_cache, jobs
-from mindiffedit.compile_cache import CompileCache, Indescribable, fingerprint, open_cache
+from mindiffedit.cli import arguments, jobs
+from mindiffedit.runtime import compile_cache
+from mindiffedit.runtime.compile_cache import CompileCache, Indescribable, fingerprint, open_cache
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -194,7 +195,7 @@ def test_the_key_changes_with_the_surroundings(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, value)
             assert digest() != before, name
-    monkeypatch.setattr("mindiffedit.kernels.missing_kernels", lambda: ["mint.none"])
+    monkeypatch.setattr("mindiffedit.runtime.kernels.missing_kernels", lambda: ["mint.none"])
     assert digest() != before
     monkeypatch.undo()
     monkeypatch.setenv("MS_DEV_SOMETHING", "1")

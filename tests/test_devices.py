@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from mindspore import nn
 
-from mindiffedit import devices
+from mindiffedit.runtime import devices
 
 ROOT = str(pathlib.Path(devices.__file__).parents[1])
 
@@ -46,7 +46,7 @@ absent = [target for target in devices.DEVICE_TARGETS if target not in devices._
 
 
 def test_importing_does_not_import_mindspore():
-    out = in_new_process("import sys, mindiffedit.devices; print('mindspore' in sys.modules)")
+    out = in_new_process("import sys, mindiffedit.runtime.devices; print('mindspore' in sys.modules)")
     assert out.strip() == "False"
 
 

@@ -40,10 +40,7 @@ def public_methods(kind):
 
 
 FUNCTIONS = {
-    **{
-        f"StableDiffusionDiffEditPipeline.{name}": getattr(StableDiffusionDiffEditPipeline, name)
-        for name in METHODS
-    },
+    **{f"StableDiffusionDiffEditPipeline.{name}": getattr(StableDiffusionDiffEditPipeline, name) for name in METHODS},
     **{f"{kind.__name__}.{name}": getattr(kind, name) for kind in HELPERS for name in public_methods(kind)},
     **{name: getattr(mindiffedit, name) for name in mindiffedit.__all__ if name != "__version__"},
 }
@@ -157,9 +154,7 @@ class Page(html.parser.HTMLParser):
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """The pages of the built site by their paths in it, and the folder."""
-    pytest.importorskip(
-        "mkdocs", reason="mkdocs is not installed, which builds the site: pip install '.[docs]'"
-    )
+    pytest.importorskip("mkdocs", reason="mkdocs is not installed, which builds the site: pip install '.[docs]'")
     folder = tmp_path_factory.mktemp("site")
     built = build(ROOT, folder)
     assert built.returncode == 0, built.stderr
@@ -188,9 +183,7 @@ def dead_ends(pages, folder):
             target = ((folder / name).parent / unquote(parts.path) if parts.path else folder / name).resolve()
             target = target / "index.html" if target.is_dir() else target
             ids = getattr(pages.get(os.path.relpath(target, folder.resolve())), "ids", None)
-            if not target.is_file() or (
-                parts.fragment and ids is not None and unquote(parts.fragment) not in ids
-            ):
+            if not target.is_file() or (parts.fragment and ids is not None and unquote(parts.fragment) not in ids):
                 dead.append(f"{name}: {link}")
     return dead
 
@@ -200,12 +193,8 @@ def test_nothing_in_the_site_leads_nowhere(site):
 
 
 def test_dead_ends_are_found(tmp_path):
-    (tmp_path / "a.html").write_text(
-        '<h2 id="x">X</h2><a href="b.html#y">1</a><a href="#x">2</a><img src="n.png">'
-    )
-    (tmp_path / "b.html").write_text(
-        '<a href="a.html#x">3</a><a href="gone.html">4</a><a href="https://a.b/c">5</a>'
-    )
+    (tmp_path / "a.html").write_text('<h2 id="x">X</h2><a href="b.html#y">1</a><a href="#x">2</a><img src="n.png">')
+    (tmp_path / "b.html").write_text('<a href="a.html#x">3</a><a href="gone.html">4</a><a href="https://a.b/c">5</a>')
     pages = {name: Page(tmp_path / name) for name in ("a.html", "b.html")}
     assert dead_ends(pages, tmp_path) == ["a.html: b.html#y", "a.html: n.png", "b.html: gone.html"]
 
@@ -251,7 +240,7 @@ def test_the_api_page_has_all_methods_of_other_classes(site, kind):
 
 
 def test_powers_are_not_taken_for_bold_type(site):
-    assert "-2**63 to 2**64 - 1" in site[0]["api.html"].texts["mindiffedit.generator.Generator.manual_seed"]
+    assert "-2**63 to 2**64 - 1" in site[0]["api.html"].texts["mindiffedit.noise.generator.Generator.manual_seed"]
 
 
 def test_the_api_page_shows_the_commands(site):
@@ -273,19 +262,13 @@ def test_the_notebook_is_a_page(site):
 def test_planted_defects_end_the_build(site, tmp_path):
     shutil.copy(ROOT / "mkdocs.yml", tmp_path)
     for name in ("docs", "scripts"):
-        shutil.copytree(
-            ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.safetensors")
-        )
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.safetensors"))
     (tmp_path / "mindiffedit").mkdir()
-    (tmp_path / "planted.py").write_text(
-        'def f(a):\n    """Text.\n\n    Args:\n        b: not there.\n    """\n'
-    )
+    (tmp_path / "planted.py").write_text('def f(a):\n    """Text.\n\n    Args:\n        b: not there.\n    """\n')
     (tmp_path / "docs" / "api.md").write_text("# API\n\n::: planted.f\n")
     (tmp_path / "docs" / "forgotten.md").write_text("# Not in the navigation\n")
     with (tmp_path / "docs" / "guide.md").open("a") as guide:
-        guide.write(
-            "\n[a](missing.md) [b](#no-such-heading) [c](design.md#nowhere) [d](/guide.md) ![e](none.png)\n"
-        )
+        guide.write("\n[a](missing.md) [b](#no-such-heading) [c](design.md#nowhere) [d](/guide.md) ![e](none.png)\n")
     built = build(tmp_path, tmp_path / "site")
     assert built.returncode != 0
     assert built.stderr.count("WARNING") == 7, built.stderr

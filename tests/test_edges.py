@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from mindiffedit import edges, masks
+from mindiffedit import masks
+from mindiffedit.images import edges
 from mindiffedit.masks import MaskOptions
 
 
@@ -23,9 +24,7 @@ def defined(share, guide, radius, contrast):
             x, y = wide_guide[window].reshape(-1, channels), wide[window].ravel()
             # The penalty as further rows; the offset is free.
             weight = np.sqrt(len(y)) * contrast
-            rows = np.vstack(
-                [np.c_[x, np.ones(len(x))], np.c_[weight * np.eye(channels), np.zeros(channels)]]
-            )
+            rows = np.vstack([np.c_[x, np.ones(len(x))], np.c_[weight * np.eye(channels), np.zeros(channels)]])
             fits[row, column] = np.linalg.lstsq(rows, np.r_[y, np.zeros(channels)], rcond=None)[0]
     result = np.empty_like(share)
     around = range(-radius, radius + 1)
@@ -78,9 +77,7 @@ def test_without_an_edge_the_mask_stays_where_the_map_is():
     plain = masks.mask_of(maps, 3.0)[0]
     followed = masks.mask_of(maps, 3.0, MaskOptions(edges=2), guides=guides)[0]
     assert overlap(followed, plain.astype(bool)) > 0.85
-    blurred = masks.mask_of(
-        np.full((1, 8, 8), 2, np.float32), 0.5, MaskOptions(edges=3), guides=np.ones((1, 8, 8, 3))
-    )
+    blurred = masks.mask_of(np.full((1, 8, 8), 2, np.float32), 0.5, MaskOptions(edges=3), guides=np.ones((1, 8, 8, 3)))
     assert blurred.all(), "what is the same everywhere stays as it is"
 
 
@@ -105,9 +102,7 @@ def test_one_guide_serves_all_maps_and_each_has_its_own():
     chosen = MaskOptions(edges=4)
     two = np.concatenate([maps, maps[:, :, ::-1]])
     both = masks.mask_of(two, options=chosen, per_image=True, guides=guides)
-    turned = masks.mask_of(
-        two, options=chosen, per_image=True, guides=np.concatenate([guides, guides[:, :, ::-1]])
-    )
+    turned = masks.mask_of(two, options=chosen, per_image=True, guides=np.concatenate([guides, guides[:, :, ::-1]]))
     assert np.array_equal(both[0], turned[0]) and np.array_equal(turned[1], turned[0][:, ::-1])
     assert not np.array_equal(both[1], turned[1])
 

@@ -12,13 +12,13 @@ from mindiffedit import (
     DPMSolverMultistepScheduler,
     MaskOptions,
     StableDiffusionDiffEditPipeline,
-    edges,
     editing,
     masks,
     options,
 )
+from mindiffedit.images import edges
+from mindiffedit.images.pictures import to_numpy
 from mindiffedit.outputs import EditReport
-from mindiffedit.pictures import to_numpy
 
 SHORT = dict(num_inference_steps=4, inpaint_strength=0.75)
 # The masks of edit() are for larger grids than these checkpoints have.
@@ -91,9 +91,7 @@ def test_with_every_correction_off_an_edit_is_the_three_calls(ours):
         generator=0,
     )  # fmt: skip
     latents = ours.invert(SOURCE, PICTURE, guidance_scale=2.0, generator=0, **SHORT).latents
-    picture = ours(
-        TARGET, mask, latents, guidance_scale=2.0, negative_prompt=SOURCE, generator=0, **SHORT
-    ).images[0]
+    picture = ours(TARGET, mask, latents, guidance_scale=2.0, negative_prompt=SOURCE, generator=0, **SHORT).images[0]
     assert np.array_equal(done.mask_image, mask)
     assert np.array_equal(done.image_latents.asnumpy(), latents.asnumpy())
     assert np.array_equal(np.asarray(done.images[0]), np.asarray(picture))
@@ -212,9 +210,7 @@ def test_masks_follow_the_edges_of_each_picture_of_a_batch(ours):
 def test_latents_guide_their_own_masks(ours):
     latents = np.random.default_rng(0).normal(size=(1, 4, 8, 10)).astype(np.float32)
     mask, seen = masked(ours, image=latents, mask_options=MaskOptions(edges=2))
-    expected = masks.mask_of(
-        seen["map"][0], 3.0, MaskOptions(edges=2), guides=edges.guides_of(latents, (8, 10))
-    )
+    expected = masks.mask_of(seen["map"][0], 3.0, MaskOptions(edges=2), guides=edges.guides_of(latents, (8, 10)))
     assert np.array_equal(mask, expected)
 
 
@@ -281,9 +277,7 @@ def test_soft_masks_blend(ours, inverted):
 
 
 def test_own_masks(ours):
-    drawn = Image.fromarray(
-        (np.kron(BOX, np.ones((16, 16))) * 255).astype(np.uint8)
-    )  # twice the picture's size
+    drawn = Image.fromarray((np.kron(BOX, np.ones((16, 16))) * 255).astype(np.uint8))  # twice the picture's size
     own = edit(ours, mask_image=drawn)
     assert np.array_equal(own.mask_image[0], BOX) and own.mask_map is None
     computed = edit(ours).mask_image
@@ -317,7 +311,9 @@ def test_pictures_of_different_sizes_are_refused_before_any_work(ours):
     # The advice.
     for photo in photos:
         assert calls["noise_image"]([photo]).latents.shape[-2:] == (photo.height // 8, photo.width // 8)
-    assert len(edit(ours, [photos[0], photos[1].resize((80, 64))], [SOURCE] * 2, [TARGET] * 2, mask_image=BOX).images) == 2
+    assert (
+        len(edit(ours, [photos[0], photos[1].resize((80, 64))], [SOURCE] * 2, [TARGET] * 2, mask_image=BOX).images) == 2
+    )
     # An edit has results of each picture's own size, so there even the same working size is not enough.
     with pytest.raises(ValueError, match="80 x 64, 83 x 65"):
         edit(ours, [PICTURE, PICTURE.resize((83, 65))], [SOURCE] * 2, [TARGET] * 2)
@@ -364,9 +360,7 @@ def test_iterations_make_an_inverse_step_exact(request, checkpoint, guidance):
     for iterations in (0, 1, 6):
         inverted = pipe.invert(SOURCE, PICTURE, inversion_iterations=iterations, **arguments)
         everywhere = np.ones((8, 10), np.float32)
-        back = pipe(
-            SOURCE, everywhere, inverted.latents, output_type="latent", guidance_scale=guidance, **schedule
-        )
+        back = pipe(SOURCE, everywhere, inverted.latents, output_type="latent", guidance_scale=guidance, **schedule)
         errors.append(parity.relative(back.images.asnumpy(), inverted.clean_latents.asnumpy()))
     assert errors[1] < 0.6 * errors[0] and errors[2] < 0.05 * errors[0], errors
 
@@ -489,9 +483,7 @@ def test_a_debugging_callback_sees_every_intermediate(ours):
     done = edit(ours, debug_callback=lambda stage, array, step: seen.append((stage, array, step)))
     stages = [stage for stage, _, _ in seen]
     by_name = {name: [array for stage, array, _ in seen if stage == name] for name in stages}
-    assert np.array_equal(by_name["map"][0], done.mask_map) and np.array_equal(
-        by_name["mask"][0], done.mask_image
-    )
+    assert np.array_equal(by_name["map"][0], done.mask_map) and np.array_equal(by_name["mask"][0], done.mask_image)
     assert len(by_name["inverted_latents"]) == len(by_name["edited_latents"]) == 3
     assert np.array_equal(by_name["edited_latents"][-1], done.latents.asnumpy())
     assert len(by_name["clean_predictions"]) == 6

@@ -295,8 +295,9 @@ class ColourJudge:
 
 
 def run(perfect, judge, count=6, batch=4):
-    settings = dict(steps=5, strength=0.8, guidance=7.5, invert_guidance=1.0, maps=2, mask_strength=0.5,
-                    mask_threshold=3.0)
+    settings = dict(
+        steps=5, strength=0.8, guidance=7.5, invert_guidance=1.0, maps=2, mask_strength=0.5, mask_threshold=3.0
+    )
     oracle = Oracle([evaluation.sample_edit(2, index) for index in range(count)], perfect)
     return oracle, *evaluation.evaluate(
         oracle, judge, settings, count=count, seed=2, batch=batch, reconstructions=3, keep_pictures=2

@@ -8,7 +8,8 @@ import torch
 from diffusers.utils.torch_utils import fourier_filter
 from test_pipeline import PICTURE, SOURCE, our_pipeline, their_pipeline
 
-from mindiffedit import compile_cache, devices, freeu, models
+from mindiffedit.checkpoints import freeu, models
+from mindiffedit.runtime import compile_cache, devices
 
 FACTORS = dict(s1=0.9, s2=0.2, b1=1.4, b2=1.6)
 CLOSE = 2e-5  # relative to the reference's rms; 2e-6 was measured
@@ -42,9 +43,7 @@ def switched_off(ours, theirs):
 # --- the filter ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "rows, columns", [(1, 1), (1, 6), (2, 2), (2, 3), (3, 3), (4, 6), (5, 7), (8, 10), (32, 24)]
-)
+@pytest.mark.parametrize("rows, columns", [(1, 1), (1, 6), (2, 2), (2, 3), (3, 3), (4, 6), (5, 7), (8, 10), (32, 24)])
 def test_the_filter_is_the_references(rows, columns):
     values = np.random.default_rng(rows).standard_normal((2, 3, rows, columns)).astype(np.float32)
     expected = fourier_filter(torch.from_numpy(values), threshold=1, scale=0.2).numpy()
@@ -74,9 +73,7 @@ def test_float16_is_filtered_in_float32():
 
 def inputs():
     rng = np.random.default_rng(1)
-    return rng.standard_normal((2, 4, 8, 6)).astype(np.float32), rng.standard_normal((2, 77, 32)).astype(
-        np.float32
-    )
+    return rng.standard_normal((2, 4, 8, 6)).astype(np.float32), rng.standard_normal((2, 77, 32)).astype(np.float32)
 
 
 def predicted(pipeline):

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import mindiffedit
-from mindiffedit import randomness
-from mindiffedit.generator import DTYPES, Generator, check_seed, philox4x32_10, rounded
+from mindiffedit.noise import randomness
+from mindiffedit.noise.generator import DTYPES, Generator, check_seed, philox4x32_10, rounded
 
 SEEDS = [*range(24), 1234, 2**31 - 1, 2**32 - 1, 2**32, 2**32 + 7, 2**63, 2**64 - 1, -1, -2, -(2**63)]
 SIZES = [
@@ -70,9 +70,7 @@ def assert_same_state(ours, reference, what=None):
     if not EXACT:  # a kept number may differ in the last bit
         mine, other = mine.copy(), other.copy()
         kept = slice(5024, 5032)
-        assert np.allclose(
-            mine[kept].view(np.float64), other[kept].view(np.float64), rtol=1e-14, atol=0
-        ), what
+        assert np.allclose(mine[kept].view(np.float64), other[kept].view(np.float64), rtol=1e-14, atol=0), what
         mine[kept] = other[kept] = 0
     assert mine.dtype == np.uint8 and mine.tobytes() == other.tobytes(), what
 
@@ -187,9 +185,7 @@ def test_a_kept_number_goes_to_the_next_small_draw_of_any_dtype_and_a_seed_drops
 def test_whole_numbers(high):
     for seed in range(30):
         ours, reference = Generator().manual_seed(seed), theirs(seed)
-        assert (
-            ours.randint(high, (5, 7)).tolist() == torch.randint(high, (5, 7), generator=reference).tolist()
-        )
+        assert ours.randint(high, (5, 7)).tolist() == torch.randint(high, (5, 7), generator=reference).tolist()
         single = ours.integers(high)
         assert type(single) is int and single == torch.randint(high, (1,), generator=reference).item()
         assert ours.randint(high).shape == () and ours.randint(high, 3).shape == (3,)
@@ -627,9 +623,7 @@ def test_cuda_words_go_to_numbers_in_pairs():
 
 def test_cuda_states_and_seeds():
     ours = cuda(-1)
-    assert (
-        ours.initial_seed() == 2**64 - 1 and ours.device == "cuda" and Generator("cuda:1").device == "cuda:1"
-    )
+    assert ours.initial_seed() == 2**64 - 1 and ours.device == "cuda" and Generator("cuda:1").device == "cuda:1"
     assert Generator("cuda").initial_seed() == Generator().initial_seed()
     ours.randn(5), ours.randn(0), ours.randint(3, (4,))
     state = ours.get_state()

@@ -11,10 +11,10 @@ import json
 import re
 import shlex
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Callable, Dict, Tuple
 
 import numpy as np
 import PIL.Image
@@ -50,7 +50,7 @@ def blocks(page, *languages):
 class Program:
     """How the Python blocks of one page are run: as one program, from top to bottom."""
 
-    changes: Dict[str, Tuple[int, Callable]] = field(default_factory=dict)
+    changes: dict[str, tuple[int, Callable]] = field(default_factory=dict)
     """Text in the blocks -> how often it is there, and a function of ``Stands`` giving what is put in its place."""
     given: Callable = lambda stands: {}
     """Function of ``Stands`` giving the names that are there before the first block."""
@@ -316,7 +316,7 @@ def run_program(program, codes, stands, page):
 def run(request, tmp_path_factory):
     """A function that runs a page by its name, once."""
 
-    @functools.lru_cache(maxsize=None)
+    @functools.cache
     def run(name):
         codes = blocks(DOCS / name, "py", "python")
         with served(demo.sample_picture()) as url:
@@ -430,8 +430,10 @@ def test_the_guides_edit_changes_the_inside_of_the_mask(guide):
     reach = 2 * factor
     near = np.zeros_like(inside)
     for y, x in zip(*np.nonzero(inside[::factor, ::factor])):
-        near[max(0, y * factor - reach):y * factor + factor + reach,
-             max(0, x * factor - reach):x * factor + factor + reach] = True
+        near[
+            max(0, y * factor - reach) : y * factor + factor + reach,
+            max(0, x * factor - reach) : x * factor + factor + reach,
+        ] = True
     squares = ((before - after) ** 2).mean(-1)
     changed, kept = squares[inside].mean(), squares[~near].mean()
     assert 10 * np.log10(255**2 / changed) < 20, "the object is still there"
@@ -460,7 +462,7 @@ def command_lines(page):
 
 
 def parser():
-    from mindiffedit.arguments import build_parser
+    from mindiffedit.cli.arguments import build_parser
 
     return build_parser()
 

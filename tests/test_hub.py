@@ -17,9 +17,9 @@ import pytest
 from checkpoint_files import COMMIT, MODEL_FILES, change_json, make_cache
 
 import mindiffedit
-from mindiffedit.checkpoints import CheckpointError
-from mindiffedit.hub import HubOptions, resolve_folder
-from mindiffedit.models import load_components
+from mindiffedit.checkpoints.hub import HubOptions, resolve_folder
+from mindiffedit.checkpoints.layout import CheckpointError
+from mindiffedit.checkpoints.models import load_components
 
 
 def test_options_are_taken_from_a_method_s_further_arguments(tmp_path):
@@ -65,9 +65,7 @@ def test_a_folder_is_itself(sd1_folder, no_network, monkeypatch):
     assert no_network == []
 
 
-@pytest.mark.parametrize(
-    "name", ["./none", "../none/x", "/none/such", "~/none-such", "a/b/c", "a\\b", "-a/b.", "a b"]
-)
+@pytest.mark.parametrize("name", ["./none", "../none/x", "/none/such", "~/none-such", "a/b/c", "a\\b", "-a/b.", "a b"])
 def test_a_path_that_is_not_there_is_not_looked_up(name, no_network):
     with pytest.raises(CheckpointError, match="no such folder.*no hub id"):
         resolve_folder(name)
@@ -95,9 +93,7 @@ def run_offline(tmp_path, code):
     environment = dict(os.environ, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "home"))
     environment.pop("HF_HUB_CACHE", None)
     environment["PYTHONPATH"] = str(Path(mindiffedit.__file__).parents[1])
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -107,8 +103,8 @@ def test_offline_mode_with_nothing_cached(tmp_path):
         "import socket, sys\n"
         "def refuse(*_): print('CONNECTED')\n"
         "socket.socket.connect = refuse\n"
-        "from mindiffedit.checkpoints import CheckpointError\n"
-        "from mindiffedit.hub import resolve_folder\n"
+        "from mindiffedit.checkpoints.layout import CheckpointError\n"
+        "from mindiffedit.checkpoints.hub import resolve_folder\n"
         "try: resolve_folder('someone/tiny-model')\n"
         "except CheckpointError as error: print(error)\n"
         "print('mindspore' in sys.modules, 'torch' in sys.modules)\n"
@@ -123,7 +119,7 @@ def test_offline_mode_with_nothing_cached(tmp_path):
 
 def test_offline_mode_with_a_cached_model(tmp_path, sd1_folder):
     snapshot = make_cache(tmp_path / "home" / "hub", sd1_folder)
-    code = "from mindiffedit.hub import resolve_folder\nprint(resolve_folder('someone/tiny-model'))"
+    code = "from mindiffedit.checkpoints.hub import resolve_folder\nprint(resolve_folder('someone/tiny-model'))"
     assert run_offline(tmp_path, code).strip() == str(snapshot)
 
 
@@ -198,9 +194,7 @@ class Hub:
                 if revision not in ("main", COMMIT):
                     return self.answer(404, b"{}", X_Error_Code="RevisionNotFound", X_Error_Message="no")
                 if parts[0] == "api":
-                    files = [
-                        p.relative_to(hub.folder).as_posix() for p in hub.folder.rglob("*") if p.is_file()
-                    ]
+                    files = [p.relative_to(hub.folder).as_posix() for p in hub.folder.rglob("*") if p.is_file()]
                     body = {"id": repo, "sha": COMMIT, "siblings": [{"rfilename": f} for f in sorted(files)]}
                     return self.answer(200, json.dumps(body).encode(), Content_Type="application/json")
                 path = hub.folder.joinpath(*parts[4:])
@@ -217,9 +211,7 @@ class Hub:
 
     @contextlib.contextmanager
     def serving(self):
-        thread = threading.Thread(
-            target=self.server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
-        )
+        thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
         thread.start()
         try:
             yield self
@@ -281,9 +273,7 @@ def test_a_download_takes_what_is_needed_and_no_more(hub, checked_folder, tmp_pa
 
 
 def test_components_that_are_not_wanted_are_not_downloaded(hub, checked_folder, tmp_path):
-    folder = resolve_folder(
-        "someone/tiny-model", HubOptions(tmp_path / "cache"), skip={"safety_checker": None}
-    )
+    folder = resolve_folder("someone/tiny-model", HubOptions(tmp_path / "cache"), skip={"safety_checker": None})
     assert files_of(checked_folder) - files_of(folder) == {MODEL_FILES["safety_checker"]}
 
 
@@ -313,9 +303,7 @@ def test_what_the_hub_refuses_becomes_one_sentence(hub, tmp_path):
 
 
 def test_a_repository_of_another_kind_costs_no_download(hub, tmp_path):
-    change_json(
-        hub.folder / "model_index.json", text_encoder_2=["transformers", "CLIPTextModelWithProjection"]
-    )
+    change_json(hub.folder / "model_index.json", text_encoder_2=["transformers", "CLIPTextModelWithProjection"])
     with pytest.raises(CheckpointError, match="Stable Diffusion XL"):
         resolve_folder("someone/tiny-model", HubOptions(tmp_path / "one"))
     assert not any(".safetensors" in path for _, path, _ in hub.requests)

@@ -18,8 +18,8 @@ import pytest
 import torch
 from mindspore import mint, nn
 
-from mindiffedit import devices, kernels, native, portable
-from mindiffedit.kernels import portable_kernels
+from mindiffedit.runtime import devices, kernels, native, portable
+from mindiffedit.runtime.kernels import portable_kernels
 
 F = mint.nn.functional
 PIPES = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=120)

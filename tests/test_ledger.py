@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from test_pipeline import PICTURE, SOURCE, TARGET, our_pipeline
 
-from mindiffedit import StableDiffusionDiffEditPipeline, devices, options, schedules
+from mindiffedit import StableDiffusionDiffEditPipeline, options
+from mindiffedit.runtime import devices
+from mindiffedit.solvers import schedules
 
 ROOT = Path(__file__).resolve().parent.parent
 LEDGER = (ROOT / "docs" / "differences.md").read_text(encoding="utf-8")
@@ -71,7 +73,7 @@ def test_the_references_helpers_are_not_mirrored():
 def test_schedulers_that_a_cpu_cannot_run(ours, inverted, name):
     import mindone.diffusers
 
-    from mindiffedit.kernels import portable_kernels
+    from mindiffedit.runtime.kernels import portable_kernels
 
     before = ours.scheduler
     try:
@@ -114,8 +116,8 @@ def test_attention_kwargs_are_plain_values():
 
 def test_steps_are_computed_in_float32():
     """B3: with a UNet in float16, guidance, solver update and blend are float32."""
-    from mindiffedit.schedules import StepPlan
-    from mindiffedit.steps import Stages
+    from mindiffedit.solvers.schedules import StepPlan
+    from mindiffedit.stages import Stages
 
     class Half(ms.nn.Cell):
         dtype = ms.float16

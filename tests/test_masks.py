@@ -8,8 +8,9 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from mindiffedit import masks, options, pictures
+from mindiffedit import masks, options
 from mindiffedit.errors import InputError, InputTypeError
+from mindiffedit.images import pictures
 from mindiffedit.masks import MaskOptions
 
 
@@ -155,8 +156,15 @@ def test_bfloat16_tensors_and_double_arrays_are_maps_too():
 
 def test_defaults_and_values_of_the_options():
     assert dataclasses.asdict(MaskOptions()) == {
-        "threshold": 0.5, "smoothing": 0.0, "erosion": 0, "dilation": 0, "fill_holes": False, "smallest_region": 0,
-        "soft": False, "edges": 0, "edge_contrast": 0.06,
+        "threshold": 0.5,
+        "smoothing": 0.0,
+        "erosion": 0,
+        "dilation": 0,
+        "fill_holes": False,
+        "smallest_region": 0,
+        "soft": False,
+        "edges": 0,
+        "edge_contrast": 0.06,
     }
     chosen = MaskOptions(np.float32(0.25), 2, np.int64(1), soft=np.True_)
     assert (chosen.threshold, chosen.smoothing, chosen.erosion, chosen.soft) == (0.25, 2.0, 1, True)
@@ -210,9 +218,7 @@ SPECK = "....... ....... ....... ...#... ....... ....... ......."
 @pytest.mark.parametrize("radius", [1, 2, 3])
 def test_dilation_adds_a_disc(radius):
     grown = made(SPECK, dilation=radius)
-    disc = [
-        "".join("#" if (x - 3) ** 2 + (y - 3) ** 2 <= radius**2 else "." for x in range(7)) for y in range(7)
-    ]
+    disc = ["".join("#" if (x - 3) ** 2 + (y - 3) ** 2 <= radius**2 else "." for x in range(7)) for y in range(7)]
     assert grown == disc
     assert sum(line.count("#") for line in grown) == {1: 5, 2: 13, 3: 29}[radius]
 
@@ -232,7 +238,12 @@ def test_erosion_then_dilation_takes_off_what_is_thin():
 def test_holes_are_filled_where_they_are_enclosed():
     ring = "........ .####... .#..#... .#..#.## .####.#. ......##"
     assert made(ring, fill_holes=True) == [
-        "........", ".####...", ".####...", ".####.##", ".####.#.", "......##",
+        "........",
+        ".####...",
+        ".####...",
+        ".####.##",
+        ".####.#.",
+        "......##",
     ], "the bay at the right reaches the edge of the grid and stays"
     # A wall of corners encloses, as regions are connected over corners.
     assert made("..... ..#.. .#.#. ..#.. .....", fill_holes=True)[2] == ".###."
@@ -413,9 +424,7 @@ def test_small_masks_are_enlarged_to_the_nearest():
 def test_continuous_values_are_kept():
     mask = np.zeros((16, 16), np.float32)
     mask[3, 3], mask[2, 2], mask[12, 9] = 0.3, 0.7, 0.125
-    np.testing.assert_array_equal(
-        masks.user_mask(mask, (2, 2))[0], np.array([[0.7, 0], [0, 0.125]], np.float32)
-    )
+    np.testing.assert_array_equal(masks.user_mask(mask, (2, 2))[0], np.array([[0.7, 0], [0, 0.125]], np.float32))
     np.testing.assert_array_equal(masks.user_mask(mask, (2, 2), soft=False)[0], [[1, 0], [0, 0]])
     text = message(TypeError, masks.user_mask, mask, (2, 2), soft="no")
     assert "`soft`" in text
@@ -578,7 +587,10 @@ def test_combinations(how, expected):
 def test_combinations_of_continuous_values():
     a, b = np.array([[0.2, 0.9]], np.float32), np.array([[0.6, 0.75]], np.float32)
     for how, expected in {
-        "replace": [0.6, 0.75], "union": [0.6, 0.9], "subtract": [0.2, 0.25], "intersection": [0.2, 0.75],
+        "replace": [0.6, 0.75],
+        "union": [0.6, 0.9],
+        "subtract": [0.2, 0.25],
+        "intersection": [0.2, 0.75],
     }.items():
         np.testing.assert_array_equal(masks.combine(a, b, how)[0, 0], np.array(expected, np.float32), how)
 
@@ -641,13 +653,20 @@ def test_feathers_of_nothing_of_everything_and_of_soft_masks():
     assert (masks.feathered(np.ones((1, 4, 4)), (32, 32), 5) == 1).all()
     soft = np.zeros((1, 4, 4), np.float32)
     soft[0, 1, 1] = 0.01
-    np.testing.assert_array_equal(
-        masks.feathered(soft, (32, 32), 3), masks.feathered(np.ceil(soft), (32, 32), 3)
-    )
+    np.testing.assert_array_equal(masks.feathered(soft, (32, 32), 3), masks.feathered(np.ceil(soft), (32, 32), 3))
 
 
-@pytest.mark.parametrize("radius, error", [(-1, ValueError), (math.nan, ValueError), (1e9, ValueError),
-                                           (True, TypeError), ("3", TypeError), (None, ValueError)])
+@pytest.mark.parametrize(
+    "radius, error",
+    [
+        (-1, ValueError),
+        (math.nan, ValueError),
+        (1e9, ValueError),
+        (True, TypeError),
+        ("3", TypeError),
+        (None, ValueError),
+    ],
+)
 def test_bad_radii_are_refused(radius, error):
     assert "`radius`" in message(error, masks.feathered, np.ones((1, 4, 4)), (32, 32), radius)
 
@@ -750,7 +769,7 @@ def found(sheet, cell):
     sheet, cell = np.asarray(sheet), np.asarray(cell.convert("RGB"))
     starts = np.argwhere((sheet == cell[0, 0]).all(axis=-1))
     height, width = cell.shape[:2]
-    places = [(x, y) for y, x in starts if np.array_equal(sheet[y:y + height, x:x + width], cell)]
+    places = [(x, y) for y, x in starts if np.array_equal(sheet[y : y + height, x : x + width], cell)]
     assert len(places) == 1
     return places[0]
 
@@ -766,9 +785,9 @@ def test_contact_sheets_show_every_cell_and_label():
     left, top = places[0][0]
     dark = np.asarray(sheet).max(axis=-1) < 128
     for x, y in (row[0] for row in places):
-        assert dark[y:y + 96, :left].any(), "no label at the left"
+        assert dark[y : y + 96, :left].any(), "no label at the left"
     for x, _ in places[0]:
-        assert dark[:top, x:x + 128].any(), "no label above"
+        assert dark[:top, x : x + 128].any(), "no label above"
     assert dark[:top, :left].any(), "no corner"
     plain = masks.contact_sheet(rows, ["0.3", "0.5"], ["one", "two", "three"])
     assert plain.height < sheet.height and plain.width <= sheet.width
@@ -782,11 +801,11 @@ def test_cells_are_brought_to_one_size_and_masks_stay_black_and_white():
         (left, top)
         for top in range(sheet.shape[0] - 95)
         for left in range(sheet.shape[1] - 95)
-        if not sheet[top, left + 6].any() and np.array_equal(sheet[top:top + 96, left:left + 96], enlarged)
+        if not sheet[top, left + 6].any() and np.array_equal(sheet[top : top + 96, left : left + 96], enlarged)
     ]
     assert len(places) == 1
     left, top = places[0]
-    second = sheet[top:top + 96, left + 96:]
+    second = sheet[top : top + 96, left + 96 :]
     assert {0, 255} == set(np.unique(second)) and (second == 0).sum() > 96 * 96
 
 

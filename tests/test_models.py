@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from checkpoint_files import MODEL_FILES, assert_same, parameters, read_tensors, write_tensors
 
-from mindiffedit import models
-from mindiffedit.checkpoints import CheckpointError, WeightsError
-from mindiffedit.models import load_components
+from mindiffedit.checkpoints import models
+from mindiffedit.checkpoints.layout import CheckpointError, WeightsError
+from mindiffedit.checkpoints.models import load_components
 
 
 def relative(found, expected):
@@ -73,7 +73,7 @@ def test_the_other_components(checked, sd2, checked_folder, sd2_folder):
 
 
 def test_ddim_comes_from_this_package(sd2):
-    from mindiffedit.schedulers import DDIMScheduler
+    from mindiffedit.solvers.schedulers import DDIMScheduler
 
     assert type(sd2["scheduler"]) is DDIMScheduler
 
@@ -85,7 +85,7 @@ def test_models_compute_what_torchs_do(layout, checked, sd2, checked_folder, sd2
     from diffusers import StableDiffusionPipeline
     from mindspore import Tensor, int64
 
-    from mindiffedit.kernels import portable_kernels
+    from mindiffedit.runtime.kernels import portable_kernels
 
     parts, folder = (checked, checked_folder) if layout == "sd1" else (sd2, sd2_folder)
     reference = StableDiffusionPipeline.from_pretrained(str(folder))
@@ -111,8 +111,8 @@ def test_the_unet_compiles_once_for_all_timesteps(checked):
     import mindspore
     from mindspore import Tensor
 
-    from mindiffedit.devices import CompileCounter
-    from mindiffedit.kernels import portable_kernels
+    from mindiffedit.runtime.devices import CompileCounter
+    from mindiffedit.runtime.kernels import portable_kernels
 
     unet = checked["unet"]
     _, latents, _ = inputs(checked["tokenizer"])
@@ -140,13 +140,9 @@ def test_time_embedding_is_the_references(channels, flip, shift):
     holder.time_proj = Timesteps(channels, flip, shift)
     models._tabulate_time_frequencies(holder)
     steps = np.arange(1000)
-    expected = get_timestep_embedding(
-        torch.tensor(steps), channels, flip_sin_to_cos=flip, downscale_freq_shift=shift
-    )
+    expected = get_timestep_embedding(torch.tensor(steps), channels, flip_sin_to_cos=flip, downscale_freq_shift=shift)
     # A frequency whose last bit differs moves an angle of 999 by 6e-5; mindone's are off by 1e-4.
-    np.testing.assert_allclose(
-        holder.time_proj(Tensor(steps, int64)).asnumpy(), expected, rtol=0, atol=6.2e-5
-    )
+    np.testing.assert_allclose(holder.time_proj(Tensor(steps, int64)).asnumpy(), expected, rtol=0, atol=6.2e-5)
     typical = np.abs(holder.time_proj(Tensor(steps, int64)).asnumpy() - expected.numpy()).mean()
     assert typical < 3e-7
 
@@ -174,9 +170,7 @@ def test_dtype_float16_is_the_rounded_file(sd1_folder):
 
     parts = load_components(sd1_folder, dtype=mindspore.float16)
     for name in ("vae", "unet", "text_encoder"):
-        expected = {
-            key: t.astype(np.float16) for key, t in read_tensors(sd1_folder / MODEL_FILES[name]).items()
-        }
+        expected = {key: t.astype(np.float16) for key, t in read_tensors(sd1_folder / MODEL_FILES[name]).items()}
         assert_same(parts[name], expected)
         assert parts[name].dtype == mindspore.float16
 
@@ -263,7 +257,7 @@ def test_names_of_older_files(copy):
 
 def test_files_that_mindone_saved(checked, copy):
     """mindone keeps MindSpore's names (gamma, embedding_table) in its files."""
-    from mindiffedit.kernels import portable_kernels
+    from mindiffedit.runtime.kernels import portable_kernels
 
     with portable_kernels():
         for name in ("text_encoder", "unet"):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mindiffedit import native
+from mindiffedit.runtime import native
 
 ROOT = Path(__file__).resolve().parent.parent
 ISA = native.instruction_set()
@@ -53,9 +53,7 @@ def assert_close(got, expected, relative, absolute=0.0):
     error = np.abs(wide(got) - expected)
     bound = relative * np.abs(expected) + absolute
     assert got.shape == expected.shape
-    assert np.all(
-        error <= bound
-    ), f"off by up to {np.max(error / np.maximum(bound, 1e-300)):.2f} of the bound"
+    assert np.all(error <= bound), f"off by up to {np.max(error / np.maximum(bound, 1e-300)):.2f} of the bound"
 
 
 # --- formulas, in float64 ----------------------------------------------------------------------------
@@ -98,9 +96,7 @@ def exact_conv2d(x, weight, bias, stride, padding):
     x = np.pad(wide(x), ((0, 0), (0, 0), (padding, padding), (padding, padding)))
     windows = np.lib.stride_tricks.sliding_window_view(x, weight.shape[2:], axis=(2, 3))
     windows = windows[:, :, ::stride, ::stride]
-    return np.einsum("bchwij,fcij->bfhw", windows, wide(weight), optimize=True) + wide(bias).reshape(
-        1, -1, 1, 1
-    )
+    return np.einsum("bchwij,fcij->bfhw", windows, wide(weight), optimize=True) + wide(bias).reshape(1, -1, 1, 1)
 
 
 def tokens_of(x):
@@ -265,9 +261,7 @@ class TestKernels:
     def test_conv2d_of_one_pixel(self):
         x, weight = normal(2, 5, 6, 35), normal(3, 5, 1, 1, seed=1)
         expected = exact_conv2d(x, weight, np.zeros(3), 1, 0)
-        assert_close(
-            run("Conv2dPrecise", [x, weight, how(1, 0)], expected.shape), expected, 0.51 * ULP, 1e-12
-        )
+        assert_close(run("Conv2dPrecise", [x, weight, how(1, 0)], expected.shape), expected, 0.51 * ULP, 1e-12)
 
     def test_conv2d_passes_nan_on(self):
         x = normal(1, 4, 8, 8)
@@ -328,9 +322,7 @@ def digests():
 def test_the_number_of_threads_does_not_change_the_values(threads):
     code = "import test_native; print(chr(10).join(test_native.digests()))"
     changed = environment(OMP_NUM_THREADS=threads)
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=changed, cwd=ROOT / "tests", capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], env=changed, cwd=ROOT / "tests", capture_output=True, text=True)
     assert done.stdout.split("\n")[:-1] == digests(), done.stderr
 
 
@@ -379,7 +371,7 @@ def test_refuses_other_types():
 # --- in MindSpore --------------------------------------------------------------------------------------
 
 
-native_ops = None  # mindiffedit.native.operators, which needs the library: the graph compiler reads a global
+native_ops = None  # mindiffedit.runtime.native.operators, which needs the library: the graph compiler reads a global
 
 
 def import_operators():
@@ -387,7 +379,7 @@ def import_operators():
     pytest.importorskip("mindspore")
     if not native.available():
         pytest.skip("the device is not the CPU, or MINDIFFEDIT_NATIVE is 0")
-    from mindiffedit.native import operators as native_ops
+    from mindiffedit.runtime.native import operators as native_ops
 
 
 def everything(x, tokens, weight, bias, shift, kernel):
@@ -526,7 +518,7 @@ def source_copy(tmp_path_factory):
 @pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="needs the source tree")
 @pytest.mark.parametrize("compiler", ["/bin/false", "/no/such/compiler"])
 def test_a_build_that_fails_says_so_and_goes_on(source_copy, compiler):
-    library = source_copy / "mindiffedit" / "native" / "libmindiffedit.so"
+    library = source_copy / "mindiffedit" / "runtime" / "native" / "libmindiffedit.so"
     library.write_bytes(b"an older build")
     changed = environment(CXX=compiler)
     changed["PYTHONPATH"] = os.environ.get("PYTHONPATH", "")
@@ -559,9 +551,7 @@ def test_builds(source_copy):
     assert done.returncode == 0 and "not built" not in done.stderr, done.stderr
     code = "from mindiffedit import native; print(native.instruction_set(), native.library_path())"
     changed = environment(PYTHONPATH=str(source_copy))
-    shown = subprocess.run(
-        [sys.executable, "-c", code], cwd=source_copy, env=changed, capture_output=True, text=True
-    )
+    shown = subprocess.run([sys.executable, "-c", code], cwd=source_copy, env=changed, capture_output=True, text=True)
     name, path = shown.stdout.split()
     assert name in INSTRUCTION_SETS
-    assert Path(path) == source_copy / "mindiffedit" / "native" / "libmindiffedit.so"
+    assert Path(path) == source_copy / "mindiffedit" / "runtime" / "native" / "libmindiffedit.so"

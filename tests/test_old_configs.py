@@ -15,8 +15,10 @@ from checkpoint_files import change_json
 from test_pipeline import PICTURE, SOURCE
 
 import mindiffedit
-from mindiffedit import StableDiffusionDiffEditPipeline, jobs, load_component, models, notices, old_configs, survey
-
+from mindiffedit import StableDiffusionDiffEditPipeline, load_component
+from mindiffedit.checkpoints import models, old_configs, survey
+from mindiffedit.cli import jobs
+from mindiffedit.runtime import notices
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # diffusers', about these configs
 
@@ -232,7 +234,7 @@ def test_a_checkpoint_as_the_first_ones_are(checked_folder, tmp_path):
         features = theirs.safety_checker.visual_projection(theirs.safety_checker.vision_model(pixels)[1]).numpy()
     import mindspore
 
-    from mindiffedit.kernels import portable_kernels
+    from mindiffedit.runtime.kernels import portable_kernels
 
     with portable_kernels():
         vision = ours.safety_checker.vision_model(mindspore.Tensor(pixels.numpy()))[1]

@@ -252,9 +252,7 @@ def test_image_latents_in_both_layouts():
 def test_image_latents_of_other_frameworks():
     torch = pytest.importorskip("torch")
     five = latents(1, 3, 4, 5, 6)
-    np.testing.assert_array_equal(
-        options.check_image_latents(torch.from_numpy(five), 1, 3, (4, 5, 6)), five
-    )
+    np.testing.assert_array_equal(options.check_image_latents(torch.from_numpy(five), 1, 3, (4, 5, 6)), five)
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,11 @@ import torch
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from mindiffedit import demo, native, randomness
+from mindiffedit import demo
+from mindiffedit.noise import randomness
 from mindiffedit.parity import floors, golden, metrics, reference, replay, report, tolerances
 from mindiffedit.parity.case import CALLS, Case
+from mindiffedit.runtime import native
 
 MODES = ("graph", "pynative")
 WHOLE_RUN = 1e-4  # what 50 steps of inversion and of editing may differ by, relative to the latents' rms
@@ -33,15 +35,15 @@ class Bench:
     def __init__(self, folders):
         self.folders = folders
 
-    @functools.lru_cache(maxsize=None)
+    @functools.cache
     def theirs(self, checkpoint, dtype):
         return reference.load(self.folders[checkpoint], parity_cases.make(checkpoint, 0), dtype)
 
-    @functools.lru_cache(maxsize=None)
+    @functools.cache
     def ours(self, checkpoint, mode):
         return replay.load(self.folders[checkpoint], parity_cases.make(checkpoint, 0), mode)
 
-    @functools.lru_cache(maxsize=None)
+    @functools.cache
     def recorded(self, name, seed):
         """Case, the reference's trace, and floors."""
         checkpoint, case = parity_cases.case(name, seed)
@@ -112,9 +114,7 @@ def test_matrix(bench, name, seed, mode):
 
 
 def test_the_matrix_is_what_it_is_said_to_be():
-    assert (
-        len(parity_cases.MATRIX) >= 40 and len(set(parity_cases.SEEDS)) >= 3 and len(parity_cases.QUICK) >= 12
-    )
+    assert len(parity_cases.MATRIX) >= 40 and len(set(parity_cases.SEEDS)) >= 3 and len(parity_cases.QUICK) >= 12
     assert {*parity_cases.QUICK_EAGER} <= {*parity_cases.QUICK} <= {*parity_cases.MATRIX}
 
 
@@ -147,10 +147,7 @@ def test_fifty_steps_of_the_demo_checkpoint(bench, mode, guidance):
         whole.append(of["edit/edited_latents"])
     # Where twice the reference's own rounding is more than the goal, two correct runs can be as far apart. An edit that
     # starts from one's own inverted latents has their rounding in it besides its own.
-    own = {
-        stage: max(recorded[2]["chained"][stage])
-        for stage in ("invert/inverted_latents", "edit/edited_latents")
-    }
+    own = {stage: max(recorded[2]["chained"][stage]) for stage in ("invert/inverted_latents", "edit/edited_latents")}
     own["edit/edited_latents"] += own["invert/inverted_latents"] if guidance > 1 else 0
     for one in whole:
         allowed = max(WHOLE_RUN, 2 * own[one.name])
@@ -176,9 +173,7 @@ def broken(bench):
     def make(*calls, checkpoint="sd1", folder=None, **options):
         case = parity_cases.make(checkpoint, 0, steps=4, strength=0.5, maps=1, **options)
         case = dataclasses.replace(case, **{call: None for call in CALLS if call not in calls})
-        return replay.load(folder or bench.folders[checkpoint], case, "pynative"), bench.record(
-            checkpoint, case
-        )
+        return replay.load(folder or bench.folders[checkpoint], case, "pynative"), bench.record(checkpoint, case)
 
     return make
 
@@ -245,7 +240,7 @@ def test_one_timestep_off_is_seen(bench, broken, monkeypatch):
 
 
 def test_a_timestep_that_only_the_unet_sees_is_seen(bench, broken, monkeypatch):
-    from mindiffedit import steps
+    from mindiffedit import stages as steps
 
     pipe, recorded = broken("mask")
     exact = steps._timestep
@@ -299,8 +294,8 @@ def test_the_posteriors_mean_in_place_of_a_sample_is_seen(bench, broken, monkeyp
 
 
 def test_gelu_by_tanh_is_seen(bench, broken, monkeypatch):
-    from mindspore import ops
     from mindone.diffusers.models import activations
+    from mindspore import ops
 
     pipe, recorded = broken("mask")
     changed = 0
@@ -310,7 +305,7 @@ def test_gelu_by_tanh_is_seen(bench, broken, monkeypatch):
             changed += 1
     assert changed
     if native.available():  # the layer as a whole is one operator
-        from mindiffedit.native import operators
+        from mindiffedit.runtime.native import operators
 
         def by_tanh(x, bias):
             hidden, gate = ops.split(x + bias, x.shape[-1] // 2, axis=-1)

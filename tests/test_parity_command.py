@@ -22,9 +22,11 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import mindiffedit
-from mindiffedit import cli, demo, options
-from mindiffedit.arguments import CASE_OPTIONS, build_parser
-from mindiffedit.parity import command, golden, replay, tolerances
+from mindiffedit import demo, options
+from mindiffedit.cli import command as cli
+from mindiffedit.cli import parity as command
+from mindiffedit.cli.arguments import CASE_OPTIONS, build_parser
+from mindiffedit.parity import golden, replay, tolerances
 
 SOURCE, TARGET = "a red apple on a table", "a yellow pear on a table"
 REFERENCE, OURS = ("torch", "diffusers"), ("mindspore", "mindone")
@@ -188,17 +190,13 @@ def test_a_recording_says_how_it_was_made(recorded):
     manifest = recorded.golden.manifest
     settings = manifest["arguments"]
     assert tuple(sorted(settings)) == tuple(sorted(CASE_OPTIONS))
-    given = dict(
-        source=[SOURCE], target=[TARGET], image=["p.png"], seed=[3], mask_seed=None, steps=4, strength=0.5
-    )
+    given = dict(source=[SOURCE], target=[TARGET], image=["p.png"], seed=[3], mask_seed=None, steps=4, strength=0.5)
     of_its_own = dict(guidance=2.0, invert_guidance=2.0, maps=2, mask_strength=0.5, scheduler="ddim", eta=0.0)
     assert {name: settings[name] for name in (*given, *of_its_own)} == {**given, **of_its_own}
     assert manifest["dtype"] == settings["dtype"] == "float32"
     assert manifest["calls"]["edit"]["negative_prompt"] == SOURCE
     assert manifest["weights"] == golden.hash_files(recorded.model)
-    assert {"torch", "diffusers", "transformers", "numpy", "mindiffedit", "python"} <= set(
-        manifest["versions"]
-    )
+    assert {"torch", "diffusers", "transformers", "numpy", "mindiffedit", "python"} <= set(manifest["versions"])
     assert manifest["versions"]["mindiffedit"] == mindiffedit.__version__
     assert set(manifest["platform"]) == {"system", "processor"} and manifest["platform"]["system"]
     assert re.fullmatch(r"20\d\d-\d\d-\d\d", manifest["recorded"]) and manifest["mended"] == []
@@ -310,7 +308,7 @@ def replayed(recorded, monkeypatch):
         return asked
 
     monkeypatch.chdir(recorded.folder)
-    monkeypatch.setattr("mindiffedit.devices.require_device", lambda name: name or "CPU")
+    monkeypatch.setattr("mindiffedit.runtime.devices.require_device", lambda name: name or "CPU")
 
     def replay_load(folder, case, mode, dtype, compile_cache):
         return str(folder), mode, dtype, compile_cache
@@ -419,9 +417,7 @@ def test_nan_on_the_way_fails_the_check_where_it_is(recorded, replayed, capsys, 
     assert "ended early: inversion, step 2" in (tmp_path / "r.md").read_text()
 
 
-def test_half_precision_is_checked_only_where_it_is_computed(
-    recorded, replayed, capsys, monkeypatch, tmp_path
-):
+def test_half_precision_is_checked_only_where_it_is_computed(recorded, replayed, capsys, monkeypatch, tmp_path):
     manifest = recorded.golden.manifest
     settings = {**manifest["arguments"], "dtype": "float16"}
     # As large as moves pixels by 3.6 levels, times the factor of the table.
@@ -432,7 +428,7 @@ def test_half_precision_is_checked_only_where_it_is_computed(
     rewritten(file["file"], recorded.golden, arguments=settings, floors=floors)
 
     asked, answer = replayed(), ["MindSpore's kernels are float32."]
-    monkeypatch.setattr("mindiffedit.devices.supported_dtype", lambda dtype: (dtype, *answer))
+    monkeypatch.setattr("mindiffedit.runtime.devices.supported_dtype", lambda dtype: (dtype, *answer))
     code, out, err = checks(capsys, recorded, **file)
     assert code == 2 and out == "" and asked == []
     assert "was recorded in float16, for which CPU computes in float32" in err
@@ -570,9 +566,7 @@ def test_every_option_reaches_its_call(sd1_folder):
 
 
 def test_a_batch_is_lists_and_has_a_generator_for_each_sample(sd1_folder):
-    _, case = case_of(
-        *TWO, *GENERATORS, "--maps", "2", "--images-per-prompt", "2", folder=sd1_folder, image="one"
-    )
+    _, case = case_of(*TWO, *GENERATORS, "--maps", "2", "--images-per-prompt", "2", folder=sd1_folder, image="one")
     assert case.image == ["one", "one"]
     assert (case.mask["source_prompt"], case.mask["target_prompt"]) == (["a", "c"], ["b", "d"])
     assert case.invert["prompt"] == ["a", "c"] and case.edit["negative_prompt"] == ["a", "c"]
@@ -586,9 +580,7 @@ def test_one_prompt_may_have_its_own_generators_too(sd1_folder):
     assert case_of(*ONE, *argv, folder=sd1_folder)[1].seeds == {"mask": [6, 7], "invert": [5], "edit": [5]}
 
 
-@pytest.mark.parametrize(
-    "own, name", [("DPMSolverMultistepScheduler", "dpm"), ("LMSDiscreteScheduler", "ddim")]
-)
+@pytest.mark.parametrize("own, name", [("DPMSolverMultistepScheduler", "dpm"), ("LMSDiscreteScheduler", "ddim")])
 def test_the_scheduler_is_the_models_own_where_it_can_be(sd1_folder, tmp_path, own, name):
     shutil.copy(sd1_folder / "model_index.json", tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
@@ -910,16 +902,24 @@ def test_a_recording_of_an_unknown_scheduler_is_refused(work, recorded, capsys):
 @pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write everywhere")
 def test_folders_that_are_read_only(work, recorded, capsys):
     os.mkdir("closed", 0o555)
-    refused(capsys, record_argv(recorded.model, output="closed/g.safetensors"), "no file can be written in the folder closed")
-    refused(capsys, check_argv(recorded.model, "--report", "closed/r.md"), "no file can be written in the folder closed")
-    refused(capsys, check_argv(recorded.model, "--save-diff", "closed/a"), "no file can be written in the folder closed")
+    refused(
+        capsys,
+        record_argv(recorded.model, output="closed/g.safetensors"),
+        "no file can be written in the folder closed",
+    )
+    refused(
+        capsys, check_argv(recorded.model, "--report", "closed/r.md"), "no file can be written in the folder closed"
+    )
+    refused(
+        capsys, check_argv(recorded.model, "--save-diff", "closed/a"), "no file can be written in the folder closed"
+    )
 
 
 def test_an_absent_device_is_one_sentence(work, recorded, capsys, monkeypatch):
     def absent(name):
         raise RuntimeError(f"device {name} was asked for\nand is not here.")
 
-    monkeypatch.setattr("mindiffedit.devices.require_device", absent)
+    monkeypatch.setattr("mindiffedit.runtime.devices.require_device", absent)
     refused(
         capsys,
         check_argv(recorded.model, "--device", "ascend"),

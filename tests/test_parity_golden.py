@@ -210,9 +210,7 @@ def test_another_format(path):
     assert "was not written by" in refused(golden.read_golden, path)
 
 
-@pytest.mark.parametrize(
-    "version, remedy", [("2", "update"), ("10", "update"), ("0", "record"), ("x", "record")]
-)
+@pytest.mark.parametrize("version, remedy", [("2", "update"), ("10", "update"), ("0", "record"), ("x", "record")])
 def test_another_version(path, version, remedy):
     rewrite(path, lambda metadata: metadata.update(format_version=version))
     message = refused(golden.read_golden, path)
@@ -375,9 +373,7 @@ def test_which_files_are_hashed(model):
         "vae/config.json",
         "vae/diffusion_pytorch_model.safetensors",
     ]
-    assert list(golden.hash_files(model, components=("safety_checker",))) == [
-        "safety_checker/model.safetensors"
-    ]
+    assert list(golden.hash_files(model, components=("safety_checker",))) == ["safety_checker/model.safetensors"]
     assert list(golden.hash_files(model, components=["vae"], patterns=["*.safetensors"])) == [
         "vae/diffusion_pytorch_model.safetensors"
     ]
@@ -405,9 +401,7 @@ def test_the_same_model_elsewhere_with_more_files_and_links(model, tmp_path):
 def test_saving_a_config_anew_does_not_matter(model):
     expected = golden.hash_files(model)
     config = model / "text_encoder" / "config.json"
-    config.write_text(
-        '{"transformers_version": "5.0", "torch_dtype": "float32",\n  "layers": 2, "_name": "x"}'
-    )
+    config.write_text('{"transformers_version": "5.0", "torch_dtype": "float32",\n  "layers": 2, "_name": "x"}')
     golden.check_files(model, expected)
     config.write_text('{"layers": 3}')
     message = refused(golden.check_files, model, expected)
@@ -445,9 +439,7 @@ def test_another_model_folder(model, tmp_path):
     expected = golden.hash_files(model)
     shutil.rmtree(model / "unet")
     message = refused(golden.check_files, model, expected)
-    assert (
-        "another model folder" in message and "3 of its 11 files" in message and "unet/config.json" in message
-    )
+    assert "another model folder" in message and "3 of its 11 files" in message and "unet/config.json" in message
     message = refused(golden.check_files, tmp_path, expected)
     assert "11 of its 11" in message and "and 8 more" in message
     assert "no checkpoint folder" in refused(golden.check_files, tmp_path / "nothing", expected)

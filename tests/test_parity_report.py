@@ -140,11 +140,7 @@ def test_markdown():
     assert set(bars) == {8}
     assert "**FIRST stage out of tolerance: invert/inverted\\_latents, step 3 of 5" in text
     assert "- model: a \\| b \\<script\\>alert(1)\\</script\\> & \\*c\\*" in text
-    assert (
-        "- isolate: yes" in text
-        and "- versions: mindspore 2.8.0, numpy 1.26.4" in text
-        and "- seed: –" in text
-    )
+    assert "- isolate: yes" in text and "- versions: mindspore 2.8.0, numpy 1.26.4" in text and "- seed: –" in text
     assert list(CONTEXT) == [line[2:].split(":")[0] for line in text.splitlines() if line.startswith("- ")]
 
 
@@ -357,9 +353,7 @@ def test_pictures_keep_their_colours_and_do_not_wrap(monkeypatch):
     ours[0, 5, 6] = (0, 1, 0)
     one = compare(ours, theirs, 1, kind="levels", name="edit/picture")
     captions, tiles = panels(monkeypatch, one, ours, theirs)
-    assert (
-        captions[0] == "edit/picture: reference, 0 to 255" and captions[1] == "ours, out of tolerance, 0 to 1"
-    )
+    assert captions[0] == "edit/picture: reference, 0 to 255" and captions[1] == "ours, out of tolerance, 0 to 1"
     assert captions[2] == "difference, up to 2.6e+02; allowed: 1 level"
     assert tuple(tiles[0][2 * 64, 3 * 64]) == (255, 0, 0) and tuple(tiles[1][2 * 64, 3 * 64]) == (0, 0, 0)
     assert tuple(tiles[2][2 * 64, 3 * 64]) == report._DIFFERENCES[-1]

@@ -18,8 +18,8 @@ import PIL.Image
 import PIL.PngImagePlugin
 import pytest
 
-from mindiffedit import pictures, reading
 from mindiffedit.errors import InputError
+from mindiffedit.images import pictures, reading
 
 
 def noise(height, width, seed=0):
@@ -626,14 +626,10 @@ def test_other_channel_counts_of_latents():
 def test_pil_modes_are_made_rgb():
     picture = noise(16, 24)
     grey = picture.convert("L")
-    np.testing.assert_array_equal(
-        pictures.preprocess_image(grey, 8), pictures.preprocess_image(grey.convert("RGB"), 8)
-    )
+    np.testing.assert_array_equal(pictures.preprocess_image(grey, 8), pictures.preprocess_image(grey.convert("RGB"), 8))
     with_alpha = picture.copy()
     with_alpha.putalpha(128)
-    np.testing.assert_array_equal(
-        pictures.preprocess_image(with_alpha, 8), pictures.preprocess_image(picture, 8)
-    )
+    np.testing.assert_array_equal(pictures.preprocess_image(with_alpha, 8), pictures.preprocess_image(picture, 8))
 
 
 def test_uint8_arrays_mean_the_same_as_their_picture():
@@ -786,9 +782,7 @@ def soft_mask(*shape):
 def reference_mask(mask, batch_size):
     import copy
 
-    module = pytest.importorskip(
-        "diffusers.pipelines.stable_diffusion_diffedit.pipeline_stable_diffusion_diffedit"
-    )
+    module = pytest.importorskip("diffusers.pipelines.stable_diffusion_diffedit.pipeline_stable_diffusion_diffedit")
     # A copy: the reference writes into what it is given.
     return module.preprocess_mask(copy.deepcopy(mask), batch_size).float().numpy()
 
@@ -1031,9 +1025,7 @@ def test_paths_that_cannot_be_written(tmp_path, name, words):
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a folder that nobody can write into")
 def test_a_folder_that_nobody_can_write_into():
-    with pytest.raises(
-        ValueError, match=r"no file can be written in the folder /proc/self of the output a.png \(.+\)"
-    ):
+    with pytest.raises(ValueError, match=r"no file can be written in the folder /proc/self of the output a.png \(.+\)"):
         pictures.check_output_path("/proc/self/a.png")
 
 

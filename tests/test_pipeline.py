@@ -11,7 +11,9 @@ import torch
 from diffusers import StableDiffusionDiffEditPipeline as Reference
 
 import mindiffedit
-from mindiffedit import StableDiffusionDiffEditPipeline, devices, notices, options, steps
+from mindiffedit import StableDiffusionDiffEditPipeline, options
+from mindiffedit import stages as steps
+from mindiffedit.runtime import devices, notices
 
 CLOSE = 1e-3  # relative to the reference's rms; what was measured is 1e-5 to 1e-4
 PICTURE = parity.picture()
@@ -48,9 +50,7 @@ def theirs(sd1_folder):
 @pytest.fixture(scope="module")
 def inverted(theirs):
     """Reference latents of PICTURE for 4 of 5 steps, as an array (1, 4, 4, h, w)."""
-    return theirs.invert(
-        SOURCE, PICTURE, num_inference_steps=5, generator=parity.torch_noise(3)
-    ).latents.numpy()
+    return theirs.invert(SOURCE, PICTURE, num_inference_steps=5, generator=parity.torch_noise(3)).latents.numpy()
 
 
 def both_masks(ours, theirs, image=PICTURE, seed=0, sources=parity, **arguments):
@@ -243,9 +243,7 @@ def test_invert_a_batch_and_decode_it(ours, theirs):
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_regularised_inversion(ours, theirs, prediction, monkeypatch):
     rolls, other = iter([1, 2, 0, 3] * 2000), iter([1, 2, 0, 3] * 2000)
-    monkeypatch.setattr(
-        torch, "randint", lambda high, size, generator=None: torch.tensor([next(rolls) % high])
-    )
+    monkeypatch.setattr(torch, "randint", lambda high, size, generator=None: torch.tensor([next(rolls) % high]))
 
     class Rolls(parity.TorchNoise):
         def integers(self, high):
@@ -268,9 +266,7 @@ def test_regularised_inversion(ours, theirs, prediction, monkeypatch):
         expected = theirs.invert(generator=parity.torch_noise(3), **arguments).latents.numpy()
         mine = ours.invert(generator=Rolls(3), **arguments).latents.asnumpy()
         assert parity.relative(mine, expected) < CLOSE
-        plain = ours.invert(
-            generator=parity.TorchNoise(3), **{**arguments, "num_reg_steps": 0}
-        ).latents.asnumpy()
+        plain = ours.invert(generator=parity.TorchNoise(3), **{**arguments, "num_reg_steps": 0}).latents.asnumpy()
         assert parity.relative(plain, expected) > 10 * CLOSE
     finally:
         for scheduler in inverses:
@@ -295,9 +291,7 @@ def both_edits(ours, theirs, inverted, seed=0, **arguments):
     )
     theirs_ = {k: torch.from_numpy(v.copy()) if k.endswith("embeds") else v for k, v in arguments.items()}
     theirs_["mask_image"] = np.copy(arguments["mask_image"])  # the reference writes into it
-    expected = theirs(
-        image_latents=torch.from_numpy(inverted), generator=parity.torch_noise(seed), **theirs_
-    ).images
+    expected = theirs(image_latents=torch.from_numpy(inverted), generator=parity.torch_noise(seed), **theirs_).images
     mine = ours(image_latents=inverted, generator=parity.TorchNoise(seed), **arguments).images
     return mine.asnumpy(), expected.numpy()
 
@@ -379,7 +373,7 @@ def test_dpm_solver_inverts_and_edits(ours, theirs, sd1_folder, order):
 def test_schedulers_without_a_compiled_step(ours, theirs, name, inverted):
     import mindone.diffusers
 
-    from mindiffedit.kernels import portable_kernels
+    from mindiffedit.runtime.kernels import portable_kernels
 
     before = ours.scheduler, theirs.scheduler
     extra = {"skip_prk_steps": True} if name == "PNDMScheduler" else {}
@@ -467,9 +461,7 @@ def test_nothing_compiles_after_the_first_step(ours, inverted):
             eta=0.3,
         )
         ours.invert("a third text", PICTURE, num_inference_steps=5, guidance_scale=4.0, generator=9)
-        ours.generate_mask(
-            PICTURE, generator=3, **{**arguments, "target_prompt": "other", "guidance_scale": 3.0}
-        )
+        ours.generate_mask(PICTURE, generator=3, **{**arguments, "target_prompt": "other", "guidance_scale": 3.0})
     assert again.count == 0
 
 
@@ -480,9 +472,7 @@ def test_a_whole_edit_runs_each_model_no_more_than_it_must(ours):
     stages.forget()
     stages.calls.clear()
     with devices.CompileCounter() as count:
-        mask = ours.generate_mask(
-            PICTURE, source_prompt=SOURCE, target_prompt=TARGET, num_maps_per_mask=3, **arguments
-        )
+        mask = ours.generate_mask(PICTURE, source_prompt=SOURCE, target_prompt=TARGET, num_maps_per_mask=3, **arguments)
         latents = ours.invert(SOURCE, PICTURE, inpaint_strength=0.6, **arguments).latents
         ours(TARGET, mask, latents, inpaint_strength=0.6, negative_prompt=SOURCE, **arguments)
     # Source, target and empty text; two predictions a map; two predictions for each of 3 + 3 guided steps.
@@ -651,9 +641,7 @@ def no_model(ours, monkeypatch):
     ],
 )
 def test_bad_input_to_the_edit_is_refused(ours, inverted, wrong, no_model):
-    arguments = dict(
-        prompt=TARGET, mask_image=np.ones((8, 10)), image_latents=inverted, num_inference_steps=5
-    )
+    arguments = dict(prompt=TARGET, mask_image=np.ones((8, 10)), image_latents=inverted, num_inference_steps=5)
     with pytest.raises((ValueError, TypeError)) as refused:
         ours(**{**arguments, **wrong})
     assert len(str(refused.value)) > 20

@@ -13,20 +13,12 @@ import pytest
 import torch
 
 import mindiffedit
-from mindiffedit import (
-    Captioner,
-    PromptGenerator,
-    StableDiffusionDiffEditPipeline,
-    average_embeddings,
-    decoding,
-    devices,
-    language_models,
-    options,
-    prompts,
-    randomness,
-)
-from mindiffedit.checkpoints import CheckpointError, WeightsError
-from mindiffedit.hub import HubOptions
+from mindiffedit import Captioner, PromptGenerator, StableDiffusionDiffEditPipeline, average_embeddings, options
+from mindiffedit.checkpoints.hub import HubOptions
+from mindiffedit.checkpoints.layout import CheckpointError, WeightsError
+from mindiffedit.noise import randomness
+from mindiffedit.runtime import devices
+from mindiffedit.text import decoding, language_models, prompts
 
 # max|difference| / rms of the logits. These models multiply every rounding: transformers' own float32 logits are 1.5e-5
 # from its float64 ones, ours 2.1e-5; of captions, 1e-5 and 1e-5.
@@ -86,9 +78,7 @@ def their_blip(folder):
 def their_texts(model, tokenizer, text):
     """Tokens without the first, and the text, under greedy decoding."""
     with torch.no_grad():
-        output = model.generate(
-            tokenizer(text, return_tensors="pt").input_ids, max_new_tokens=MOST, do_sample=False
-        )
+        output = model.generate(tokenizer(text, return_tensors="pt").input_ids, max_new_tokens=MOST, do_sample=False)
     return output[0, 1:].tolist(), tokenizer.batch_decode(output, skip_special_tokens=True)
 
 
@@ -124,9 +114,7 @@ def t5_logits(folder, decoder, count, text=TEXTS[2]):
     ids = tokenizer(text).input_ids
     tokens = [0, *np.random.default_rng(0).integers(3, 60, count - 1).tolist()]
     with torch.no_grad():
-        expected = reference(input_ids=torch.tensor([ids]), decoder_input_ids=torch.tensor([tokens])).logits[
-            0
-        ]
+        expected = reference(input_ids=torch.tensor([ids]), decoder_input_ids=torch.tensor([tokens])).logits[0]
     return our_logits(decoder, decoder.encode(np.array(ids)), tokens), expected.numpy()
 
 
@@ -188,9 +176,7 @@ def test_distances_fall_into_transformers_buckets(bidirectional, buckets, most):
     from transformers.models.t5.modeling_t5 import T5Attention
 
     distances = np.arange(-3000, 3001).reshape(-1, 17)
-    expected = T5Attention._relative_position_bucket(
-        torch.from_numpy(distances), bidirectional, buckets, most
-    )
+    expected = T5Attention._relative_position_bucket(torch.from_numpy(distances), bidirectional, buckets, most)
     got = decoding.position_bucket(mindspore.Tensor(distances), bidirectional, buckets, most)
     assert np.array_equal(got.asnumpy(), expected.numpy())
 
@@ -352,9 +338,7 @@ def test_the_average_is_the_guides(pipeline, sd1_folder):
     with torch.no_grad():
         rows = [
             encoder(
-                tokenizer(
-                    text, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
-                ).input_ids
+                tokenizer(text, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
             )[0]
             for text in texts
         ]
@@ -454,9 +438,7 @@ def test_a_planted_defect_in_captions_is_seen(eager_captioner, monkeypatch, defe
         monkeypatch.setattr(decoding, "_attend", lambda *arguments: attend(*arguments[:-1], 1.0))
     elif defect == "positions one late":
         step = decoder.step
-        monkeypatch.setattr(
-            decoder, "step", lambda tokens, position, *rest: step(tokens, position + 1, *rest)
-        )
+        monkeypatch.setattr(decoder, "step", lambda tokens, position, *rest: step(tokens, position + 1, *rest))
     else:
         source = source * 0
     assert error(our_logits(decoder, source, tokens), right) > 100 * CLOSE
@@ -509,14 +491,10 @@ def test_shards_are_read(tmp_path, t5_folder, writer):
 def test_a_shared_weight_may_have_any_of_its_names(tmp_path, t5_folder):
     def only_the_encoders(values):
         values["encoder.embed_tokens.weight"] = values.pop("shared.weight")
-        values["decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"] = np.ones(
-            (32, 4), "f4"
-        )
+        values["decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"] = np.ones((32, 4), "f4")
 
     def all_three(values):
-        values["encoder.embed_tokens.weight"] = values["decoder.embed_tokens.weight"] = values[
-            "shared.weight"
-        ]
+        values["encoder.embed_tokens.weight"] = values["decoder.embed_tokens.weight"] = values["shared.weight"]
 
     expected = values_of(t5_folder)["shared.weight"]
     for name, change in (("one", only_the_encoders), ("all", all_three)):
@@ -690,9 +668,7 @@ def test_a_hub_id_is_fetched_without_pickles(t5_folder, monkeypatch):
         return str(t5_folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    folder = language_models.resolve_folder(
-        "prompt model", "google/flan-t5-large", HubOptions(revision="r", token="t")
-    )
+    folder = language_models.resolve_folder("prompt model", "google/flan-t5-large", HubOptions(revision="r", token="t"))
     assert folder == t5_folder
     assert [name for name, _, _ in asked] == ["google/flan-t5-large"] * 2
     assert all(options_["revision"] == "r" and options_["token"] == "t" for _, _, options_ in asked)
@@ -744,9 +720,7 @@ def test_what_the_device_lacks_is_loaded_in_float32(t5_folder):
         (dict(generator=[1, 2]), TypeError, "`generator` is a list"),
     ],
 )
-def test_bad_input_to_the_writer_is_refused_before_the_model_runs(
-    writer, monkeypatch, arguments, kind, words
-):
+def test_bad_input_to_the_writer_is_refused_before_the_model_runs(writer, monkeypatch, arguments, kind, words):
     monkeypatch.setattr(decoding, "write", None)
     with pytest.raises(kind, match=words):
         writer.generate(**{"text": "a dog", **arguments})
@@ -781,9 +755,7 @@ def test_a_concept_is_a_word(writer, concept, kind):
         (dict(max_new_tokens=64, text="red"), ValueError, "more than the 64"),
     ],
 )
-def test_bad_input_to_the_captioner_is_refused_before_the_model_runs(
-    captioner, monkeypatch, arguments, kind, words
-):
+def test_bad_input_to_the_captioner_is_refused_before_the_model_runs(captioner, monkeypatch, arguments, kind, words):
     monkeypatch.setattr(decoding, "write", None)
     with pytest.raises(kind, match=words):
         captioner.caption(**{"image": pictures(1)[0], **arguments})

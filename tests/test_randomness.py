@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from mindiffedit import Generator, randomness
+from mindiffedit import Generator
+from mindiffedit.noise import randomness
 
 
 def test_a_seed_starts_a_stream_anew_and_a_generator_moves_on():

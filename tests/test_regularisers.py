@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers.pipelines.stable_diffusion_diffedit import pipeline_stable_diffusion_diffedit as reference
 
-from mindiffedit import regularisers
+from mindiffedit.noise import regularisers
 
 
 def _noise(*shape, seed=0):

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from mindiffedit import reuse
+from mindiffedit.runtime import reuse
 
 
 class Weight:

@@ -11,7 +11,9 @@ from diffusers import StableDiffusionDiffEditPipeline as Reference
 from safetensors.numpy import load_file, save_file
 from test_pipeline import TARGET
 
-from mindiffedit import DDIMScheduler, StableDiffusionDiffEditPipeline, load_component, models, notices
+from mindiffedit import DDIMScheduler, StableDiffusionDiffEditPipeline, load_component
+from mindiffedit.checkpoints import models
+from mindiffedit.runtime import notices
 
 # Any sizes: the feature extractor crops and scales.
 PICTURES = [parity.picture(48, 40, seed) for seed in (0, 3, 7, 8)]
@@ -96,9 +98,7 @@ def test_without_special_care_the_second_passes(folder, tmp_path, theirs):
     other = shutil.copytree(folder, tmp_path / "careless")
     changed(other, special_care_embeds_weights=np.full(3, 2, np.float32))
     checker = load_component(other, "safety_checker")
-    pipeline = StableDiffusionDiffEditPipeline.from_pretrained(
-        folder, mode="pynative", safety_checker=checker
-    )
+    pipeline = StableDiffusionDiffEditPipeline.from_pretrained(folder, mode="pynative", safety_checker=checker)
     assert pipeline.run_safety_checker(as_images(PICTURES))[1] == [True, False, False, False]
 
 
@@ -118,9 +118,7 @@ def test_an_edit_is_checked_as_in_the_reference(folder, tmp_path, flag):
     for pipeline in (ours, theirs):
         pipeline.set_progress_bar_config(disable=True)
     latents = np.random.default_rng(0).standard_normal((1, 2, 4, 4, 4)).astype(np.float32)
-    arguments = dict(
-        prompt=TARGET, num_inference_steps=2, inpaint_strength=1.0, guidance_scale=1.0, output_type="np"
-    )
+    arguments = dict(prompt=TARGET, num_inference_steps=2, inpaint_strength=1.0, guidance_scale=1.0, output_type="np")
     mask = np.ones((1, 4, 4), np.float32)
     mine = ours(mask_image=mask, image_latents=latents, **arguments)
     expected = theirs(mask_image=torch.from_numpy(mask), image_latents=torch.from_numpy(latents), **arguments)

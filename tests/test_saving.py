@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from checkpoint_files import MODEL_FILES, assert_same, parameters, read_tensors
 
-from mindiffedit.checkpoints import CheckpointError
-from mindiffedit.models import load_components
-from mindiffedit.saving import save_components
+from mindiffedit.checkpoints.layout import CheckpointError
+from mindiffedit.checkpoints.models import load_components
+from mindiffedit.checkpoints.saving import save_components
 
 
 def scheduler_pair():
-    from mindiffedit.schedulers import DDIMInverseScheduler, DDIMScheduler
+    from mindiffedit.solvers.schedulers import DDIMInverseScheduler, DDIMScheduler
 
     options = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     return DDIMScheduler(**options, clip_sample=False, steps_offset=1), DDIMInverseScheduler(**options)
@@ -21,9 +21,7 @@ def scheduler_pair():
 
 @pytest.mark.parametrize("pipeline", ["StableDiffusionDiffEditPipeline", "StableDiffusionPipeline"])
 @pytest.mark.parametrize("layout", ["sd1", "sd2"])
-def test_diffusers_loads_what_is_saved_here(
-    layout, pipeline, checked, sd2, checked_folder, sd2_folder, tmp_path
-):
+def test_diffusers_loads_what_is_saved_here(layout, pipeline, checked, sd2, checked_folder, sd2_folder, tmp_path):
     import diffusers
 
     parts, source = (checked, checked_folder) if layout == "sd1" else (sd2, sd2_folder)
@@ -47,9 +45,7 @@ def test_diffusers_loads_what_is_saved_here(
         for key, values in expected.items():
             np.testing.assert_array_equal(state[key], values, err_msg=key)
     assert type(loaded.scheduler).__name__ == "DDIMScheduler"
-    assert (
-        loaded.scheduler.config.beta_schedule == "scaled_linear" and loaded.scheduler.config.steps_offset == 1
-    )
+    assert loaded.scheduler.config.beta_schedule == "scaled_linear" and loaded.scheduler.config.steps_offset == 1
     assert loaded.tokenizer("a red apple").input_ids == parts["tokenizer"]("a red apple").input_ids
     if pipeline == "StableDiffusionDiffEditPipeline":
         assert type(loaded.inverse_scheduler).__name__ == "DDIMInverseScheduler"
@@ -81,9 +77,7 @@ def test_round_trip_here(sd2, tmp_path):
     again = load_components(folder)
     for name in ("vae", "unet", "text_encoder"):
         assert_same(again[name], parameters(sd2[name]))
-        assert not any(
-            key.startswith("_name") for key in json.loads((folder / name / "config.json").read_text())
-        )
+        assert not any(key.startswith("_name") for key in json.loads((folder / name / "config.json").read_text()))
     assert type(again["inverse_scheduler"]) is type(inverse)
     for key, value in sd2["scheduler"].config.items():
         assert key.startswith("_") or again["scheduler"].config[key] == value, key

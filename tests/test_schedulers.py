@@ -19,17 +19,18 @@ import pytest
 import torch
 from mindspore import nn
 
-from mindiffedit import devices, schedulers, schedules
-from mindiffedit.kernels import portable_kernels
 from mindiffedit.parity import reference
 from mindiffedit.preparation import as_its_own
-from mindiffedit.schedulers import (
+from mindiffedit.runtime import devices
+from mindiffedit.runtime.kernels import portable_kernels
+from mindiffedit.solvers import schedulers, schedules
+from mindiffedit.solvers.schedulers import (
     DDIMInverseScheduler,
     DDIMScheduler,
     DPMSolverMultistepInverseScheduler,
     DPMSolverMultistepScheduler,
 )
-from mindiffedit.steps import Stages
+from mindiffedit.stages import Stages
 
 F32 = np.float32
 FORWARD = (DDIMScheduler, DPMSolverMultistepScheduler)
@@ -46,8 +47,7 @@ BETAS = {
     "trained": dict(trained_betas=np.linspace(0.0001, 0.03, 1000).tolist()),
 }
 SOME_BETAS = [
-    name if name in ("scaled_linear", "squaredcos") else pytest.param(name, marks=pytest.mark.slow)
-    for name in BETAS
+    name if name in ("scaled_linear", "squaredcos") else pytest.param(name, marks=pytest.mark.slow) for name in BETAS
 ]
 
 # Each option on its own around Stable Diffusion's configuration; the slow tests take products.
@@ -64,15 +64,11 @@ DDIM_OPTIONS = {
     "linear": BETAS["linear"],
     "squaredcos": BETAS["squaredcos"],
     "trained": BETAS["trained"],
-    "zero-snr": dict(
-        rescale_betas_zero_snr=True, prediction_type="v_prediction", timestep_spacing="trailing"
-    ),
+    "zero-snr": dict(rescale_betas_zero_snr=True, prediction_type="v_prediction", timestep_spacing="trailing"),
 }
 FORWARD_DDIM_OPTIONS = {
     "linspace": dict(timestep_spacing="linspace", steps_offset=0),
-    "linspace-zero-snr": dict(
-        timestep_spacing="linspace", rescale_betas_zero_snr=True, prediction_type="sample"
-    ),
+    "linspace-zero-snr": dict(timestep_spacing="linspace", rescale_betas_zero_snr=True, prediction_type="sample"),
 }
 DPM_OPTIONS = {
     "sd": {},
@@ -96,9 +92,7 @@ FORWARD_DPM_OPTIONS = {
     "sigma-min-heun": dict(final_sigmas_type="sigma_min", solver_type="heun"),
     "sigma-min-euler": dict(final_sigmas_type="sigma_min", euler_at_final=True),
     "sigma-min-no-lower": dict(final_sigmas_type="sigma_min", lower_order_final=False),
-    "zero-snr": dict(
-        rescale_betas_zero_snr=True, prediction_type="v_prediction", timestep_spacing="trailing"
-    ),
+    "zero-snr": dict(rescale_betas_zero_snr=True, prediction_type="v_prediction", timestep_spacing="trailing"),
 }
 OPTIONS = {
     DDIMScheduler: {**DDIM_OPTIONS, **FORWARD_DDIM_OPTIONS},
@@ -286,7 +280,9 @@ def test_tables_are_the_references(cls, betas, zero_snr):
     for name, table in ours.items():
         assert table.dtype == F32 and np.array_equal(table, rounded[name]), name
     assert np.array_equal(mine.exact_alphas_cumprod, rounded["alphas_cumprod"])
-    if zero_snr:  # betas are 1 minus ratios of squared roots here: what torch's wrong bits make of them is its machine's
+    if (
+        zero_snr
+    ):  # betas are 1 minus ratios of squared roots here: what torch's wrong bits make of them is its machine's
         return
     # Torch as it is: only what a root went into may differ.
     plain = tables_of(theirs, LINEAR_TABLES + ROOT_TABLES)
@@ -305,8 +301,7 @@ def test_our_square_roots_are_the_nearest_numbers_and_torchs_next_to_them():
     for x in (bar, F32(1) - bar, (F32(1) - bar) / bar):
         root = np.sqrt(x)
         below, above = (
-            (root.astype(np.float64) + np.nextafter(root, F32(end)).astype(np.float64)) / 2
-            for end in (0, 9e9)
+            (root.astype(np.float64) + np.nextafter(root, F32(end)).astype(np.float64)) / 2 for end in (0, 9e9)
         )
         assert (below**2 <= x).all() and (x <= above**2).all()
         one_by_one = np.array([torch.tensor(value).sqrt().item() for value in x], F32)
@@ -456,9 +451,7 @@ def assert_same_rows(mine, theirs, timesteps, eta, case, raw):
         assert plan is rows, case
         return
     got, skipped = plan.coefficients, 0
-    assert (
-        got.dtype == F32 and got.shape == rows.shape and plan.prediction_type == theirs.config.prediction_type
-    )
+    assert got.dtype == F32 and got.shape == rows.shape and plan.prediction_type == theirs.config.prediction_type
     if is_ddim(mine):
         assert plan.noisy == (eta > 0)
         # A negative remainder of rounding, whose root is NaN there, is 0 here.
@@ -474,9 +467,7 @@ def assert_same_rows(mine, theirs, timesteps, eta, case, raw):
 def raw_bound(config, eta):
     """How far torch's wrong last bits carry in 50 steps: the smaller the steps, the more the heun weight makes of them."""
     if config.get("rescale_betas_zero_snr"):
-        return (
-            5e-4 if eta > 0 else 1e-5
-        )  # with eta 1 the root of a remainder of rounding is among the numbers
+        return 5e-4 if eta > 0 else 1e-5  # with eta 1 the root of a remainder of rounding is among the numbers
     return 3e-6
 
 
@@ -591,9 +582,7 @@ def test_the_parity_harness_knows_the_same_coefficients(cls, options):
         own = rows_of(theirs, theirs.timesteps, eta)
         if is_ddim(cls):
             assert np.array_equal(rows, own)
-        np.testing.assert_allclose(
-            plan_of(mine, mine.exact_timesteps, eta).coefficients, rows, rtol=0, atol=3e-6
-        )
+        np.testing.assert_allclose(plan_of(mine, mine.exact_timesteps, eta).coefficients, rows, rtol=0, atol=3e-6)
 
 
 # --- the fused step ----------------------------------------------------------------------------------------------
@@ -709,9 +698,7 @@ def test_compiled_step_is_the_references(cls, options, stages):
     )
     for count, strength, eta in ((15, 1.0, 0.0), (10, 0.6, 0.3 if cls is DDIMScheduler else 0.0)):
         with torch_rounds_correctly():
-            for i, _, _, ours, theirs in against_diffusers(
-                stages["graph"], cls, options, count, strength, eta
-            ):
+            for i, _, _, ours, theirs in against_diffusers(stages["graph"], cls, options, count, strength, eta):
                 assert relative(ours[0], theirs[0]) <= (0 if same_bits else 4e-7), (count, i)
                 assert relative(ours[1], theirs[1]) <= (0 if same_bits else 4e-7), (count, i)
 
@@ -756,9 +743,7 @@ def test_eager_step_is_the_compiled_one(cls, options, stages):
     runs = [Fused(stages[mode], plan) for mode in ("graph", "pynative")]
     previous = np.zeros(SHAPE, F32)
     for i, t, output, noise in drawn:
-        (compiled, clean), (eager, eager_clean) = (
-            run(i, t, latents, previous, output, noise) for run in runs
-        )
+        (compiled, clean), (eager, eager_clean) = (run(i, t, latents, previous, output, noise) for run in runs)
         assert relative(eager, compiled) <= 3e-7 and relative(eager_clean, clean) <= 3e-7
         latents, previous = compiled, clean
 
@@ -774,9 +759,7 @@ def mindones_step(scheduler, timestep, latents, output, noise=None, eta=0.0):
         )[0].asnumpy()
 
 
-@pytest.mark.parametrize(
-    "cls, options", configurations(names=PLAIN + ("order-1", "heun", "karras", "zero-snr"))
-)
+@pytest.mark.parametrize("cls, options", configurations(names=PLAIN + ("order-1", "heun", "karras", "zero-snr")))
 def test_compiled_step_is_mindones_own(cls, options, stages):
     """Where a run cannot use the plan it takes mindone's ``step``; both have to agree."""
     mine, eta = cls(**options), 0.3 if cls is DDIMScheduler else 0.0
@@ -834,9 +817,7 @@ def test_compiled_step_guides_and_blends(stages):
     got = update(latents, latents * 0, both_halves, 7.5, row, mask, background, noise)[0]
     guided = negative + F32(7.5) * (positive - negative)
     with torch_rounds_correctly():
-        inside = theirs.step(
-            torch.from_numpy(guided), torch.tensor(t), torch.from_numpy(latents)
-        ).prev_sample.numpy()
+        inside = theirs.step(torch.from_numpy(guided), torch.tensor(t), torch.from_numpy(latents)).prev_sample.numpy()
     assert relative(got, inside * mask + background * (1 - mask)) <= 1e-6
 
 
@@ -871,19 +852,15 @@ def test_configurations_travel_between_the_classes_and_to_diffusers(tmp_path):
     scheduler = DDIMScheduler(**dict(DDIM, prediction_type="v_prediction"))
     inverse = schedulers.inverse_of(scheduler)
     assert type(inverse) is DDIMInverseScheduler and inverse.config.prediction_type == "v_prediction"
-    assert (
-        type(schedulers.inverse_of(DPMSolverMultistepScheduler(**SD))) is DPMSolverMultistepInverseScheduler
-    )
+    assert type(schedulers.inverse_of(DPMSolverMultistepScheduler(**SD))) is DPMSolverMultistepInverseScheduler
     inverse.save_pretrained(str(tmp_path))
-    assert (
-        diffusers.DDIMInverseScheduler.from_pretrained(str(tmp_path)).config.prediction_type == "v_prediction"
-    )
+    assert diffusers.DDIMInverseScheduler.from_pretrained(str(tmp_path)).config.prediction_type == "v_prediction"
 
 
 def test_a_scheduler_without_an_inverse_is_an_error_that_helps():
     from mindone.diffusers import EulerDiscreteScheduler
 
-    from mindiffedit.kernels import portable_kernels
+    from mindiffedit.runtime.kernels import portable_kernels
 
     with portable_kernels():
         scheduler = EulerDiscreteScheduler(**{k: v for k, v in SD.items()})

@@ -18,9 +18,10 @@ from checkpoint_files import (
     write_tensors,
 )
 
-from mindiffedit import StableDiffusionDiffEditPipeline, models, single_file
-from mindiffedit.checkpoints import CheckpointError, WeightsError
-from mindiffedit.hub import HubOptions
+from mindiffedit import StableDiffusionDiffEditPipeline
+from mindiffedit.checkpoints import models, single_file
+from mindiffedit.checkpoints.hub import HubOptions
+from mindiffedit.checkpoints.layout import CheckpointError, WeightsError
 
 # --- diffusers' names to the original ones -------------------------------------------------------------------------
 
@@ -149,9 +150,7 @@ def sd2_of_23_layers(sd2_folder, tmp_path_factory):
 @pytest.fixture(scope="module")
 def sd1_file(sd1_folder, tmp_path_factory):
     file = tmp_path_factory.mktemp("single") / "v1.safetensors"
-    positions = {
-        "cond_stage_model.transformer.text_model.embeddings.position_ids": np.arange(77, dtype=np.int64)[None]
-    }
+    positions = {"cond_stage_model.transformer.text_model.embeddings.position_ids": np.arange(77, dtype=np.int64)[None]}
     write_tensors(file, original(sd1_folder, False) | SCHEDULE | positions)
     return file
 
@@ -257,9 +256,7 @@ def test_sgms_layout_is_read_as_diffusers_does(sd2_file, sd2_of_23_layers, tmp_p
 
     file = tmp_path / "sd_turbo.safetensors"
     write_tensors(file, VARIANTS["SD-Turbo"][1](read_tensors(sd2_file)))
-    theirs = StableDiffusionPipeline.from_single_file(
-        str(file), config=str(sd2_of_23_layers), local_files_only=True
-    )
+    theirs = StableDiffusionPipeline.from_single_file(str(file), config=str(sd2_of_23_layers), local_files_only=True)
     ours = loaded(file, sd2_of_23_layers)
     expected = {key: value.numpy() for key, value in theirs.text_encoder.state_dict().items()}
     assert_same(ours.text_encoder, expected)
@@ -328,9 +325,7 @@ def test_components_that_are_given_are_not_looked_for(sd1_file, sd1_folder, tmp_
     tensors = {k: v for k, v in read_tensors(sd1_file).items() if not k.startswith("first_stage_model")}
     file = tmp_path / "bare.safetensors"
     write_tensors(file, tensors)
-    with pytest.raises(
-        CheckpointError, match=r"no weights of vae .*first_stage_model\.\*.*by their names \(vae\)"
-    ):
+    with pytest.raises(CheckpointError, match=r"no weights of vae .*first_stage_model\.\*.*by their names \(vae\)"):
         loaded(file, sd1_folder)
     vae = models.load_component(sd1_folder, "vae")
     pipeline = loaded(file, sd1_folder, vae=vae)
@@ -485,9 +480,7 @@ def test_the_usual_configuration_comes_from_the_cache(kind, sd1_file, sd1_folder
 
 
 def test_a_configuration_that_cannot_be_had(sd1_file, tmp_path):
-    with pytest.raises(
-        CheckpointError, match="give `config`, a folder in diffusers' layout.*offline"
-    ) as caught:
+    with pytest.raises(CheckpointError, match="give `config`, a folder in diffusers' layout.*offline") as caught:
         StableDiffusionDiffEditPipeline.from_single_file(sd1_file, cache_dir=tmp_path, local_files_only=True)
     assert "stable-diffusion-v1-5/stable-diffusion-v1-5" in one_sentence(caught)
 

@@ -14,8 +14,12 @@ import pytest
 from test_pipeline import CLOSE, PICTURE, SOURCE, TARGET, both_edits, both_masks, our_pipeline, their_pipeline
 
 import mindiffedit
-from mindiffedit import DDIMInverseScheduler, DDIMScheduler, jobs, models, notices, schedulers
+from mindiffedit import DDIMInverseScheduler, DDIMScheduler
+from mindiffedit.checkpoints import models
+from mindiffedit.cli import jobs
 from mindiffedit.errors import InputError
+from mindiffedit.runtime import notices
+from mindiffedit.solvers import schedulers
 
 SD = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 OWN = ("DDIMScheduler", "DPMSolverMultistepScheduler")
@@ -125,7 +129,10 @@ def test_a_scheduler_that_cannot_be_made_gives_way_to_ddim(ours, tmp_path, said)
     for name in ("NewestScheduler", "DPMSolverSDEScheduler", "IPNDMScheduler"):
         said.clear()
         made = models._make_scheduler(tmp_path, name, config)
-        assert type(made) is DDIMScheduler and (made.config.beta_start, made.config.beta_schedule) == (0.00085, SD["beta_schedule"])
+        assert type(made) is DDIMScheduler and (made.config.beta_start, made.config.beta_schedule) == (
+            0.00085,
+            SD["beta_schedule"],
+        )
         assert (made.config.prediction_type, made.config.timestep_spacing) == ("v_prediction", "trailing")
         assert not made.config.clip_sample and name in "".join(said)
         put(ours, made)
@@ -339,7 +346,7 @@ def test_the_callers_scheduler_is_not_changed(ours, said):
     """It may serve other pipelines; a correction is made in a copy."""
     from mindone.diffusers import PNDMScheduler
 
-    from mindiffedit.kernels import portable_kernels
+    from mindiffedit.runtime.kernels import portable_kernels
 
     with portable_kernels():
         outdated = PNDMScheduler(**SD, steps_offset=0, skip_prk_steps=False)
@@ -355,9 +362,7 @@ def test_the_callers_scheduler_is_not_changed(ours, said):
     assert dict(outdated.config) == before and outdated.timesteps is timesteps
     # One that needs no correction is the one that was given, as in the reference.
     fitting = DDIMScheduler(**SD, steps_offset=1, clip_sample=False)
-    pipe = mindiffedit.StableDiffusionDiffEditPipeline(
-        **{**parts, "scheduler": fitting}, requires_safety_checker=False
-    )
+    pipe = mindiffedit.StableDiffusionDiffEditPipeline(**{**parts, "scheduler": fitting}, requires_safety_checker=False)
     assert pipe.scheduler is fitting
 
 

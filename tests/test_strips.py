@@ -9,7 +9,8 @@ import PIL.Image
 import pytest
 from test_pipeline import PICTURE, SOURCE, TARGET, our_pipeline
 
-from mindiffedit import AnimatedStrip, strips
+from mindiffedit import AnimatedStrip
+from mindiffedit.images import strips
 
 
 class Pipeline:
@@ -212,9 +213,7 @@ def test_large_pictures_make_small_tiles():
 def test_a_real_edit(sd1_folder, tmp_path):
     """An edit with a strip is the edit without, and the last frame's tiles are its latents, decoded."""
     pipe = our_pipeline(sd1_folder)
-    given = dict(
-        num_inference_steps=4, inpaint_strength=0.75, num_maps_per_mask=2, guidance_scale=2.0, generator=0
-    )
+    given = dict(num_inference_steps=4, inpaint_strength=0.75, num_maps_per_mask=2, guidance_scale=2.0, generator=0)
     plain = pipe.edit(PICTURE, SOURCE, TARGET, **given)
     with AnimatedStrip(pipe, tmp_path / "strip.png"):
         done = pipe.edit(PICTURE, SOURCE, TARGET, paste_back=False, **given)

@@ -12,10 +12,10 @@ import pytest
 from checkpoint_files import MODEL_FILES, change_json
 
 import mindiffedit
-from mindiffedit import models
-from mindiffedit.checkpoints import CheckpointError
-from mindiffedit.models import load_components
-from mindiffedit.survey import check_folder
+from mindiffedit.checkpoints import models
+from mindiffedit.checkpoints.layout import CheckpointError
+from mindiffedit.checkpoints.models import load_components
+from mindiffedit.checkpoints.survey import check_folder
 
 
 @pytest.fixture
@@ -146,9 +146,7 @@ def test_damaged_tokenizer(copy, no_building):
 
 def test_config_that_builds_no_model(copy):
     change_json(copy / "unet/config.json", down_block_types=["NoSuchBlock", "DownBlock2D"])
-    with pytest.raises(
-        CheckpointError, match=r"unet/config.json: no UNet2DConditionModel can be built.*NoSuchBlock"
-    ):
+    with pytest.raises(CheckpointError, match=r"unet/config.json: no UNet2DConditionModel can be built.*NoSuchBlock"):
         load_components(copy)
 
 
@@ -245,7 +243,7 @@ def test_what_is_skipped_is_not_checked(checked_folder, tmp_path):
 def test_checking_imports_no_framework(checked_folder):
     code = (
         "import sys\n"
-        "from mindiffedit.survey import check_folder\n"
+        "from mindiffedit.checkpoints.survey import check_folder\n"
         "check_folder(sys.argv[1])\n"
         "heavy = {'mindspore', 'mindone', 'transformers', 'huggingface_hub', 'torch', 'diffusers'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"

@@ -15,8 +15,9 @@ from diffusers import StableDiffusionDiffEditPipeline as Reference
 from test_pipeline import CLOSE, PICTURE, SOURCE, TARGET, our_pipeline, their_pipeline
 
 import mindiffedit
-from mindiffedit import StableDiffusionDiffEditPipeline, devices, load_component, notices
-from mindiffedit.checkpoints import CheckpointError, WeightsError
+from mindiffedit import StableDiffusionDiffEditPipeline, load_component
+from mindiffedit.checkpoints.layout import CheckpointError, WeightsError
+from mindiffedit.runtime import devices, notices
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +65,7 @@ def test_unet_and_vae_of_another_checkpoint(ours, sd1_folder, other_folder):
 
 def test_components_given_when_loading(sd1_folder, other_folder):
     given = {name: load_component(other_folder, name) for name in ("unet", "vae", "text_encoder")}
-    pipeline = StableDiffusionDiffEditPipeline.from_pretrained(
-        sd1_folder, **given, requires_safety_checker=False
-    )
+    pipeline = StableDiffusionDiffEditPipeline.from_pretrained(sd1_folder, **given, requires_safety_checker=False)
     for name in given:
         assert getattr(pipeline, name) is given[name]
         assert_same(getattr(pipeline, name), read_tensors(other_folder / MODEL_FILES[name]))
@@ -176,14 +175,8 @@ def test_parts_without_weights(other_folder, tmp_path):
     scheduler = load_component(other_folder, "scheduler")
     assert type(scheduler).__name__ == "PNDMScheduler" and scheduler.config.beta_end == 0.012
     tokenizer, extractor = (load_component(other_folder, name) for name in ("tokenizer", "feature_extractor"))
-    assert (
-        tokenizer("a cat").input_ids
-        == load_component(other_folder / "tokenizer", "tokenizer")("a cat").input_ids
-    )
-    assert (
-        extractor.crop_size
-        == load_component(other_folder / "feature_extractor", "feature_extractor").crop_size
-    )
+    assert tokenizer("a cat").input_ids == load_component(other_folder / "tokenizer", "tokenizer")("a cat").input_ids
+    assert extractor.crop_size == load_component(other_folder / "feature_extractor", "feature_extractor").crop_size
     assert type(load_component(other_folder / "scheduler", "scheduler")) is type(scheduler)
     with pytest.raises(CheckpointError, match="has no inverse_scheduler"):
         load_component(other_folder, "inverse_scheduler")
@@ -198,9 +191,7 @@ def test_a_component_from_the_hubs_cache(other_folder, tmp_path, whole, variant)
         weights = source / MODEL_FILES["vae"]
         weights.rename(weights.with_suffix(".fp16.safetensors"))
     make_cache(tmp_path / "cache", source if whole else source / "vae", repo="someone/vae", skip=("unet",))
-    vae = load_component(
-        "someone/vae", "vae", variant=variant, cache_dir=tmp_path / "cache", local_files_only=True
-    )
+    vae = load_component("someone/vae", "vae", variant=variant, cache_dir=tmp_path / "cache", local_files_only=True)
     assert_same(vae, read_tensors(other_folder / MODEL_FILES["vae"]))
     with pytest.raises(CheckpointError, match="unet"):
         load_component("someone/vae", "unet", cache_dir=tmp_path / "cache", local_files_only=True)
@@ -218,9 +209,7 @@ def test_a_component_is_read_as_strictly_as_a_checkpoint(other_folder, tmp_path)
     write_tensors(own / "diffusion_pytorch_model.safetensors", tensors)
     with pytest.raises(WeightsError) as caught:
         load_component(own, "vae")
-    assert "missing: quant_conv.bias (8,)" in str(caught.value) and "extra: decoder.more (8,)" in str(
-        caught.value
-    )
+    assert "missing: quant_conv.bias (8,)" in str(caught.value) and "extra: decoder.more (8,)" in str(caught.value)
 
 
 def test_names_and_folders_of_the_wrong_kind(other_folder, tmp_path):
@@ -299,9 +288,9 @@ def test_inpainting_keeps_what_is_outside_the_mask(page):
     enlarged = Image.fromarray(mask, "L").resize(picture.size, Image.NEAREST)
     arguments = dict(image=picture, height=48, width=64, num_inference_steps=3, output_type="latent")
     with portable_kernels():
-        latents = inpaint(
-            prompt=TARGET, mask_image=enlarged, generator=np.random.default_rng(5), **arguments
-        )[0].asnumpy()
+        latents = inpaint(prompt=TARGET, mask_image=enlarged, generator=np.random.default_rng(5), **arguments)[
+            0
+        ].asnumpy()
         pixels = inpaint.image_processor.preprocess(picture, height=48, width=64)
         kept = inpaint._encode_vae_image(pixels, generator=np.random.default_rng(5)).asnumpy()
     inside = np.broadcast_to(mask > 0, latents.shape)
@@ -309,6 +298,4 @@ def test_inpainting_keeps_what_is_outside_the_mask(page):
     assert np.abs(latents[inside] - kept[inside]).min() > 0
     # The picture of the mask that the page makes has the mask's grid.
     drawn = np.asarray(page["mask_picture"])
-    assert set(np.unique(drawn)) <= {0, 255} and np.array_equal(
-        drawn, np.kron(drawn[::8, ::8], np.ones((8, 8)))
-    )
+    assert set(np.unique(drawn)) <= {0, 255} and np.array_equal(drawn, np.kron(drawn[::8, ::8], np.ones((8, 8))))

@@ -20,7 +20,10 @@ from test_cli import (  # noqa: F401  (work is a fixture)
     work,
 )
 
-from mindiffedit import cli, masks, pictures, sweeps
+from mindiffedit import masks
+from mindiffedit.cli import command as cli
+from mindiffedit.cli import sweeps
+from mindiffedit.images import pictures
 
 MASK = ["mask", "p.png", "--source", SOURCE, "--target", TARGET, "--model", "model", "--mask-threshold", "3",
         "--mask-level", "0.5", "--mask-smoothing", "0", "--mask-edges", "0", "--no-soft-mask"]  # fmt: skip
@@ -117,9 +120,7 @@ def test_sheets_of_combined_masks(capsys, sheets):
                  "--mask", "all.png", "--mask-combine", "union"])  # fmt: skip
     ((rows, *_),) = sheets
     fitted = arguments("mask")["image"]
-    np.testing.assert_array_equal(
-        np.asarray(rows[0][0]), np.asarray(masks.overlay(fitted, np.ones((11, 14))))
-    )
+    np.testing.assert_array_equal(np.asarray(rows[0][0]), np.asarray(masks.overlay(fitted, np.ones((11, 14)))))
 
 
 # --- edits ----------------------------------------------------------------------------------------
@@ -138,9 +139,7 @@ def test_mask_once_and_an_inversion_for_each_strength(capsys, sheets):
     ]  # fmt: skip
     assert all(one["mask_image"] is asked[0]["mask_image"] for one in asked)
     assert len({id(one["image_latents"]) for one in asked}) == 2
-    assert (
-        asked[0]["image_latents"].latents.shape[1] == 25 and asked[5]["image_latents"].latents.shape[1] == 50
-    )
+    assert asked[0]["image_latents"].latents.shape[1] == 25 and asked[5]["image_latents"].latents.shape[1] == 50
     assert not {"inversion", "inversion_prompt", "inversion_iterations"} & set(asked[0])
     ((rows, down, across, _),) = sheets
     assert (down, across) == (["0.5", "1"], ["0", "4", "9"]) and np.shape(rows)[:2] == (2, 3)
@@ -149,9 +148,7 @@ def test_mask_once_and_an_inversion_for_each_strength(capsys, sheets):
 
 
 def test_a_sheet_and_the_one_edit_share_the_mask(capsys, sheets):
-    line, _ = ran(
-        capsys, edit("--sweep", "sheet.png", "--sweep-strengths", "0.6", "--sweep-guidances", "2", "--json")
-    )
+    line, _ = ran(capsys, edit("--sweep", "sheet.png", "--sweep-strengths", "0.6", "--sweep-guidances", "2", "--json"))
     assert stages() == ["load", "whole", "invert", "whole"]
     single, cell = calls("whole")
     assert single["mask_image"] is None and cell["mask_image"].shape == (1, 11, 14)

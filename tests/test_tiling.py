@@ -9,7 +9,9 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from mindiffedit import StableDiffusionDiffEditPipeline, demo, devices, tiling
+from mindiffedit import StableDiffusionDiffEditPipeline, demo
+from mindiffedit.images import tiling
+from mindiffedit.runtime import devices
 
 FACTOR = 8
 # In latents, with tiles of 8: whole tiles, a last one of any length, the last but one cut too, smaller than a tile in
@@ -218,9 +220,7 @@ def test_tiled_vae_equals_diffusers(vaes):
     pipe.enable_vae_tiling()
     unit = reference.tile_sample_min_size // 8
     sizes = [(9, 12), (13, 8), (5, 9), (7, 7)] if unit == 8 else [(9, 12)]  # the demo's VAE is the slower one
-    errors = {
-        size: compared(pipe._stages, reference, (1, 3, size[0] * unit, size[1] * unit)) for size in sizes
-    }
+    errors = {size: compared(pipe._stages, reference, (1, 3, size[0] * unit, size[1] * unit)) for size in sizes}
     assert max(max(pair) for pair in errors.values()) <= 5, errors
 
 

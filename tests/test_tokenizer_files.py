@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from checkpoint_files import MODEL_FILES, assert_same, change_json, read_tensors, write_tensors
 
-from mindiffedit import StableDiffusionDiffEditPipeline, load_component, models, survey
-from mindiffedit.checkpoints import CheckpointError
+from mindiffedit import StableDiffusionDiffEditPipeline, load_component
+from mindiffedit.checkpoints import models, survey
+from mindiffedit.checkpoints.layout import CheckpointError
 
 TEXTS = [
     "a red apple, 3 pears & <one> CAT's",
@@ -186,7 +187,8 @@ def test_a_tokenizer_without_special_tokens(copy, sd1_folder):
 
 def test_language_models_of_version_5(t5_folder, blip_folder, tmp_path):
     """Their tokenizers' lists of special tokens, and BLIP's image processor inside the config of its processor."""
-    from mindiffedit import Captioner, PromptGenerator, language_models
+    from mindiffedit import Captioner, PromptGenerator
+    from mindiffedit.text import language_models
 
     picture = np.random.default_rng(0).integers(0, 255, (40, 50, 3), np.uint8)
     for kind, writer, folder, gone in (

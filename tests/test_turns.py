@@ -12,8 +12,9 @@ import pytest
 from mindspore import mint, ops
 from test_pipeline import PICTURE, SOURCE, TARGET, our_pipeline
 
-from mindiffedit import DDIMScheduler, StableDiffusionDiffEditPipeline, devices, graphs, load_component, turns
-from mindiffedit.pictures import to_numpy
+from mindiffedit import DDIMScheduler, StableDiffusionDiffEditPipeline, load_component
+from mindiffedit.images.pictures import to_numpy
+from mindiffedit.runtime import devices, graphs, turns
 
 SHORT = dict(num_inference_steps=4, inpaint_strength=0.5, generator=0)
 
@@ -171,7 +172,7 @@ def test_a_weight_that_is_changed_under_a_lora_is_the_new_original(ours, eager, 
 
 def test_weights_are_looked_at_once_in_a_call(ours, monkeypatch):
     """All the weights are read at most once for each model and public call, however many stages the call has."""
-    from mindiffedit import reuse
+    from mindiffedit.runtime import reuse
 
     read = []
     whole = reuse.fingerprint
@@ -290,7 +291,7 @@ def test_kernels_are_replaced_only_while_something_is_compiled(ours):
 def test_the_graphs_used_longest_ago_go_and_come_back(cached, tmp_path):
     from mindspore.common import api
 
-    from mindiffedit.compile_cache import CompileCache
+    from mindiffedit.runtime.compile_cache import CompileCache
 
     def double(tensor):
         return tensor * 2

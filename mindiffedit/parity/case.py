@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Mapping, Optional, Union
+from typing import Any, Union
 
 import numpy as np
 
-Seeds = Union[int, List[int]]
+Seeds = Union[int, list[int]]
 
 CALLS = ("mask", "invert", "edit")
 """``generate_mask``, ``invert`` and the pipeline's ``__call__``, in the order in which they are run."""
@@ -28,12 +29,12 @@ class Case:
     """
 
     image: Any
-    mask: Optional[Dict[str, Any]] = None
-    invert: Optional[Dict[str, Any]] = None
-    edit: Optional[Dict[str, Any]] = None
-    seeds: Dict[str, Seeds] = field(default_factory=lambda: {call: 0 for call in CALLS})
+    mask: dict[str, Any] | None = None
+    invert: dict[str, Any] | None = None
+    edit: dict[str, Any] | None = None
+    seeds: dict[str, Seeds] = field(default_factory=lambda: {call: 0 for call in CALLS})
     scheduler: str = "DDIMScheduler"
-    scheduler_options: Dict[str, Any] = field(default_factory=dict)
+    scheduler_options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def inverse_scheduler(self) -> str:
@@ -42,7 +43,7 @@ class Case:
         known = ("DDIMInverseScheduler", "DPMSolverMultistepInverseScheduler")
         return own if own in known else known[0]
 
-    def described(self) -> Dict[str, Any]:
+    def described(self) -> dict[str, Any]:
         """All but the pictures, for a manifest: plain values that JSON can hold."""
         return {
             "mask": self.mask,
@@ -61,19 +62,19 @@ class Tape:
         substitutes: values by name (loops: stacked by step); a stage that has one is left with it instead of its own.
     """
 
-    def __init__(self, substitutes: Optional[Mapping[str, np.ndarray]] = None):
+    def __init__(self, substitutes: Mapping[str, np.ndarray] | None = None):
         self.call = ""
         self._substitutes = substitutes or {}
-        self._whole: Dict[str, Any] = {}
+        self._whole: dict[str, Any] = {}
 
-    def __call__(self, stage: str, array, step: Optional[int] = None) -> np.ndarray:
+    def __call__(self, stage: str, array, step: int | None = None) -> np.ndarray:
         """Keeps a copy of ``array`` under the current call's name; returns it or its substitute."""
         array = np.asarray(array)
         self.keep(stage, array, step)
         other = self.substitute(stage, step)
         return array if other is None or other.shape != array.shape else other.astype(array.dtype)
 
-    def keep(self, stage: str, array: np.ndarray, step: Optional[int] = None) -> None:
+    def keep(self, stage: str, array: np.ndarray, step: int | None = None) -> None:
         """Keeps a copy, no more."""
         name = f"{self.call}/{stage}"
         if step is None:
@@ -81,15 +82,13 @@ class Tape:
         else:
             self._whole.setdefault(name, []).append(np.array(array))
 
-    def substitute(self, stage: str, step: Optional[int] = None) -> Optional[np.ndarray]:
+    def substitute(self, stage: str, step: int | None = None) -> np.ndarray | None:
         """What is to stand in place of a stage's value; None where nothing is."""
         other = self._substitutes.get(f"{self.call}/{stage}")
         if other is None or step is None:
             return other
         return other[step] if step < len(other) else None
 
-    def trace(self) -> Dict[str, np.ndarray]:
+    def trace(self) -> dict[str, np.ndarray]:
         """Name -> array in the order of first appearance; what came step by step is stacked along a new first axis."""
-        return {
-            name: np.stack(value) if isinstance(value, list) else value for name, value in self._whole.items()
-        }
+        return {name: np.stack(value) if isinstance(value, list) else value for name, value in self._whole.items()}

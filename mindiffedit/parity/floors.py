@@ -8,18 +8,19 @@ largest up to each step.
 
 from __future__ import annotations
 
-from typing import Any, Dict, Iterable
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
 
-from . import reference
-from .case import Case
+from mindiffedit.parity import reference
+from mindiffedit.parity.case import Case
 
 NOISE = ("posterior_noise", "noise", "step_noise")
 
 
-def measure(folder, case: Case, trace: Dict[str, np.ndarray]) -> Dict[str, Dict[str, Any]]:
+def measure(folder, case: Case, trace: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:
     """{"isolated": {stage: figure}, "chained": {stage: figure or list by step}} of a case and its float32 trace.
 
     A figure is the largest absolute difference over the root mean square of the float32 values.
@@ -29,8 +30,8 @@ def measure(folder, case: Case, trace: Dict[str, np.ndarray]) -> Dict[str, Dict[
 
 
 def measure_on(
-    pipe, case: Case, trace: Dict[str, np.ndarray], kinds: Iterable[str] = ("isolated", "chained")
-) -> Dict[str, Dict[str, Any]]:
+    pipe, case: Case, trace: dict[str, np.ndarray], kinds: Iterable[str] = ("isolated", "chained")
+) -> dict[str, dict[str, Any]]:
     """``measure`` with a float64 pipeline that is there already; one run of it for each kind."""
     noise = {name: value for name, value in trace.items() if name.partition("/")[2] in NOISE}
     # The mask is a decision, not a number: the float64 run edits inside the float32 run's mask.
@@ -39,7 +40,7 @@ def measure_on(
     return {kind: _figures(trace, reference.run(pipe, case, given[kind]), kind) for kind in kinds}
 
 
-def _figures(trace, exact, kind: str) -> Dict[str, Any]:
+def _figures(trace, exact, kind: str) -> dict[str, Any]:
     found = {}
     for name, value in trace.items():
         if value.dtype.kind != "f" or name.partition("/")[2] in (*NOISE, "coefficients", "timesteps"):

@@ -11,16 +11,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Sequence, Tuple
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from .. import options, pictures
-from ..errors import InputError
+from mindiffedit import options
+from mindiffedit.errors import InputError
+from mindiffedit.images import pictures
 
 FORMAT = "mindiffedit-parity"
 VERSION = 1
@@ -81,9 +83,9 @@ class Golden:
         sha256: hash of the manifest, and so of the whole recording.
     """
 
-    trace: Dict[str, np.ndarray]
-    manifest: Dict[str, Any]
-    inputs: Dict[str, np.ndarray] = field(default_factory=dict)
+    trace: dict[str, np.ndarray]
+    manifest: dict[str, Any]
+    inputs: dict[str, np.ndarray] = field(default_factory=dict)
     sha256: str = ""
 
 
@@ -120,9 +122,7 @@ def write_golden(path, trace: Mapping[str, np.ndarray], manifest: Mapping[str, A
     try:
         text = _canonical(document)
     except (TypeError, ValueError) as error:
-        raise InputError(
-            "the manifest cannot be written as JSON: {why}.", why=str(error).rstrip(".")
-        ) from error
+        raise InputError("the manifest cannot be written as JSON: {why}.", why=str(error).rstrip(".")) from error
     metadata = {
         "format": FORMAT,
         "format_version": str(VERSION),
@@ -136,9 +136,7 @@ def write_golden(path, trace: Mapping[str, np.ndarray], manifest: Mapping[str, A
 def _storable(name, array) -> np.ndarray:
     """The array as the file holds it: in C order, of a plain dtype, not empty, finite."""
     if not isinstance(name, str) or not name or name == "__metadata__":
-        raise InputError(
-            "a stage cannot be called {name!r}; give it a name such as 'mask/moments'.", name=name
-        )
+        raise InputError("a stage cannot be called {name!r}; give it a name such as 'mask/moments'.", name=name)
     array = np.asarray(array, order="C")
     if array.dtype.name not in _DTYPES:
         raise InputError(
@@ -189,9 +187,7 @@ def read_golden(path) -> Golden:
             manifest or tensors are not those that were written. The message names the path and says what to do.
     """
     if not os.path.isfile(path):
-        raise InputError(
-            "there is no golden file {path}; make one with `mindiffedit parity record`.", path=path
-        )
+        raise InputError("there is no golden file {path}; make one with `mindiffedit parity record`.", path=path)
     try:
         with safe_open(str(path), framework="numpy") as file:
             document, digest = _read_document(path, file.metadata() or {})
@@ -208,12 +204,10 @@ def read_golden(path) -> Golden:
     return Golden(trace, document["manifest"], inputs, digest)
 
 
-def _read_document(path, metadata: Mapping[str, str]) -> Tuple[Dict[str, Any], str]:
+def _read_document(path, metadata: Mapping[str, str]) -> tuple[dict[str, Any], str]:
     """The manifest with the list of tensors, and its hash."""
     if metadata.get("format") != FORMAT:
-        raise InputError(
-            "{path} was not written by `mindiffedit parity record`; give a file that was.", path=path
-        )
+        raise InputError("{path} was not written by `mindiffedit parity record`; give a file that was.", path=path)
     _check_version(path, metadata.get("format_version"))
     try:
         document = json.loads(metadata.get("manifest", ""))
@@ -221,13 +215,9 @@ def _read_document(path, metadata: Mapping[str, str]) -> Tuple[Dict[str, Any], s
     except ValueError as error:
         raise InputError("{path}: the manifest is not JSON; {anew}.", path=path, anew=_ANEW) from error
     if digest != metadata.get("manifest_sha256"):
-        raise InputError(
-            "{path}: the manifest was changed after the recording; {anew}.", path=path, anew=_ANEW
-        )
+        raise InputError("{path}: the manifest was changed after the recording; {anew}.", path=path, anew=_ANEW)
     if not _is_document(document):
-        raise InputError(
-            "{path}: the manifest does not list its tensors as it should; {anew}.", path=path, anew=_ANEW
-        )
+        raise InputError("{path}: the manifest does not list its tensors as it should; {anew}.", path=path, anew=_ANEW)
     return document, digest
 
 
@@ -261,7 +251,7 @@ def _is_document(document) -> bool:
     return len({one["name"] for one in tensors}) == len(tensors)
 
 
-def _read_tensors(path, file, listed: Sequence[Mapping[str, Any]]) -> Dict[str, np.ndarray]:
+def _read_tensors(path, file, listed: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
     names, there = [one["name"] for one in listed], set(file.keys())
     missing = [name for name in names if name not in there]
     extra = sorted(there - set(names))
@@ -314,9 +304,7 @@ def _first(names: Sequence[str]) -> str:
 # --- the model's files -----------------------------------------------------------------------------
 
 
-def hash_files(
-    folder, components: Sequence[str] = COMPONENTS, patterns: Sequence[str] = MODEL_FILES
-) -> Dict[str, str]:
+def hash_files(folder, components: Sequence[str] = COMPONENTS, patterns: Sequence[str] = MODEL_FILES) -> dict[str, str]:
     """Hashes of the files that make a checkpoint what it is.
 
     Args:
@@ -336,9 +324,7 @@ def hash_files(
     if not folder.is_dir():
         raise InputError("there is no checkpoint folder {folder}.", folder=folder)
     for component in components:
-        found = {
-            path for pattern in patterns for path in (folder / component).glob(pattern) if path.is_file()
-        }
+        found = {path for pattern in patterns for path in (folder / component).glob(pattern) if path.is_file()}
         if not found:
             raise InputError(
                 "{folder} is no checkpoint folder: it has no {component} with {patterns}.",
@@ -453,7 +439,7 @@ def check_arguments(recorded: Mapping[str, Any], given: Mapping[str, Any]) -> No
     Raises:
         ValueError: a given argument differs, or the recording has none of that name. All that differ are named.
     """
-    different: List[str] = [
+    different: list[str] = [
         name
         for name, value in given.items()
         if value is not None and (recorded.get(name) is None or _plain(value) != _plain(recorded[name]))

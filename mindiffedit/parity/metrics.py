@@ -9,12 +9,12 @@ tolerance, never left out: a comparison passes only where a number was found to 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
-from ..errors import InputError
+from mindiffedit.errors import InputError
 
 # How stages are compared, and what is held against the tolerance.
 KINDS = {
@@ -50,7 +50,7 @@ class Limit:
     """
 
     kind: str
-    value: Union[float, Sequence[float], np.ndarray]
+    value: float | Sequence[float] | np.ndarray
     stacked: bool = False
 
 
@@ -76,18 +76,18 @@ class Comparison:
 
     name: str
     kind: str
-    shape: Tuple[int, ...]
+    shape: tuple[int, ...]
     max_abs: float
     relative: float
     rms_relative: float
     cosine: float
     tolerance: float
     ok: bool
-    reason: Optional[str] = None
-    step: Optional[int] = None
-    steps: Optional[int] = None
-    counts: Dict[str, int] = field(default_factory=dict)
-    by_step: Tuple[float, ...] = ()
+    reason: str | None = None
+    step: int | None = None
+    steps: int | None = None
+    counts: dict[str, int] = field(default_factory=dict)
+    by_step: tuple[float, ...] = ()
 
     @property
     def where(self) -> str:
@@ -182,7 +182,7 @@ def _failed(name, kind, shape, reason: str, tolerance=math.nan) -> Comparison:
     return Comparison(name, kind, tuple(shape), nan, nan, nan, nan, allowed, False, reason)
 
 
-def _problem_of_arrays(ours, theirs, kind: str, stacked: bool) -> Optional[str]:
+def _problem_of_arrays(ours, theirs, kind: str, stacked: bool) -> str | None:
     """Why two arrays cannot be compared value by value, or None."""
     if theirs is None:
         return "the reference does not have this stage"
@@ -205,7 +205,7 @@ def _problem_of_arrays(ours, theirs, kind: str, stacked: bool) -> Optional[str]:
     return None
 
 
-def _problem_of_tolerance(tolerance, steps: Optional[int]) -> Optional[str]:
+def _problem_of_tolerance(tolerance, steps: int | None) -> str | None:
     try:
         values = np.asarray(tolerance, np.float64)
     except (TypeError, ValueError):
@@ -221,13 +221,11 @@ def _problem_of_tolerance(tolerance, steps: Optional[int]) -> Optional[str]:
 
 def _compare_steps(name: str, kind: str, ours, theirs, allowed) -> Comparison:
     """The first step out of tolerance, or the worst of all where there is none."""
-    every = [
-        _compare_whole(name, kind, ours[i], theirs[i], float(allowed[i]), None) for i in range(len(theirs))
-    ]
+    every = [_compare_whole(name, kind, ours[i], theirs[i], float(allowed[i]), None) for i in range(len(theirs))]
     bad = [i for i, one in enumerate(every) if not one.ok]
     # Where nothing differs at all, the last step speaks for the stage.
     step = bad[0] if bad else max(range(len(every)), key=lambda i: (every[i].excess, i))
-    counts: Dict[str, int] = {}
+    counts: dict[str, int] = {}
     for one in every:
         for what, number in one.counts.items():
             counts[what] = counts.get(what, 0) + number
@@ -244,7 +242,7 @@ def _compare_steps(name: str, kind: str, ours, theirs, allowed) -> Comparison:
 def _compare_whole(name: str, kind: str, ours, theirs, allowed: float, excepted) -> Comparison:
     """Compare two arrays that fit together; `excepted` marks pixels of a mask that may differ, or is None."""
     numbers = _numbers(ours, theirs)
-    counts: Dict[str, int] = {}
+    counts: dict[str, int] = {}
     reason = _not_finite(ours, theirs)
     if kind in ("exact", "levels", "mask"):
         differs = ours != theirs
@@ -260,7 +258,7 @@ def _compare_whole(name: str, kind: str, ours, theirs, allowed: float, excepted)
     return done if reason is None else replace(done, ok=False, reason=reason)
 
 
-def _not_finite(ours, theirs) -> Optional[str]:
+def _not_finite(ours, theirs) -> str | None:
     for side, array in (("ours", ours), ("the reference", theirs)):
         if array.dtype.kind == "f":
             bad = int(array.size - np.count_nonzero(np.isfinite(array)))
@@ -269,7 +267,7 @@ def _not_finite(ours, theirs) -> Optional[str]:
     return None
 
 
-def _beyond(done: Comparison, ours, theirs) -> Optional[str]:
+def _beyond(done: Comparison, ours, theirs) -> str | None:
     """Why the numbers are not within the tolerance, or None. Written so that NaN is never within."""
     counts, total = done.counts, done.counts.get("total")
     if done.kind == "close" and not done.relative <= done.tolerance:
@@ -298,7 +296,7 @@ def _beyond(done: Comparison, ours, theirs) -> Optional[str]:
 # --- masks -----------------------------------------------------------------------------------------
 
 
-def _excepted(reference_map, magnitude, margin: float, shape) -> Tuple[Optional[np.ndarray], Optional[str]]:
+def _excepted(reference_map, magnitude, margin: float, shape) -> tuple[np.ndarray | None, str | None]:
     """(where the map is so near the threshold that rounding decides, None), or (None, what is wrong)."""
     if reference_map is None or magnitude is None:
         return None, "the reference's map or its clamp magnitude is missing, so nobody knows the threshold"
@@ -317,7 +315,7 @@ def _excepted(reference_map, magnitude, margin: float, shape) -> Tuple[Optional[
     return np.abs(values - clamp / 2) <= margin * _rms(values), None
 
 
-def _problem_of_mask(ours, theirs, counts: Dict[str, int]) -> Optional[str]:
+def _problem_of_mask(ours, theirs, counts: dict[str, int]) -> str | None:
     for side, mask in (("ours", ours), ("the reference", theirs)):
         other = int(np.count_nonzero((mask != 0) & (mask != 1)))
         if other:
@@ -333,7 +331,7 @@ def _problem_of_mask(ours, theirs, counts: Dict[str, int]) -> Optional[str]:
 # --- numbers ---------------------------------------------------------------------------------------
 
 
-def _numbers(ours, theirs) -> Tuple[float, float, float, float]:
+def _numbers(ours, theirs) -> tuple[float, float, float, float]:
     """max_abs, relative, rms_relative and cosine; NaN or inf where values are not finite."""
     # float64 holds every difference of integers of up to 53 bits, so that nothing wraps.
     ours, theirs = ours.astype(np.float64).ravel(), theirs.astype(np.float64).ravel()
@@ -372,7 +370,7 @@ def _cosine(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 def compare_traces(
     ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray], limits: Mapping[str, Limit]
-) -> List[Comparison]:
+) -> list[Comparison]:
     """Compare all stages of two traces.
 
     Args:
@@ -409,7 +407,7 @@ def compare_traces(
     return found
 
 
-def first_failure(comparisons: Sequence[Comparison]) -> Optional[Comparison]:
+def first_failure(comparisons: Sequence[Comparison]) -> Comparison | None:
     """The first comparison that is out of tolerance, or None."""
     return next((one for one in comparisons if not one.ok), None)
 

@@ -12,7 +12,8 @@ import contextlib
 import functools
 import importlib
 import sys
-from typing import Any, Dict, Mapping, Optional
+from collections.abc import Mapping
+from typing import Any
 from unittest import mock
 
 import diffusers
@@ -20,8 +21,8 @@ import numpy as np
 import torch
 import transformers
 
-from .. import old_configs
-from .case import Case, Tape
+from mindiffedit.checkpoints import old_configs
+from mindiffedit.parity.case import Case, Tape
 
 _PIPELINE = importlib.import_module(diffusers.StableDiffusionDiffEditPipeline.__module__)
 
@@ -74,7 +75,7 @@ def with_schedulers(pipe, case: Case):
 
 
 @torch.no_grad()
-def run(pipe, case: Case, substitutes: Optional[Mapping[str, np.ndarray]] = None) -> Dict[str, np.ndarray]:
+def run(pipe, case: Case, substitutes: Mapping[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
     """All calls of a case; returns their trace (see ``case.Tape``). Floating values come in the pipeline's dtype.
 
     Substitutes take the place of a stage's result before the next stage sees it.
@@ -111,7 +112,7 @@ def _generators(seeds):
     return torch.Generator().manual_seed(seeds)
 
 
-def _arguments(given: Mapping[str, Any], dtype) -> Dict[str, Any]:
+def _arguments(given: Mapping[str, Any], dtype) -> dict[str, Any]:
     """Keyword arguments with arrays as tensors."""
     return {
         name: torch.tensor(value, dtype=dtype) if isinstance(value, np.ndarray) else value
@@ -303,9 +304,7 @@ def _watched_loop(pipe, scheduler, chooser: str, tape: Tape, eta: float, after_s
         stack.enter_context(mock.patch.object(scheduler, "step", watched_step))
         module = type(scheduler).__module__
         if hasattr(sys.modules[module], "randn_tensor"):
-            stack.enter_context(
-                _watched_draws(module, lambda drawn: _through(tape, "step_noise", drawn, count))
-            )
+            stack.enter_context(_watched_draws(module, lambda drawn: _through(tape, "step_noise", drawn, count)))
         if hasattr(scheduler, "convert_model_output") and has_plan(scheduler):
             convert = scheduler.convert_model_output
 
@@ -394,7 +393,7 @@ def has_plan(scheduler) -> bool:
     return False
 
 
-def coefficients(scheduler, timesteps, eta: float) -> Optional[np.ndarray]:
+def coefficients(scheduler, timesteps, eta: float) -> np.ndarray | None:
     """The five numbers of each step (see ``schedules``), float32, from the reference's tables in torch; or None."""
     if not has_plan(scheduler):
         return None

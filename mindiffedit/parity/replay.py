@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, Mapping, Optional
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
-from .. import options
-from ..generator import Generator
-from .case import Case, Tape
+from mindiffedit import options
+from mindiffedit.noise.generator import Generator
+from mindiffedit.parity.case import Case, Tape
 
 
 def load(folder, case: Case, mode: str = "graph", dtype: str = "float32", compile_cache=None):
     """Our pipeline of a checkpoint folder through the ordinary loader, with the case's schedulers."""
-    from ..pipeline import StableDiffusionDiffEditPipeline
+    from mindiffedit.pipeline import StableDiffusionDiffEditPipeline
 
     pipe = StableDiffusionDiffEditPipeline.from_pretrained(
         str(folder),
@@ -30,8 +31,8 @@ def with_schedulers(pipe, case: Case):
     """The pipeline with the schedulers that a case asks for."""
     import mindone.diffusers
 
-    from .. import schedulers
-    from ..kernels import portable_kernels
+    from mindiffedit.runtime.kernels import portable_kernels
+    from mindiffedit.solvers import schedulers
 
     config = getattr(pipe, "own_scheduler_config", None) or pipe.scheduler.config
     pipe.own_scheduler_config = config
@@ -47,8 +48,8 @@ def with_schedulers(pipe, case: Case):
 
 
 def run(
-    pipe, case: Case, reference: Optional[Mapping[str, np.ndarray]] = None, isolate: bool = False
-) -> Dict[str, np.ndarray]:
+    pipe, case: Case, reference: Mapping[str, np.ndarray] | None = None, isolate: bool = False
+) -> dict[str, np.ndarray]:
     """All calls of a case; returns their trace (see ``case.Tape``), float32.
 
     Args:
@@ -97,7 +98,7 @@ def _generators(seeds):
     return Generator().manual_seed(seeds)
 
 
-def _arguments(given: Mapping[str, Any]) -> Dict[str, Any]:
+def _arguments(given: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments with arrays of embeddings as tensors."""
     import mindspore as ms
 

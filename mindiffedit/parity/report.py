@@ -7,15 +7,17 @@ import json
 import math
 import os
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any
 
 import numpy as np
 import PIL.Image
 
-from .. import options, pictures
-from ..errors import InputError
-from .metrics import Comparison, first_failure, passed
+from mindiffedit import options
+from mindiffedit.errors import InputError
+from mindiffedit.images import pictures
+from mindiffedit.parity.metrics import Comparison, first_failure, passed
 
 # Extensions of reports, with the kind that `render` knows.
 REPORT_KINDS = {".md": "md", ".json": "json", ".html": "html"}
@@ -76,7 +78,7 @@ def table_text(comparisons: Sequence[Comparison]) -> str:
     return "\n".join(lines)
 
 
-def _cells(one: Comparison) -> Tuple[str, ...]:
+def _cells(one: Comparison) -> tuple[str, ...]:
     shape = "×".join(str(side) for side in one.shape) or "number"
     cosine = "–" if math.isnan(one.cosine) else f"{one.cosine:.8f}"
     words = "ok" if one.ok else f"OUT: {one.reason}"
@@ -201,12 +203,12 @@ def _json(comparisons: Sequence[Comparison], context: Mapping[str, Any]) -> str:
     return json.dumps(_strict(content), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
-def as_plain(comparisons: Sequence[Comparison]) -> List[Dict[str, Any]]:
+def as_plain(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
     """Comparisons as strict JSON can hold them: NaN and infinity are text."""
     return [_strict(_fields(one)) for one in comparisons]
 
 
-def _fields(one: Comparison) -> Dict[str, Any]:
+def _fields(one: Comparison) -> dict[str, Any]:
     """All that a comparison holds; the steps are counted from 0."""
     return {**vars(one), "measure": one.measure}
 
@@ -278,8 +280,7 @@ def _html(comparisons: Sequence[Comparison], context: Mapping[str, Any]) -> str:
         cells.append(f'<td class="{outcome}">{html.escape(_cells(one)[-1])}</td>')
         rows.append(f'<tr class="{outcome}">{"".join(cells)}</tr>')
     headings = "".join(
-        f'<th class="number">{text}</th>' if i in _NUMBERS else f"<th>{text}</th>"
-        for i, text in enumerate(_HEADINGS)
+        f'<th class="number">{text}</th>' if i in _NUMBERS else f"<th>{text}</th>" for i, text in enumerate(_HEADINGS)
     )
     return _PAGE.format(
         outcome="ok" if passed(comparisons) else "out",
@@ -307,7 +308,7 @@ def save_diff(
     ours: Mapping[str, np.ndarray],
     theirs: Mapping[str, np.ndarray],
     worst: int = 6,
-) -> List[Path]:
+) -> list[Path]:
     """Draw the worst tensors: reference, ours and the absolute difference side by side, one PNG for each.
 
     Args:
@@ -329,13 +330,11 @@ def save_diff(
     worst = options.check_positive_int("worst", worst)
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
-        raise InputError(
-            "{folder} is a file; give a folder for the pictures of the differences.", folder=folder
-        )
+        raise InputError("{folder} is a file; give a folder for the pictures of the differences.", folder=folder)
     os.makedirs(folder, exist_ok=True)
     # `sorted` keeps the order of equals, so that failures stay in the order of the stages.
     ranked = sorted(comparisons, key=lambda one: (one.ok, -one.excess if one.ok else 0.0))
-    drawn: Dict[Any, PIL.Image.Image] = {}
+    drawn: dict[Any, PIL.Image.Image] = {}
     for one in ranked:
         if len(drawn) == worst:
             break
@@ -348,7 +347,7 @@ def save_diff(
     return list(drawn)
 
 
-def _drawing(one: Comparison, ours, theirs) -> Optional[PIL.Image.Image]:
+def _drawing(one: Comparison, ours, theirs) -> PIL.Image.Image | None:
     """Reference | ours | difference with captions, or None where there is nothing to draw."""
     ours, theirs = (None if side is None else np.asarray(side) for side in (ours, theirs))
     if not _can_be_drawn(ours, theirs):
@@ -375,13 +374,13 @@ def _drawing(one: Comparison, ours, theirs) -> Optional[PIL.Image.Image]:
     )
 
 
-def _can_be_drawn(ours: Optional[np.ndarray], theirs: Optional[np.ndarray]) -> bool:
+def _can_be_drawn(ours: np.ndarray | None, theirs: np.ndarray | None) -> bool:
     if ours is None or theirs is None or ours.shape != theirs.shape or ours.size == 0:
         return False
     return ours.dtype.kind in "fiub" and theirs.dtype.kind in "fiub"
 
 
-def _captions(place: str, one: Comparison, ours, theirs, difference) -> Tuple[str, str, str]:
+def _captions(place: str, one: Comparison, ours, theirs, difference) -> tuple[str, str, str]:
     ranges = ["{:.3g} to {:.3g}".format(*_span(side)) for side in (theirs, ours)]
     finite = "" if np.isfinite(difference).all() else ", not finite in places"
     relative = f", {_number(one.relative)} of the rms" if one.kind == "close" else ""
@@ -392,7 +391,7 @@ def _captions(place: str, one: Comparison, ours, theirs, difference) -> Tuple[st
     )
 
 
-def _tiles(ours, theirs, difference, coloured: bool) -> List[PIL.Image.Image]:
+def _tiles(ours, theirs, difference, coloured: bool) -> list[PIL.Image.Image]:
     """Pictures of the reference, ours and the difference. Colours of the first two mean the same values."""
     if coloured:
         pixels = [np.ascontiguousarray(side) for side in (theirs, ours)]
@@ -433,12 +432,12 @@ def _matrix(array: np.ndarray) -> np.ndarray:
         return array.mean(axis=0)
 
 
-def _fits(shape: Tuple[int, ...]) -> bool:
+def _fits(shape: tuple[int, ...]) -> bool:
     """Whether channels (C, h, w) are few and narrow enough to be shown side by side."""
     return shape[0] <= _MOST_CHANNELS and shape[0] * shape[2] <= _MOST_WIDTH
 
 
-def _span(matrix: np.ndarray) -> Tuple[float, float]:
+def _span(matrix: np.ndarray) -> tuple[float, float]:
     finite = matrix[np.isfinite(matrix)]
     return (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
 

@@ -8,13 +8,13 @@ magnify rounding a hundredfold, so no one number suits all checkpoints; a small 
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Dict, Iterable, List, Mapping, Optional, Union
 
 import numpy as np
 
-from ..errors import InputError
-from .metrics import KINDS, Limit
+from mindiffedit.errors import InputError
+from mindiffedit.parity.metrics import KINDS, Limit
 
 __all__ = ["TABLE", "Tolerance", "floor_of", "for_stage", "limit", "limits", "render_markdown"]
 
@@ -42,8 +42,8 @@ class Tolerance:
     default: float
     why: str
     stacked: bool = False
-    floor_stage: Optional[str] = None
-    goal: Optional[float] = None
+    floor_stage: str | None = None
+    goal: float | None = None
 
 
 def _fixed(pattern: str, kind: str, allowed: float, why: str, stacked: bool = False) -> Tolerance:
@@ -54,9 +54,7 @@ def _fixed(pattern: str, kind: str, allowed: float, why: str, stacked: bool = Fa
 TABLE = (
     _fixed("*token_ids", "exact", 0, "Both sides cut the same text with the same vocabulary."),
     _fixed("timestep", "exact", 0, "A timestep is a whole number."),
-    _fixed(
-        "timesteps", "exact", 0, "Timesteps are whole numbers; one off is another schedule.", stacked=True
-    ),
+    _fixed("timesteps", "exact", 0, "Timesteps are whole numbers; one off is another schedule.", stacked=True),
     _fixed(
         "coefficients",
         "close",
@@ -81,12 +79,8 @@ TABLE = (
     ),
     Tolerance("*prompt_embeds", "close", 5, 1e-6, 2e-5, "The text encoder, in another order of summation."),
     Tolerance("moments", "close", 5, 1e-6, 1e-4, "The VAE's encoder, in another order of summation."),
-    Tolerance(
-        "noised_latents", "close", 5, 2e-6, 1e-4, "The latents and noise, weighted; as near as they are."
-    ),
-    Tolerance(
-        "latents", "close", 5, 2e-6, 1e-4, "Mean plus noise times deviation: carries the moments' rounding."
-    ),
+    Tolerance("noised_latents", "close", 5, 2e-6, 1e-4, "The latents and noise, weighted; as near as they are."),
+    Tolerance("latents", "close", 5, 2e-6, 1e-4, "Mean plus noise times deviation: carries the moments' rounding."),
     Tolerance("*noise_predictions", "close", 5, 2e-6, 1e-4, "The UNet, in another order of summation."),
     Tolerance(
         "map",
@@ -143,12 +137,8 @@ TABLE = (
         stacked=True,
         goal=1e-4,
     ),
-    Tolerance(
-        "decoded", "close", 10, 2e-6, 1e-3, "The VAE's decoder, of latents that a whole run has led to."
-    ),
-    _fixed(
-        "picture", "levels", 1, "Rounding to 256 levels turns any difference into one level here and there."
-    ),
+    Tolerance("decoded", "close", 10, 2e-6, 1e-3, "The VAE's decoder, of latents that a whole run has led to."),
+    _fixed("picture", "levels", 1, "Rounding to 256 levels turns any difference into one level here and there."),
 )
 
 
@@ -165,9 +155,7 @@ def for_stage(name: str) -> Tolerance:
     for row in TABLE:
         if fnmatch.fnmatchcase(stage, row.pattern):
             return row
-    raise InputError(
-        "there is no tolerance for the stage {name}; add a row to `tolerances.TABLE`.", name=name
-    )
+    raise InputError("there is no tolerance for the stage {name}; add a row to `tolerances.TABLE`.", name=name)
 
 
 def _without_call(name: str) -> str:
@@ -182,7 +170,7 @@ def floor_of(name: str) -> str:
     return f"{name[: len(name) - len(_without_call(name))]}{row.floor_stage}"
 
 
-def limit(name: str, floor=None) -> Union[float, np.ndarray]:
+def limit(name: str, floor=None) -> float | np.ndarray:
     """The tolerance of a stage: the larger of `least` and `factor` times the floor.
 
     Args:
@@ -223,7 +211,7 @@ def limit(name: str, floor=None) -> Union[float, np.ndarray]:
     return float(allowed) if allowed.ndim == 0 else allowed
 
 
-def limits(names: Iterable[str], floors: Optional[Mapping[str, object]] = None) -> Dict[str, Limit]:
+def limits(names: Iterable[str], floors: Mapping[str, object] | None = None) -> dict[str, Limit]:
     """What each stage is allowed, for `metrics.compare_traces`.
 
     Args:
@@ -258,16 +246,12 @@ def render_markdown() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _row(*cells: str) -> List[str]:
+def _row(*cells: str) -> list[str]:
     return ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"]
 
 
-def _number(value: Optional[float]) -> str:
+def _number(value: float | None) -> str:
     if value is None:
         return "–"
     # As a power of ten where it is one in spirit: 0.0001 would be hard to read among the others.
-    return (
-        f"{value:g}"
-        if value == 0 or value >= 0.01
-        else np.format_float_scientific(value, trim="-", exp_digits=2)
-    )
+    return f"{value:g}" if value == 0 or value >= 0.01 else np.format_float_scientific(value, trim="-", exp_digits=2)

@@ -1,0 +1,3 @@
+from mindiffedit.checkpoints.components import Observer, Viewer
+
+__all__ = ["Observer", "Viewer"]

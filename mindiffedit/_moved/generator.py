@@ -1,0 +1,3 @@
+from mindiffedit.noise.generator import Generator
+
+__all__ = ["Generator"]

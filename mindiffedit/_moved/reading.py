@@ -1,0 +1,3 @@
+from mindiffedit.images.reading import load_image
+
+__all__ = ["load_image"]

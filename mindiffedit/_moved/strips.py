@@ -1,0 +1,3 @@
+from mindiffedit.images.strips import AnimatedStrip
+
+__all__ = ["AnimatedStrip"]

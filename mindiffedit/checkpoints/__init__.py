@@ -1,0 +1,5 @@
+"""From a name to components with weights, and back."""
+
+from mindiffedit.checkpoints.layout import CheckpointError, WeightsError
+
+__all__ = ["CheckpointError", "WeightsError"]

@@ -1,0 +1,134 @@
+"""Contact sheets to choose settings from: masks over strength and threshold, edits over strength and guidance."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import PIL.Image
+
+from mindiffedit import masks, options
+from mindiffedit.cli import runs
+from mindiffedit.cli.jobs import Job
+from mindiffedit.images import edges, pictures
+
+CELL = 384
+"""Pixels of a cell's longer side."""
+
+__all__ = ["Sweep", "edit_sheet", "mask_sheet", "settled"]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Values to try: strengths for the rows, the other option's for the columns."""
+
+    strengths: list[float]
+    others: list[float]
+    other: str  # "threshold" or "guidance"
+
+
+def settled(job: Job) -> Sweep:
+    """The values of a command's sweep, checked: those given, or some around the present settings."""
+    args, settings = job.args, job.settings
+    mask = args.command == "mask"
+    strength = settings["mask_strength" if mask else "strength"]
+
+    def check_strength(value, name):
+        value = options.check_strength(value, name)
+        options.effective_steps(settings["steps"], value, name)
+        return value
+
+    if args.sweep_strengths is not None:
+        strengths = masks.sweep_values(args.sweep_strengths, "--sweep-strengths", check_strength)
+    elif not mask and job.latents is not None:
+        strengths = [strength]  # that of the inversion
+    else:
+        strengths = _around_strength(strength, settings["steps"])
+    if mask:
+        text, name, check, now = (
+            args.sweep_thresholds,
+            "thresholds",
+            options.check_ratio,
+            settings["mask_threshold"],
+        )
+    else:
+        text, name, check, now = (
+            args.sweep_guidances,
+            "guidances",
+            options.check_guidance_scale,
+            settings["guidance"],
+        )
+    if text is not None:
+        others = masks.sweep_values(text, f"--sweep-{name}", check)
+    else:
+        others = _around(now) if mask or now > 1 else [now, 3.0, 7.5]
+    return Sweep(strengths, others, name[:-1])
+
+
+def _around_strength(strength: float, steps: int) -> list[float]:
+    """A strength and those 0.2 from it, as far as a step runs there."""
+    tried = {round(min(max(strength + change, 1 / steps), 1), 3) for change in (-0.2, 0, 0.2)}
+    return sorted(value for value in tried if int(steps * value) >= 1)
+
+
+def _around(value: float) -> list[float]:
+    """A value with a third less and a third more, to three digits."""
+    return [float(f"{value * factor:.3g}") for factor in (2 / 3, 1, 4 / 3)]
+
+
+def mask_sheet(job: Job, pipe, sweep: Sweep, known: dict[float, np.ndarray] | None = None) -> PIL.Image.Image:
+    """The picture under the mask of every strength (rows) and threshold (columns).
+
+    A map is computed once for each strength; `known` has some already, (1, h, w) by strength.
+    """
+    guides = None
+    if job.mask_options.edges:
+        pixels = pictures.preprocess_image(job.fitted, job.factor)
+        guides = edges.guides_of(pixels, tuple(side // job.factor for side in pixels.shape[2:]))
+    rows = []
+    for strength in sweep.strengths:
+        seen = (known or {}).get(strength)
+        if seen is None:
+            _, seen = runs.find_mask(job, pipe, strength)
+        found = [
+            masks.mask_of(seen, threshold, job.mask_options, per_image=True, guides=guides)
+            for threshold in sweep.others
+        ]
+        rows.append([_cell(masks.overlay(job.fitted, runs.whole_mask(job, mask)[0])) for mask in found])
+    return _sheet(job, sweep, rows, "mask strength", "threshold")
+
+
+def edit_sheet(job: Job, pipe, sweep: Sweep, mask: np.ndarray | None = None) -> PIL.Image.Image:
+    """The edited picture of every strength (rows) and guidance (columns).
+
+    The mask is computed once, unless it is given, (1, h, w); the inversion once for each strength.
+    """
+    if mask is None:
+        mask = job.grid_mask if not job.computes_mask else runs.whole_mask(job, runs.find_mask(job, pipe)[0])
+    rows = []
+    for strength in sweep.strengths:
+        inverted = job.inverted if job.inverted is not None else runs.invert(job, pipe, strength)
+        row = []
+        for guidance in sweep.others:
+            stage = f"edit, strength {strength:g}, guidance {guidance:g}"
+            row.append(_cell(runs.edit(job, pipe, mask, inverted, strength, guidance, stage).edited))
+        rows.append(row)
+    return _sheet(job, sweep, rows, "strength", "guidance")
+
+
+def _cell(picture: PIL.Image.Image) -> PIL.Image.Image:
+    picture = pictures.to_srgb(picture)
+    factor = CELL / max(picture.size)
+    if factor >= 1:
+        return picture
+    return picture.resize(tuple(max(1, round(side * factor)) for side in picture.size), PIL.Image.Resampling.LANCZOS)
+
+
+def _sheet(job: Job, sweep: Sweep, rows, down: str, across: str) -> PIL.Image.Image:
+    return pictures.contact_sheet(
+        rows,
+        [f"{strength:g}" for strength in sweep.strengths],
+        [f"{other:g}" for other in sweep.others],
+        corner=f"{down} down, {across} across",
+        title=f"{job.source} -> {job.target}",
+    )

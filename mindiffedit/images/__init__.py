@@ -1,0 +1,1 @@
+"""Pictures: read, converted, laid out, written."""

@@ -1,0 +1,432 @@
+"""Portable kernels: mindone's Stable Diffusion models on devices where MindSpore's `mint` has gaps.
+
+mindone's models call `mindspore.mint`, and many of mint's kernels are registered for Ascend only. Inside
+`portable_kernels()` every name in `KERNELS` whose kernel is missing on the current device, or is there and
+inaccurate, is replaced by an equivalent built from operators that every device has. On Ascend nothing is ever
+replaced.
+
+What is replaced, and how:
+
+- functions (`mint.arange`): the attribute on the `mindspore.mint` modules, and the same object where a
+  mindone module has bound it to a name of its own;
+- layers (`mint.nn.Conv2d`): the class's `construct` only. The class, its parameters (names, shapes, initial
+  values) and `isinstance` stay as they are, so checkpoints load as ever, and a layer built outside the
+  context runs inside it;
+- methods (`...Attention:math_attention_op`): that method of the class.
+
+The replacements themselves are in `portable`. On a CPU for which the project's C++ operators were built
+(`mindiffedit.runtime.native`), those in `NATIVE` take their place, and that of some names more: not because these are
+missing, but because they are slow or hold too much memory.
+
+Both PyNative and graph mode read these names at the moment they run or compile, so the context must be
+around the construction, the eager call and the compilation of a model. A graph compiled inside it can be
+run outside it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import mindspore
+import numpy as np
+from mindspore import mint
+
+from mindiffedit.runtime import devices, native, portable, quick_imports, turns
+
+__all__ = ["KERNELS", "Kernel", "eagerly", "missing_kernels", "portable_kernels"]
+
+
+# --- the table -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One name that may be missing, or inaccurate, on a device.
+
+    Attributes:
+        name: dotted path of the original; 'mint' stands for 'mindspore.mint'. A class means its `construct`, a method
+            stands after a colon.
+        replacement: function with the signature of the original.
+        probe: calls the original on tiny input; it raises where the kernel is missing or inaccurate.
+        reason: what is missing or wrong, and so when this entry can go.
+        improves: whether the original would do, with more memory.
+    """
+
+    name: str
+    replacement: Callable[..., Any]
+    probe: Callable[[], Any]
+    reason: str
+    improves: bool = False
+
+
+def _floats(*shape: int) -> mindspore.Tensor:
+    return mindspore.Tensor(np.full(shape, 0.5, np.float32))
+
+
+# Largest relative error (rms over the values) of a float32 kernel that is kept: one unit in the last place.
+# Rounding the exact results alone makes 2.5e-8, torch's CPU kernels 4e-8.
+ACCURACY = 1.2e-7
+
+
+def _require_accuracy(kernel: Callable[..., Any], values: np.ndarray, expected: np.ndarray) -> None:
+    """Raise ArithmeticError where `kernel` of float32 `values` is further off than ACCURACY."""
+    got = kernel(mindspore.Tensor(values.astype(np.float32))).asnumpy().astype(np.float64)
+    error = np.sqrt(np.mean((got / expected - 1) ** 2))
+    if not error <= ACCURACY:
+        raise ArithmeticError(f"off by {error:.1e}, expected at most {ACCURACY:.1e}")
+
+
+def _indices() -> mindspore.Tensor:
+    return mindspore.Tensor(np.array([1, 0], np.int32))
+
+
+def _gelu() -> Any:
+    return mint.nn.functional.gelu(_floats(2))
+
+
+def _silu() -> None:
+    values = np.arange(-255, 256, 2) / 32  # float32 has these exactly
+    _require_accuracy(mint.nn.functional.silu, values, values / (1 + np.exp(-values)))
+
+
+def _tanh() -> None:
+    values = np.arange(-255, 256, 2) / 32
+    _require_accuracy(mint.tanh, values, np.tanh(values))
+
+
+def _conv2d() -> Any:
+    return mint.nn.functional.conv2d(_floats(1, 1, 2, 2), _floats(1, 1, 1, 1))
+
+
+def _layer_norm() -> Any:
+    return mint.nn.functional.layer_norm(_floats(1, 2), (2,))
+
+
+def _embedding() -> Any:
+    return mint.nn.functional.embedding(_indices(), _floats(2, 2))
+
+
+def _pad() -> Any:
+    return mint.nn.functional.pad(_floats(1, 1, 2, 2), (0, 1, 0, 1))
+
+
+def _normalize() -> Any:
+    return mint.nn.functional.normalize(_floats(2, 2))
+
+
+def _arange() -> Any:
+    return mint.arange(2)
+
+
+def _zeros_like() -> Any:
+    return mint.zeros_like(_floats(2))
+
+
+def _mm() -> Any:
+    return mint.mm(_floats(2, 2), _floats(2, 2))
+
+
+def _stack() -> Any:
+    return mint.stack([_floats(2), _floats(2)])
+
+
+def _round() -> Any:
+    return mint.round(_floats(2), decimals=3)
+
+
+# Gaps of graph mode only are asked for in graph mode. Not all of them may be: compiling a kernel that is
+# missing in PyNative too can end the process (Embedding does), these here raise.
+
+
+def _split() -> Any:
+    return mindspore.jit(_split_sizes)(_floats(1, 2))
+
+
+def _chunk() -> Any:
+    return mindspore.jit(_chunk_function)(_floats(1, 2))
+
+
+def _tensor_chunk() -> Any:
+    return mindspore.jit(_chunk_method)(_floats(1, 2))
+
+
+def _linear() -> None:
+    if devices.device_target() == "CPU":
+        raise MemoryError("nothing is missing, but each number of the sum keeps 16 bytes")
+
+
+def _whole_scores() -> None:
+    raise MemoryError("nothing is missing, but 9216 tokens of 8 heads, twice, take 5.4 GB")
+
+
+def _split_sizes(tensor):
+    return mint.split(tensor, (1, 1), dim=1)[1]
+
+
+def _chunk_function(tensor):
+    return mint.chunk(tensor, 2, dim=1)[1]
+
+
+def _chunk_method(tensor):
+    return tensor.chunk(2, dim=1)[1]
+
+
+KERNELS: tuple[Kernel, ...] = (
+    Kernel("mint.nn.functional.gelu", portable.gelu, _gelu, "GeluExt is unregistered"),
+    Kernel("mint.nn.functional.silu", portable.silu, _silu, "Sigmoid is inaccurate in float32"),
+    Kernel("mint.tanh", portable.tanh, _tanh, "Tanh is inaccurate in float32"),
+    Kernel("mint.nn.functional.conv2d", portable.conv2d, _conv2d, "Conv2DExt is unregistered"),
+    Kernel("mint.nn.Conv2d", portable.Conv2d.construct, _conv2d, "Conv2DExt is unregistered"),
+    Kernel("mint.nn.functional.layer_norm", portable.layer_norm, _layer_norm, "LayerNormExt cannot be created"),
+    Kernel("mint.nn.LayerNorm", portable.LayerNorm.construct, _layer_norm, "LayerNormExt cannot be created"),
+    Kernel(
+        "mint.nn.Linear",
+        portable.Linear.construct,
+        _linear,
+        "adding a bias holds memory on a CPU",
+        improves=True,
+    ),
+    Kernel("mint.nn.functional.embedding", portable.embedding, _embedding, "Embedding is unregistered"),
+    Kernel("mint.nn.Embedding", portable.Embedding.construct, _embedding, "Embedding is unregistered"),
+    Kernel("mint.nn.functional.pad", portable.pad, _pad, "ConstantPadND is unregistered"),
+    Kernel("mint.nn.functional.normalize", portable.normalize, _normalize, "LinalgVectorNorm is unregistered"),
+    Kernel("mint.arange", portable.arange, _arange, "Arange is unregistered"),
+    Kernel("mint.zeros_like", portable.zeros_like, _zeros_like, "ZerosLikeExt is unregistered"),
+    Kernel("mint.mm", portable.mm, _mm, "Mm is unregistered"),
+    Kernel("mint.stack", portable.stack, _stack, "StackExt is unregistered"),
+    Kernel("mint.round", portable.round, _round, "Round takes decimals=0 only"),
+    Kernel("mint.split", portable.split, _split, "SplitWithSize is unsupported in graph mode (MindSpore 2.7)"),
+    Kernel("mint.chunk", portable.chunk, _chunk, "Chunk is unsupported in graph mode (MindSpore 2.7)"),
+    Kernel(
+        "mindone.diffusers.models.activations.GEGLU",
+        portable.GEGLU.construct,
+        _tensor_chunk,
+        "Chunk, to which graph mode turns Tensor.chunk, is unsupported there",
+    ),
+    Kernel(
+        "mindone.diffusers.models.attention_processor.Attention:math_attention_op",
+        portable.Attention.math_attention_op,
+        _whole_scores,
+        "it holds the scores of all tokens with all tokens",
+        improves=True,
+    ),
+)
+
+_MODELS = "mindone.diffusers.models"
+
+NATIVE: dict[str, str] = {
+    "mint.nn.functional.gelu": "gelu",
+    "mint.nn.functional.silu": "silu",
+    "mint.nn.functional.conv2d": "conv2d",
+    "mint.nn.functional.layer_norm": "layer_norm",
+    "mint.nn.functional.interpolate": "interpolate",
+    "mint.cat": "cat",
+    "mint.nn.Conv2d": "Conv2d.construct",
+    "mint.nn.LayerNorm": "LayerNorm.construct",
+    "mint.nn.Linear": "Linear.construct",
+    f"{_MODELS}.resnet.ResnetBlock2D": "ResnetBlock2D.construct",
+    "mint.nn.GroupNorm": "GroupNorm.construct",
+    f"{_MODELS}.activations.GEGLU": "GEGLU.construct",
+    f"{_MODELS}.attention_processor.AttnProcessor2_0:__call__": "AttnProcessor2_0.__call__",
+    **{
+        f"{_MODELS}.transformers.transformer_2d.Transformer2DModel:{method}": f"Transformer2DModel.{method}"
+        for method in ("_operate_on_continuous_inputs", "_get_output_for_continuous_inputs")
+    },
+}
+"""What the C++ operators replace, and by which member of `native.layers`."""
+
+
+# --- what is missing -------------------------------------------------------------------------------
+
+_lock = threading.RLock()
+_missing: dict[str, tuple[Kernel, ...]] = {}
+
+
+def missing_kernels() -> list[str]:
+    """Names in `KERNELS` whose kernel the current device has not, or not accurately. Empty on Ascend.
+
+    The first call for a device runs each original once on tiny input (about 0.2 s on CPU).
+    """
+    return [kernel.name for kernel in _missing_here()]
+
+
+def _missing_here() -> tuple[Kernel, ...]:
+    target = devices.device_target()
+    if target == "Ascend":
+        return ()
+    with _lock:
+        if target not in _missing:
+            # An error of an operator launched earlier is the caller's: raised here, not taken for ours.
+            devices.synchronize()
+            with devices.eager(), devices._not_counted():
+                _missing[target] = tuple(kernel for kernel in KERNELS if _fails(kernel.probe))
+        return _missing[target]
+
+
+def _fails(probe: Callable[[], Any]) -> bool:
+    # PyNative launches kernels from another thread: an error may come only with the next synchronisation,
+    # and one that is left there would be raised from an innocent operator later.
+    failed = False
+    try:
+        probe()
+        devices.synchronize()
+    except Exception:
+        failed = True
+        with contextlib.suppress(Exception):
+            devices.synchronize()
+    return failed
+
+
+# --- the context -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Patch:
+    """`owner.attribute` is `original` outside the context and `replacement` inside it."""
+
+    owner: Any
+    attribute: str
+    original: Any
+    replacement: Any
+
+
+_depth = 0
+_applied: list[_Patch] = []
+_plan: list[_Patch] = []
+_plan_key: tuple[str, int, bool] | None = None
+_originals: dict[str, Any] = {}
+
+
+@contextlib.contextmanager
+def portable_kernels():
+    """Replace the kernels that mindone's models ask for and the device lacks, for the length of the block.
+
+    What is missing or inaccurate here has an equivalent of operators that every device has put in its place, while a
+    model is built, loaded, compiled or run eagerly; a graph that was compiled inside can run outside.
+
+    Reentrant, and safe in threads: the originals come back when the last block that is open in any thread
+    is left, by an exception too. Until then the other threads of the process see the replacements as well.
+    On Ascend it does nothing. Elsewhere the first block imports mindone's activation layers (2 s).
+    """
+    _enter()
+    try:
+        yield
+    finally:
+        _leave()
+
+
+@contextlib.contextmanager
+def eagerly():
+    """What runs a model operator by operator: the thread's turn, MindSpore's PyNative mode, the portable kernels."""
+    with turns.turn(), portable_kernels(), devices.eager():
+        yield
+
+
+def _enter() -> None:
+    global _depth
+    turns.require_own_process()
+    with _lock:
+        if _depth == 0:
+            try:
+                for patch in _current_plan():
+                    _applied.append(patch)
+                    setattr(patch.owner, patch.attribute, patch.replacement)
+            except BaseException:
+                _restore()
+                raise
+        _depth += 1
+
+
+def _leave() -> None:
+    global _depth
+    with _lock:
+        _depth -= 1
+        if _depth == 0:
+            _restore()
+
+
+def _restore() -> None:
+    while _applied:
+        patch = _applied.pop()
+        setattr(patch.owner, patch.attribute, patch.original)
+    if _plan_key is None or _plan_key[1] == len(sys.modules):
+        return
+    # A module that was imported inside the block may have bound a replacement to a name of its own.
+    back = {
+        id(replacement): original
+        for name, replacement in _replacements().items()
+        if callable(original := _originals.get(name)) and not isinstance(original, type) and ":" not in name
+    }
+    for module in _modules():
+        for attribute, value in list(vars(module).items()):
+            if id(value) in back:
+                setattr(module, attribute, back[id(value)])
+
+
+def _current_plan() -> list[_Patch]:
+    """The patches for the modules that are loaded now; made anew only when another module has come."""
+    global _plan, _plan_key
+    key = (devices.device_target(), len(sys.modules), native.available())
+    if _plan_key == key:
+        return _plan
+    plan: list[_Patch] = []
+    functions: dict[int, Callable[..., Any]] = {}
+    for name, replacement in _replacements().items():
+        original = _original(name)
+        if original is None:
+            continue
+        _, _, method = name.partition(":")
+        if method or isinstance(original, type):
+            method = method or "construct"
+            plan.append(_Patch(original, method, getattr(original, method), replacement))
+        else:
+            functions[id(original)] = replacement
+    if functions:
+        for module in _modules():
+            for attribute, value in list(vars(module).items()):
+                if id(value) in functions:
+                    plan.append(_Patch(module, attribute, value, functions[id(value)]))
+    _plan, _plan_key = plan, (key[0], len(sys.modules), key[2])
+    return plan
+
+
+def _replacements() -> dict[str, Callable[..., Any]]:
+    """What takes the place of each name here."""
+    found = {kernel.name: kernel.replacement for kernel in _missing_here()}
+    if native.available():
+        from mindiffedit.runtime.native import layers
+
+        for name, path in NATIVE.items():
+            home, _, member = path.rpartition(".")
+            found[name] = getattr(getattr(layers, home) if home else layers, member)
+    return found
+
+
+def _modules() -> list[Any]:
+    """The loaded modules whose names are replaced: mint's own, and mindone's, which may hold copies."""
+    return [
+        module
+        for name, module in list(sys.modules.items())
+        if module is not None and (name.partition(".")[0] == "mindone" or name.startswith("mindspore.mint"))
+    ]
+
+
+def _original(name: str) -> Any:
+    """What `name` named before anything was replaced (of a method its class), or None where mindone is not installed."""
+    if name not in _originals:
+        path, _, attribute = name.partition(":")[0].rpartition(".")
+        if path.partition(".")[0] == "mint":
+            path = f"mindspore.{path}"
+        if importlib.util.find_spec(path.partition(".")[0]) is None:
+            return None
+        if path.startswith("mindone."):
+            quick_imports.prepare()
+        _originals[name] = getattr(importlib.import_module(path), attribute)
+    return _originals[name]
