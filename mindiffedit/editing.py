@@ -6,416 +6,296 @@ import contextlib
 import re
 import time
 import unicodedata
-from collections.abc import Callable, Sequence
-from typing import Any
 
+import mindspore as ms
 import numpy as np
 from PIL.Image import Image
 
 from mindiffedit import masks, options
 from mindiffedit.errors import InputError, InputTypeError, Message
 from mindiffedit.images import colours, pictures
+from mindiffedit.inputs import (
+    EDIT_MASK,
+    INVERSIONS,
+    MAX_FEATHER,
+    Callbacks,
+    EditInputs,
+    InvertInputs,
+    MaskInputs,
+    Prompts,
+    Schedule,
+    checked_rng,
+)
 from mindiffedit.noise import randomness
 from mindiffedit.outputs import DiffEditInversionPipelineOutput, DiffEditOutput, EditReport
-from mindiffedit.runtime import turns
 from mindiffedit.solvers import schedules
-
-INVERSIONS = ("ddim", "noise")
-
-EDIT_MASK = masks.MaskOptions(smoothing=1.5, edges=6, threshold=0.6, fill_holes=True, smallest_region=8)
-"""How ``edit`` makes a mask of its map, where nothing else is said.
-
-With a clamp at twice the mean much of the map is cut to one of two values, and the smoothing lets neighbours vote: most
-of a latent's surroundings have to differ. So a few maps do what ten do without. Then the border moves to the picture's
-edges. Chosen on drawn scenes, see ``docs/quality.md``.
-"""
-
-MOST_FEATHER = 10000  # pixels
+from mindiffedit.stages import CompiledUpdate, host, tensor
 
 LARGE_ERROR = 1.0
 """Inversion error from which a report warns. The demo model, whose inversions lead back at 33 dB, has 0.2 to 0.4."""
 
 
-class Editing:
-    """The one call and what it is made of, over the three mirrored ones."""
+def edit(
+    pipeline,
+    *,
+    image,
+    source_prompt,
+    target_prompt,
+    negative_prompt,
+    source_prompt_embeds,
+    target_prompt_embeds,
+    negative_prompt_embeds,
+    num_inference_steps,
+    inpaint_strength,
+    guidance_scale,
+    num_maps_per_mask,
+    mask_encode_strength,
+    mask_thresholding_ratio,
+    mask_options,
+    mask_image,
+    mask_combination,
+    per_image_clamp,
+    corrected_guidance,
+    outlier_quantile,
+    inversion,
+    inversion_prompt,
+    inversion_guidance_scale,
+    inversion_iterations,
+    aligned_background,
+    image_latents,
+    paste_back,
+    feather,
+    eta,
+    generator,
+    output_type,
+    measure_reconstruction,
+    callback_on_step_end,
+    callback_on_step_end_tensor_inputs,
+    debug_callback,
+    cross_attention_kwargs,
+    clip_skip,
+) -> DiffEditOutput:
+    """``StableDiffusionDiffEditPipeline.edit``, where the arguments are described."""
+    # 1. What can be wrong, before any model runs
+    if negative_prompt is None and negative_prompt_embeds is None:
+        negative_prompt, negative_prompt_embeds = source_prompt, source_prompt_embeds
+    caption = (inversion_prompt, None) if inversion_prompt is not None else (source_prompt, source_prompt_embeds)
+    pipeline.check_components()
+    model = pipeline._limits
+    is_guided = options.check_guidance_scale(guidance_scale) > 1.0
+    inverts_guided = options.check_guidance_scale(inversion_guidance_scale, "inversion_guidance_scale") > 1.0
 
-    @turns.turn()
-    def edit(
-        self,
-        image,
-        source_prompt: str | list[str] | None = None,
-        target_prompt: str | list[str] | None = None,
-        *,
-        negative_prompt: str | list[str] | None = None,
-        source_prompt_embeds=None,
-        target_prompt_embeds=None,
-        negative_prompt_embeds=None,
-        num_inference_steps: int = 50,
-        inpaint_strength: float = 0.8,
-        guidance_scale: float = 7.5,
-        num_maps_per_mask: int = 4,
-        mask_encode_strength: float = 0.5,
-        mask_thresholding_ratio: float = 2.0,
-        mask_options: masks.MaskOptions | None = None,
-        mask_image=None,
-        mask_combination: str = "replace",
-        per_image_clamp: bool = True,
-        corrected_guidance: bool = True,
-        outlier_quantile: float | None = 0.99,
-        inversion: str = "ddim",
-        inversion_prompt: str | list[str] | None = None,
-        inversion_guidance_scale: float = 1.0,
-        inversion_iterations: int = 0,
-        aligned_background: bool = True,
-        image_latents: DiffEditInversionPipelineOutput | None = None,
-        paste_back: bool = True,
-        feather: int | None = None,
-        eta: float = 0.0,
-        generator=None,
-        output_type: str = "pil",
-        measure_reconstruction: bool = False,
-        callback_on_step_end: Callable | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        debug_callback: Callable | None = None,
-        cross_attention_kwargs: dict[str, Any] | None = None,
-        clip_skip: int | None = None,
-    ) -> DiffEditOutput:
-        """Changes what the two prompts disagree about, and nothing else.
+    def prompts(text, embeds, prefix="", negative=(None, None), guided=False):
+        return Prompts.checked(model, text, negative[0], embeds, negative[1], guided, prefix)
 
-        The three calls, one after the other, with their work shared and with what the reference has otherwise than the
-        paper put right. Every correction is an option, here and in the three calls.
-
-        Args:
-            image: picture(s) of one size, or latents (B, C, h, w), as for ``generate_mask``.
-            source_prompt: what is there, str or list of B str.
-            target_prompt: what shall be there, str or list of B str.
-            negative_prompt: what the edit moves away from; None is the source prompt.
-            source_prompt_embeds: embeddings (B, L, D) instead of ``source_prompt``.
-            target_prompt_embeds: embeddings (B, L, D) instead of ``target_prompt``.
-            negative_prompt_embeds: embeddings (B, L, D) instead of ``negative_prompt``.
-            num_inference_steps: steps of the whole schedule, 1 to 1000.
-            inpaint_strength: share of them that runs, in (0, 1].
-            guidance_scale: classifier-free guidance of mask and edit, at least 0; 1 or less is without.
-            num_maps_per_mask: as for ``generate_mask``.
-            mask_encode_strength: as for ``generate_mask``.
-            mask_thresholding_ratio: as for ``generate_mask``.
-            mask_options: how the map becomes a mask; None: ``mindiffedit.editing.EDIT_MASK``.
-            mask_image: own mask(s) of any size, white (1) where the picture may change.
-            mask_combination: what becomes of it and the computed mask: "replace" (nothing is computed), "union",
-                "subtract" (computed without own) or "intersection".
-            per_image_clamp: as for ``generate_mask``.
-            corrected_guidance: as for ``generate_mask``.
-            outlier_quantile: as for ``generate_mask``.
-            inversion: "ddim" inverts the picture; "noise" noises it freshly for every step, which needs no model and
-                leaves what is inside the mask to chance.
-            inversion_prompt: caption(s) for the inversion; None: the source prompt.
-            inversion_guidance_scale: 1 inverts without guidance, as the paper does, at half the cost.
-            inversion_iterations: as for ``invert``.
-            aligned_background: take each step's background at the noise level that the step arrives at; otherwise it is
-                one level late, as in the reference.
-            image_latents: what ``invert`` or ``noise_image`` returned for the same picture and steps; ``inversion`` and
-                its options are then not used.
-            paste_back: outside the feathered mask return the picture's own pixels. Not for latents.
-            feather: width of the seam in pixels; None: one latent.
-            eta: DDIM's eta in [0, 1].
-            generator: as for the other calls; a list has one for each of B pictures. A seed begins anew in each call.
-            output_type: "pil", "np" or "latent".
-            measure_reconstruction: denoise the inverted latents with the source prompt, too, and say in the report how
-                near that comes; costs as much as an inversion.
-            callback_on_step_end: as for ``invert``; of the edit's steps.
-            callback_on_step_end_tensor_inputs: as for ``invert``.
-            debug_callback: ``callback(stage, array, step)`` sees every intermediate, see ``debugging``.
-            cross_attention_kwargs: as for the other calls.
-            clip_skip: as for the call.
-
-        Returns:
-            DiffEditOutput: pictures have the size of those that were given. With ``output_type`` "pil", results of PIL
-                pictures have their mode, profile and transparency, too; ``report.warnings`` says what could not be
-                kept. Arrays are in sRGB.
-
-        Raises:
-            ValueError: for a value that does not fit, before any model runs.
-            TypeError: for a wrong type, before any model runs.
-            NumericalError: for NaN or inf, naming stage and step.
-        """
-        # 1. What can be wrong, before any model runs
-        if negative_prompt is None and negative_prompt_embeds is None:
-            negative_prompt, negative_prompt_embeds = source_prompt, source_prompt_embeds
-        caption = dict(prompt=inversion_prompt, prompt_embeds=None)
-        if inversion_prompt is None:
-            caption = dict(prompt=source_prompt, prompt_embeds=source_prompt_embeds)
-        options.check_guidance_scale(guidance_scale)
-        options.check_guidance_scale(inversion_guidance_scale, "inversion_guidance_scale")
-        batch = self._count_prompts(
-            (source_prompt, source_prompt_embeds),
-            (target_prompt, target_prompt_embeds),
-            tuple(caption.values()),
-            (negative_prompt, negative_prompt_embeds),
-            guidance_scale > 1.0,
-        )
-        schedule = dict(num_inference_steps=num_inference_steps, inpaint_strength=inpaint_strength)
-        options.check_steps(num_inference_steps)
-        options.check_strength(inpaint_strength, "inpaint_strength")
-        options.effective_steps(num_inference_steps, inpaint_strength)
-        options.check_eta(eta)
-        options.check_output_type(output_type, ("pil", "np", "latent"))
-        options.check_output_type(inversion, INVERSIONS, "inversion")
-        options.check_count(inversion_iterations, "inversion_iterations", options.MOST_ITERATIONS)
-        options.check_output_type(mask_combination, masks.COMBINATIONS, "mask_combination")
-        for name, flag in (
-            ("aligned_background", aligned_background),
-            ("paste_back", paste_back),
-            ("measure_reconstruction", measure_reconstruction),
-        ):
-            options.check_switch(flag, name)
-        options.check_step_callback(
-            callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs
-        )
-        options.check_viewer(debug_callback)
-        mask_options = EDIT_MASK if mask_options is None else masks.checked_options(mask_options)
-        feather = (
-            self.vae_scale_factor if feather is None else options.check_at_least_zero(feather, "feather", MOST_FEATHER)
-        )
-        _check_inversion(inversion, inversion_iterations, image_latents, measure_reconstruction)
-        randomness.resolve(generator)
-        pixels = self._pixels(image, batch)
-        of_pixels = pixels.shape[1] != self.vae.config.latent_channels
-        originals = _originals(image, batch) if of_pixels else None
-        factor = self.vae_scale_factor if of_pixels else 1
-        grid = tuple(side // factor for side in pixels.shape[2:])
-        own = self._own_mask(mask_image, mask_combination, mask_options, grid, batch)
-        if image_latents is not None:
-            timesteps, _ = self._schedule(self._ready_scheduler(), self.get_timesteps, *schedule.values())
-            self._check_inverted(image_latents, (batch, len(timesteps), self.vae.config.latent_channels, *grid))
-        elif inversion == "ddim":
-            self._ready_inverse_scheduler()  # before the mask, which has to be at the noise levels of the same solver
-
-        seconds: dict[str, float] = {}
-        with contextlib.nullcontext() if debug_callback is None else self.debugging(debug_callback):
-            # 2. The mask
-            with _timed(seconds, "mask"):
-                mask, mask_map = own, None
-                if own is None or mask_combination != "replace":
-                    mask, mask_map = self.generate_mask(
-                        image=image,
-                        target_prompt=target_prompt,
-                        target_prompt_embeds=target_prompt_embeds,
-                        source_prompt=source_prompt,
-                        source_prompt_embeds=source_prompt_embeds,
-                        num_maps_per_mask=num_maps_per_mask,
-                        mask_encode_strength=mask_encode_strength,
-                        mask_thresholding_ratio=mask_thresholding_ratio,
-                        num_inference_steps=num_inference_steps,
-                        guidance_scale=guidance_scale,
-                        generator=_for_each_map(generator, num_maps_per_mask),
-                        cross_attention_kwargs=cross_attention_kwargs,
-                        per_image_clamp=per_image_clamp,
-                        corrected_guidance=corrected_guidance,
-                        outlier_quantile=outlier_quantile,
-                        mask_options=mask_options,
-                        return_map=True,
-                    )
-                if own is not None and mask is not own:
-                    mask = masks.combine(mask, own, mask_combination)
-            # 3. The background of every step
-            inverted = image_latents
-            with _timed(seconds, "inversion"):
-                if inverted is None and inversion == "noise":
-                    inverted = self.noise_image(image, batch_size=batch, generator=generator, **schedule)
-                elif inverted is None:
-                    inverted = self.invert(
-                        **caption,
-                        image=image,
-                        guidance_scale=inversion_guidance_scale,
-                        generator=generator,
-                        cross_attention_kwargs=cross_attention_kwargs,
-                        inversion_iterations=inversion_iterations,
-                        **schedule,
-                    )
-            # 4. The edit
-            latents = dict(
-                image_latents=inverted.latents,
-                clean_latents=inverted.clean_latents if aligned_background else None,
-                cross_attention_kwargs=cross_attention_kwargs,
-                **schedule,
+    source = prompts(source_prompt, source_prompt_embeds, "source_")
+    target = prompts(target_prompt, target_prompt_embeds, "target_")
+    captions = prompts(*caption)
+    batch = source.batch
+    for name, count in (("target", target.batch), ("inversion", captions.batch)):
+        if count != batch:
+            raise InputError(
+                "There are {count} {which} prompts for {batch} source prompts; give as many of each.",
+                parameter=f"{name}_prompt",
+                count=count,
+                which=name,
+                batch=batch,
             )
-            decoded = flags = None
-            with _timed(seconds, "edit"):
-                edited, first_predictions = self._edited_latents(
-                    prompt=target_prompt,
-                    prompt_embeds=target_prompt_embeds,
-                    negative_prompt=negative_prompt,
-                    negative_prompt_embeds=negative_prompt_embeds,
-                    guidance_scale=guidance_scale,
-                    eta=eta,
-                    generator=generator,
-                    mask_image=mask,
-                    soft_mask=mask_options.soft,
-                    clip_skip=clip_skip,
-                    callback_on_step_end=callback_on_step_end,
-                    callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-                    **latents,
-                )
-                if output_type != "latent":
-                    decoded, flags = self.run_safety_checker(self._decoded(edited))
+    negative = (negative_prompt, negative_prompt_embeds)
+    edited_prompts = prompts(target_prompt, target_prompt_embeds, negative=negative, guided=is_guided)
+    schedule = Schedule.checked(num_inference_steps, inpaint_strength)
+    options.check_output_type(output_type, ("pil", "np", "latent"))
+    options.check_output_type(inversion, INVERSIONS, "inversion")
+    options.check_output_type(mask_combination, masks.COMBINATIONS, "mask_combination")
+    for name, flag in (
+        ("aligned_background", aligned_background),
+        ("paste_back", paste_back),
+        ("measure_reconstruction", measure_reconstruction),
+    ):
+        options.check_switch(flag, name)
+    options.check_viewer(debug_callback)
+    mask_options = EDIT_MASK if mask_options is None else masks.checked_options(mask_options)
+    if feather is not None:
+        options.check_at_least_zero(feather, "feather", MAX_FEATHER)
+    attention_kwargs = pipeline._attention_kwargs(cross_attention_kwargs)
+    pixels = model.pixels(image)
+    options.check_image_batch(len(pixels), batch)
+    of_pixels = not model.are_latents(pixels)
+    originals = _originals(image, batch) if of_pixels else None
+    factor = model.vae_scale_factor if of_pixels else 1
+    grid = tuple(side // factor for side in pixels.shape[2:])
+    own_mask = _own_mask(mask_image, mask_combination, mask_options, grid, batch)
+    mask_inputs = None
+    if own_mask is None or mask_combination != "replace":
+        mask_inputs = MaskInputs.checked(
+            model,
+            pixels,
+            prompts(source_prompt, source_prompt_embeds, "source_", guided=is_guided),
+            prompts(target_prompt, target_prompt_embeds, "target_", guided=is_guided),
+            num_maps_per_mask=num_maps_per_mask,
+            mask_encode_strength=mask_encode_strength,
+            mask_thresholding_ratio=mask_thresholding_ratio,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            generator=_for_each_map(generator, num_maps_per_mask),
+            attention_kwargs=attention_kwargs,
+            per_image_clamp=per_image_clamp,
+            corrected_guidance=corrected_guidance,
+            outlier_quantile=outlier_quantile,
+            mask_options=mask_options,
+        )
+    invert_inputs = InvertInputs.checked(
+        model,
+        pixels,
+        prompts(*caption, guided=inverts_guided),
+        schedule,
+        guidance_scale=inversion_guidance_scale,
+        generator=generator,
+        attention_kwargs=attention_kwargs,
+        inversion_iterations=inversion_iterations,
+    )
+    edit_inputs = EditInputs.checked(
+        model,
+        edited_prompts,
+        schedule,
+        guidance_scale=guidance_scale,
+        generator=generator,
+        attention_kwargs=attention_kwargs,
+        eta=eta,
+        clip_skip=clip_skip,
+        callbacks=Callbacks.checked(None, 1, callback_on_step_end, callback_on_step_end_tensor_inputs),
+    )
+    _check_inversion(inversion, inversion_iterations, image_latents, measure_reconstruction)
+    inverts = image_latents is None and inversion == "ddim"
+    if inverts:
+        # Before the mask, which has to be at the noise levels of the same solver.
+        pipeline._inverse_solver(invert_inputs).schedule(*schedule)
+    steps = len(pipeline._solver().schedule(*schedule)[0])
+    if image_latents is not None:
+        _check_inverted(image_latents, (batch, steps, model.latent_channels, *grid))
 
-        # 5. The pictures, and what can be said about them
-        report = EditReport(mask_coverage=masks.mask_coverage(mask), seconds=seconds)
-        images = edited = self._tensor(edited, self.unet.dtype)
-        if decoded is not None:
-            given = pictures.originals(image, batch) if of_pixels else None
-            as_pictures = originals if output_type == "pil" else None
-            images = _finished(decoded, flags, given, mask, feather, paste_back, report, as_pictures)
-            images = pictures.of_arrays(images) if isinstance(images, np.ndarray) and output_type == "pil" else images
-        if image_latents is None and inversion == "ddim":
-            # The edit's first step has predicted what the inversion's way back would, where its negative is the caption.
-            free = guidance_scale > 1.0 >= inversion_guidance_scale and callback_on_step_end is None
-            free = free and negative_prompt == caption["prompt"]
-            free = free and negative_prompt_embeds is caption["prompt_embeds"]
-            with _timed(seconds, "report"):
-                report.inversion_error = self._inversion_error(
-                    inverted,
-                    first_predictions[:batch] if free and first_predictions is not None else None,
-                    caption,
-                    inversion_guidance_scale,
-                    cross_attention_kwargs,
+    seconds: dict[str, float] = {}
+    with contextlib.nullcontext() if debug_callback is None else pipeline.debugging(debug_callback):
+        # 2. The mask
+        with _timed(seconds, "mask"):
+            mask, mask_map = (own_mask, None) if mask_inputs is None else pipeline._mask(mask_inputs)
+            if own_mask is not None and mask is not own_mask:
+                mask = masks.combine(mask, own_mask, mask_combination)
+        # 3. The background of every step
+        with _timed(seconds, "inversion"):
+            if image_latents is None:
+                if inverts:
+                    clean, inverted = pipeline._inverted(invert_inputs)
+                else:
+                    rng = checked_rng(generator, model, pixels, batch)
+                    clean, inverted = pipeline._noised(pixels, batch, schedule, rng)
+                image_latents = DiffEditInversionPipelineOutput(
+                    pipeline._stacked(inverted), clean_latents=pipeline._result(clean)
+                )
+        # 4. The edit
+        noisy, clean = _on_device(image_latents)
+        backgrounds = [*noisy[1:], clean] if aligned_background else noisy
+        decoded = flags = None
+        with _timed(seconds, "edit"):
+            region = pictures.preprocess_mask(mask, batch, soft=mask_options.soft)
+            edited, first_prediction = pipeline._denoised(edit_inputs, region, noisy[0], backgrounds)
+            if output_type != "latent":
+                decoded, flags = pipeline.run_safety_checker(pipeline._decoded(host(edited)))
+
+    # 5. The pictures, and what can be said about them
+    report = EditReport(mask_coverage=masks.mask_coverage(mask), seconds=seconds)
+    latents = images = pipeline._result(edited)
+    if decoded is not None:
+        given = pictures.originals(image, batch) if of_pixels else None
+        as_pictures = originals if output_type == "pil" else None
+        feather = model.vae_scale_factor if feather is None else feather
+        images = _finished(decoded, flags, given, mask, feather, paste_back, report, as_pictures)
+        images = pictures.of_arrays(images) if isinstance(images, np.ndarray) and output_type == "pil" else images
+    if inverts:
+        # The edit's first step has predicted what the inversion's way back would, where its negative is the caption.
+        free = is_guided and not inverts_guided and callback_on_step_end is None
+        free = free and negative[0] == caption[0] and negative[1] is caption[1]
+        with _timed(seconds, "report"):
+            prediction = first_prediction[:batch] if free else None
+            report.inversion_error = _inversion_error(pipeline, invert_inputs, noisy, clean, prediction)
+        if measure_reconstruction:
+            with _timed(seconds, "reconstruction"):
+                rebuilt_inputs = EditInputs(
+                    invert_inputs.prompts,
                     schedule,
+                    inversion_guidance_scale,
+                    randomness.resolve(None),
+                    attention_kwargs,
                 )
-            if measure_reconstruction:
-                with _timed(seconds, "reconstruction"):
-                    everywhere = np.ones((batch, *grid), np.float32)
-                    rebuilt, _ = self._edited_latents(
-                        **caption, guidance_scale=inversion_guidance_scale, mask_image=everywhere, **latents
-                    )
-                    rebuilt = self._decoded(rebuilt)
-                report.reconstruction_psnr = _psnr(rebuilt, pixels) if of_pixels else None
-        report.warnings = _warnings(report, source_prompt, target_prompt, own is not None)
-        if originals and output_type == "pil":
-            report.warnings += dict.fromkeys(loss for original in originals for loss in original.losses)
-        return DiffEditOutput(images, mask, mask_map, inverted.latents, edited, report, flags)
+                everywhere = np.ones((batch, 1, *grid), np.float32)
+                rebuilt, _ = pipeline._denoised(rebuilt_inputs, everywhere, noisy[0], backgrounds)
+                rebuilt = pipeline._decoded(host(rebuilt))
+            report.reconstruction_psnr = _psnr(rebuilt, pixels) if of_pixels else None
+    report.warnings = _warnings(report, source_prompt, target_prompt, own_mask is not None)
+    if originals and output_type == "pil":
+        report.warnings += dict.fromkeys(loss for original in originals for loss in original.losses)
+    return DiffEditOutput(images, mask, mask_map, image_latents.latents, latents, report, flags)
 
-    @turns.turn()
-    def noise_image(
-        self,
-        image,
-        num_inference_steps: int = 50,
-        inpaint_strength: float = 0.8,
-        generator=None,
-        batch_size: int | None = None,
-    ) -> DiffEditInversionPipelineOutput:
-        """The picture noised afresh at every level of the edit: a background without an inversion.
 
-        What it returns goes where ``invert``'s goes, and keeps the outside of the mask as well. Inside, nothing of the
-        picture is kept but its noised start, so that a high strength draws anew what an inversion would turn round.
-
-        Args:
-            image: picture(s) or latents, as for ``invert``.
-            num_inference_steps: as given to the edit.
-            inpaint_strength: as given to the edit; it says at which noise level the edit begins.
-            generator: int seed or generator(s) of the posterior draw and of all noise.
-            batch_size: number of prompts, B; None: of pictures.
-
-        Returns:
-            DiffEditInversionPipelineOutput: ``latents`` (B, T, C, h, w), noisiest first, and ``clean_latents``.
-
-        Raises:
-            ValueError: for a value that does not fit, before any model runs.
-            TypeError: for a wrong type, before any model runs.
-        """
-        options.check_strength(inpaint_strength, "inpaint_strength")
-        options.check_steps(num_inference_steps)
-        options.effective_steps(num_inference_steps, inpaint_strength)
-        if batch_size is not None:
-            options.check_positive_int("batch_size", batch_size)
-        source = randomness.resolve(generator)
-        scheduler = self._ready_scheduler()
-        timesteps, _ = self._schedule(scheduler, self.get_timesteps, num_inference_steps, inpaint_strength)
-        pixels = self._pixels(image, batch_size)
-        batch_size = batch_size or len(pixels)
-        self._check_sources(source, pixels, batch_size, 1)
-        clean = self._image_latents(pixels, batch_size, 1, source)
-        noised = [self._noised(scheduler, clean, self._noise(clean.shape, source), t) for t in timesteps]
-        return DiffEditInversionPipelineOutput(
-            latents=self._tensor(np.stack(noised, axis=1), self.unet.dtype),
-            clean_latents=self._tensor(clean, self.unet.dtype),
-        )
-
-    def _count_prompts(self, source, target, caption, negative, is_guided: bool) -> int:
-        """The number of source prompts, B, as many as there are of each; all are (texts, embeddings), one of them None."""
-        batch = self._check_prompts(source[0], None, source[1], None, False, "source_")
-        counts = {
-            "target": self._check_prompts(target[0], None, target[1], None, False, "target_"),
-            "inversion": self._check_prompts(caption[0], None, caption[1], None, False),
-        }
-        for name, count in counts.items():
-            if count != batch:
-                raise InputError(
-                    "There are {count} {which} prompts for {batch} source prompts; give as many of each.",
-                    parameter=f"{name}_prompt",
-                    count=count,
-                    which=name,
-                    batch=batch,
-                )
-        self._check_prompts(target[0], negative[0], target[1], negative[1], is_guided)
-        return batch
-
-    def _own_mask(self, mask_image, combination, mask_options, grid, batch) -> np.ndarray | None:
-        """The user's mask on the latents' grid, (B, h, w) float32; 0 and 1 unless masks are soft."""
-        if mask_image is None:
-            if combination != "replace":
-                raise InputError(
-                    "{parameter} is {combination!r}, but there is no {mask_image} to combine with.",
-                    parameter="mask_combination",
-                    combination=combination,
-                )
-            return None
-        return np.broadcast_to(
-            masks.user_mask(mask_image, grid, batch, "mask_image", mask_options.soft), (batch, *grid)
-        )
-
-    @staticmethod
-    def _check_inverted(given, shape) -> None:
-        if not isinstance(given, DiffEditInversionPipelineOutput) or given.clean_latents is None:
-            raise InputTypeError(
-                "{parameter} has to be what `invert` or `noise_image` returned, with its clean latents, but is "
-                "{given!t}; pass the whole output, not its latents.",
-                parameter="image_latents",
-                given=given,
+def _own_mask(mask_image, combination, mask_options, grid, batch) -> np.ndarray | None:
+    """The user's mask on the latents' grid, (B, h, w) float32; 0 and 1 unless masks are soft."""
+    if mask_image is None:
+        if combination != "replace":
+            raise InputError(
+                "{parameter} is {combination!r}, but there is no {mask_image} to combine with.",
+                parameter="mask_combination",
+                combination=combination,
             )
-        batch, steps, *one = shape
-        options.check_image_latents(given.latents, batch, steps, one)
-        options.check_clean_latents(given.clean_latents, (batch, *one))
+        return None
+    return np.broadcast_to(masks.user_mask(mask_image, grid, batch, "mask_image", mask_options.soft), (batch, *grid))
 
-    def _inversion_error(self, inverted, predictions, caption, guidance_scale, attention_kwargs, schedule):
-        """How far a step back from the noisiest latents misses the next ones, for all steps; for each picture.
 
-        The step back is DDIM's between the two noise levels. ``predictions``: without guidance, at the noisiest latents;
-        None: made here.
-        """
-        scheduler = self._ready_scheduler()
-        if not hasattr(scheduler, "noise_scale"):
-            return None
-        timesteps, _ = self._schedule(scheduler, self.get_timesteps, *schedule.values())
-        latents = pictures.to_numpy(inverted.latents).astype(np.float32)
-        clean = pictures.to_numpy(inverted.clean_latents).astype(np.float32)
-        here, there = latents[:, 0], latents[:, 1] if len(timesteps) > 1 else clean
-        is_guided = predictions is None and guidance_scale > 1.0
-        if predictions is None:
-            attention_kwargs = self._attention_kwargs(attention_kwargs)
-            embeds = self._joined_embeds(
-                caption["prompt"], 1, is_guided, None, caption["prompt_embeds"], None,
-                lora_scale=attention_kwargs.get("scale", 1.0),
-            )  # fmt: skip
-            predict = self._stages.predictor(embeds, attention_kwargs, self.unet_batch_size)
-            predictions = predict(np.concatenate([here, here]) if is_guided else here, timesteps[0])
-        alphas = [scheduler.noise_scale(t)[0] ** 2 for t in timesteps[:2]]
-        row = schedules.ddim_row(alphas[0], alphas[1] if len(alphas) > 1 else np.float32(1))
-        plan = schedules.StepPlan("ddim", scheduler.config.prediction_type, None, row[None])
-        everywhere, zeros = np.ones((len(here), 1, *here.shape[2:]), np.float32), np.zeros_like(clean)
-        back, _ = self._stages.update(plan, is_guided)(
-            here, zeros, predictions, guidance_scale, row, everywhere, zeros, zeros
+def _check_inverted(given, shape) -> None:
+    if not isinstance(given, DiffEditInversionPipelineOutput) or given.clean_latents is None:
+        raise InputTypeError(
+            "{parameter} has to be what `invert` or `noise_image` returned, with its clean latents, but is "
+            "{given!t}; pass the whole output, not its latents.",
+            parameter="image_latents",
+            given=given,
         )
-        return [float(error) * len(timesteps) for error in _rms(back - there) / _rms(there)]
+    batch, steps, *one = shape
+    options.check_image_latents(given.latents, batch, steps, one)
+    options.check_clean_latents(given.clean_latents, (batch, *one))
+
+
+def _on_device(inverted: DiffEditInversionPipelineOutput):
+    """Latents of an inversion, float32 tensors (B, C, h, w): of each level, noisiest first, and the clean ones."""
+    latents, clean = (
+        value.astype(ms.float32) if isinstance(value, ms.Tensor) else tensor(pictures.to_numpy(value))
+        for value in (inverted.latents, inverted.clean_latents)
+    )
+    return [latents[:, i] for i in range(latents.shape[1])], clean
+
+
+def _inversion_error(pipeline, inputs: InvertInputs, noisy, clean, prediction) -> list[float] | None:
+    """How far a step back from the noisiest latents misses the next ones, for all steps; for each picture.
+
+    The step back is DDIM's between the two noise levels. ``prediction``: without guidance, at the noisiest latents;
+    None: made here.
+    """
+    solver = pipeline._solver()
+    timesteps, _ = solver.schedule(*inputs.schedule)
+    levels = [solver.noise_levels(timestep) for timestep in timesteps[:2]]
+    if levels[0] is None:
+        return None
+    here, there = noisy[0], noisy[1] if len(timesteps) > 1 else clean
+    guidance_scale = 1.0
+    if prediction is None:
+        guidance_scale = inputs.guidance_scale
+        embeds = pipeline._joined_embeddings(inputs.prompts, 1, lora_scale=inputs.attention_kwargs.get("scale", 1.0))
+        predict = pipeline._stages.predictor(embeds, inputs.attention_kwargs, pipeline.unet_batch_size)
+        prediction = predict(here, timesteps[0])
+    alphas = [sqrt_alpha**2 for sqrt_alpha, _ in levels]
+    row = schedules.ddim_row(alphas[0], alphas[1] if len(alphas) > 1 else np.float32(1))
+    plan = schedules.StepPlan("ddim", solver.prediction_type, None, row[None])
+    back, _ = CompiledUpdate(pipeline._stages, plan, guidance_scale, here.shape)(0, here, prediction)
+    back, there = host(back), host(there)
+    return [float(error) * len(timesteps) for error in _rms(back - there) / _rms(there)]
 
 
 def _check_inversion(inversion, iterations, image_latents, measure_reconstruction) -> None:

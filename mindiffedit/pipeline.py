@@ -1,42 +1,74 @@
-"""``StableDiffusionDiffEditPipeline``: the reference's three calls over compiled MindSpore stages.
+"""``StableDiffusionDiffEditPipeline``: diffusers' three calls, and ``edit``, over the algorithm of ``diffedit``.
 
-Host work (strings, pictures, random numbers, the mask's statistics) is NumPy; models run in ``steps.Stages``. The
-numbered comments follow the reference's steps. Where behaviour differs from the reference, the line carries an id
-of ``docs/differences.md``.
+Each call checks what it is given once, into the frozen classes of ``inputs``; prepares what a loop needs, on the host,
+with NumPy; runs the loop, in which latents stay on the device; and wraps the results as diffusers does. Models run in
+``stages``, solvers come from ``solvers``. Where behaviour differs from the reference, the line carries an id of
+``docs/differences.md``.
 """
 
 from __future__ import annotations
 
-import copy
-import dataclasses
+import contextlib
 import inspect
+import itertools
 import logging
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import mindspore as ms
 import numpy as np
+from mindspore import ops
 
-from mindiffedit import masks, options
-from mindiffedit.editing import Editing
+from mindiffedit import diffedit, editing, masks, options
+from mindiffedit.checkpoints import textual_inversion
+from mindiffedit.checkpoints.adapters import Adapters
 from mindiffedit.errors import InputError, InputTypeError, named
 from mindiffedit.images import edges, pictures
+from mindiffedit.inputs import (
+    Callbacks,
+    EditInputs,
+    InvertInputs,
+    MaskInputs,
+    ModelLimits,
+    Prompts,
+    Regularisation,
+    Schedule,
+    checked_rng,
+)
 from mindiffedit.noise import randomness, regularisers
-from mindiffedit.outputs import DiffEditInversionPipelineOutput, StableDiffusionPipelineOutput
-from mindiffedit.preparation import Preparation, as_its_own
+from mindiffedit.outputs import DiffEditInversionPipelineOutput, DiffEditOutput, StableDiffusionPipelineOutput
 from mindiffedit.runtime import turns
-from mindiffedit.solvers import schedules
+from mindiffedit.runtime.kernels import eagerly
+from mindiffedit.runtime.notices import say_once
+from mindiffedit.solvers.schedulers import inverse_of
+from mindiffedit.solvers.solver import Solver, checked_inverse, invertible, ready, remaining, solver_of
+from mindiffedit.stages import CompiledUpdate, EagerUpdate, Predictor, Stages, host, is_finite, tensor
 
 logger = logging.getLogger(__name__)
 
+Observer = Callable[[str, np.ndarray, "int | None"], "np.ndarray | None"]
+"""What ``pipeline.observer`` and ``pipeline.debugging`` take: called as ``observer(stage, array, step)`` with every
+array that crosses from one stage to the next, a NumPy array on the host. The pipeline goes on with the array that
+``pipeline.observer`` returns, or as it was where that is None. ``step`` counts from 0 in loops and is None elsewhere.
 
-def _texts(prompt, batch: int) -> list[str]:
-    """Prompts as a list; None is the empty text."""
-    if prompt is None:
-        return [""] * batch
-    return [prompt] * batch if isinstance(prompt, str) else list(prompt)
+The stages, in order:
+
+- in ``generate_mask``: ``timestep``, ``target_token_ids``, ``target_prompt_embeds`` and their ``negative_`` and
+  ``source_`` kin, ``moments``, ``posterior_noise``, ``latents``, ``noise``, ``noised_latents``,
+  ``noise_predictions``, ``negative_noise_predictions`` (only where the negatives differ), ``map``,
+  ``clamp_magnitude``, ``mask``;
+- in ``invert``: ``timesteps``, ``moments``, ``posterior_noise``, ``latents``, ``token_ids``, ``prompt_embeds``,
+  their ``negative_`` kin, ``coefficients``, and in each step ``predictions`` (the UNet's outputs, negatives first),
+  ``clean_predictions`` (the clean latents that they predict) and ``inverted_latents``; ``decoded``;
+- in the call: ``timesteps``, ``token_ids``, ``prompt_embeds``, their ``negative_`` kin, ``coefficients``, and in each
+  step ``predictions``, ``step_noise`` (with eta above 0), ``clean_predictions`` and ``edited_latents``; ``decoded``.
+"""
 
 
-class StableDiffusionDiffEditPipeline(Editing, Preparation):
+class StableDiffusionDiffEditPipeline(Adapters):
     """Text-guided image editing with DiffEdit (arXiv 2210.11427), with the methods of diffusers' class of this name.
 
     Parameter names, order, defaults and results are diffusers'; ``docs/differences.md`` lists what differs. Tensors
@@ -78,8 +110,6 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
     Raises:
         ValueError: for a mode that is neither, or a safety checker without feature extractor.
     """
-
-    _callback_tensor_inputs = ("latents", "prompt_embeds", "pred_original_sample")
 
     # --- generate_mask -------------------------------------------------------------------------------------------
 
@@ -162,10 +192,10 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
             TypeError: for a wrong type, before any model runs.
             NumericalError: for NaN or inf in a stage, or predictions that do not differ at all.
         """
-        # 1. Check inputs
-        options.check_guidance_scale(guidance_scale)
-        is_guided = guidance_scale > 1.0
-        batch = self._check_prompts(
+        self.check_components()
+        model, is_guided = self._limits, options.check_guidance_scale(guidance_scale) > 1.0
+        target = Prompts.checked(
+            model,
             target_prompt,
             target_negative_prompt,
             target_prompt_embeds,
@@ -173,7 +203,8 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
             is_guided,
             "target_",
         )
-        sources = self._check_prompts(
+        source = Prompts.checked(
+            model,
             source_prompt,
             source_negative_prompt,
             source_prompt_embeds,
@@ -181,164 +212,78 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
             is_guided,
             "source_",
         )
-        if sources != batch:
-            raise InputError(
-                "There are {sources} source prompts for {batch} target prompts; give as many of each.",
-                parameter="source_prompt",
-                sources=sources,
-                batch=batch,
-            )
-        options.check_positive_int("num_maps_per_mask", num_maps_per_mask)
-        options.check_strength(mask_encode_strength, "mask_encode_strength")
-        options.check_ratio(mask_thresholding_ratio)
-        options.check_steps(num_inference_steps)
-        options.effective_steps(num_inference_steps, mask_encode_strength, "mask_encode_strength")
         options.check_output_type(output_type, ("np", "pil"))
-        options.check_switch(per_image_clamp, "per_image_clamp")
-        options.check_switch(corrected_guidance, "corrected_guidance")
         options.check_switch(return_map, "return_map")
-        options.check_quantile(outlier_quantile)
-        mask_options = masks.checked_options(mask_options)
-        same_negatives = _texts(target_negative_prompt, batch) == _texts(source_negative_prompt, batch) and (
-            target_negative_prompt_embeds is None and source_negative_prompt_embeds is None
-        )
-        if (
-            target_prompt is not None
-            and source_prompt is not None
-            and (_texts(target_prompt, batch) == _texts(source_prompt, batch) and (same_negatives or not is_guided))
-        ):
-            raise InputError(
-                "Source and target prompt are the same ({text!r}), so there is no difference to make a mask of; say in "
-                "the target prompt what should change.",
-                parameter="target_prompt",
-                text=target_prompt,
-            )
-        source = randomness.resolve(generator)
-        attention_kwargs = self._attention_kwargs(cross_attention_kwargs)
-        scheduler = self._ready_scheduler()
-        # 4. Preprocess image
-        pixels = self._pixels(image, batch)
-        self._check_sources(source, pixels, batch, num_maps_per_mask)
-        # 5. Set timesteps (before the models run, so that a bad schedule fails first)
-        timesteps, _ = self._schedule(scheduler, self.get_timesteps, num_inference_steps, mask_encode_strength)
-        timestep = self._crosses("timestep", np.asarray(timesteps[0]))
-
-        # 2. to 8., up to the map
-        maps = self._mask_map(
-            pixels,
-            batch,
-            num_maps_per_mask,
-            timestep,
-            guidance_scale,
+        inputs = MaskInputs.checked(
+            model,
+            model.pixels(image),
             source,
-            scheduler,
-            (target_prompt, target_negative_prompt, target_prompt_embeds, target_negative_prompt_embeds),
-            (source_prompt, source_negative_prompt, source_prompt_embeds, source_negative_prompt_embeds),
-            attention_kwargs,
-            corrected_guidance,
-            outlier_quantile,
+            target,
+            num_maps_per_mask=num_maps_per_mask,
+            mask_encode_strength=mask_encode_strength,
+            mask_thresholding_ratio=mask_thresholding_ratio,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            generator=generator,
+            attention_kwargs=self._attention_kwargs(cross_attention_kwargs),
+            per_image_clamp=per_image_clamp,
+            corrected_guidance=corrected_guidance,
+            outlier_quantile=outlier_quantile,
+            mask_options=mask_options,
         )
-
-        maps = self._crosses("map", maps)
-
-        # 8. The mask. D4: without `per_image_clamp` the clamp is a mean over the whole batch, as in the reference.
-        clamp = self._crosses("clamp_magnitude", masks.clamp_of(maps, mask_thresholding_ratio, per_image_clamp))
-        guides = None
-        if mask_options.edges:
-            guides = edges.guides_of(pixels, maps.shape[1:])
-            guides = np.concatenate([guides] * (batch // len(guides)))
-        mask = self._crosses("mask", masks.mask_of(maps, options=mask_options, clamp=clamp, guides=guides))
-
-        # 9. Convert
+        mask, maps = self._mask(inputs)
         converted = pictures.mask_to_pil(mask) if output_type == "pil" else mask
         return (converted, maps) if return_map else converted
 
-    def _mask_map(
-        self,
-        pixels,
-        batch,
-        copies,
-        timestep,
-        guidance_scale,
-        source,
-        scheduler,
-        target_texts,
-        source_texts,
-        attention_kwargs,
-        corrected_guidance=False,
-        outlier_quantile=None,
-    ) -> np.ndarray:
-        """The averaged noise difference before the threshold, (B, h, w) float32, at least 0."""
-        is_guided = guidance_scale > 1.0
-
-        # 3. Encode input prompts. D10: `scale` does not reach the text encoder's LoRAs here, nor in `invert`.
-        def encode(texts, prefix):
-            prompt, negative, embeds, negative_embeds = texts
-            return self._encode_prompt_arrays(
-                prompt, copies, is_guided, negative, embeds, negative_embeds, prefix=prefix
-            )
-
-        target, target_negative = encode(target_texts, "target_")
-        origin, origin_negative = encode(source_texts, "source_")
-        if target.shape != origin.shape:
+    def _mask(self, inputs: MaskInputs) -> tuple[np.ndarray, np.ndarray]:
+        """The mask (B, h, w), and the map (B, h, w) float32 that it was made of."""
+        batch, num_maps, guidance_scale = inputs.batch, inputs.num_maps_per_mask, inputs.guidance_scale
+        solver = self._solver()
+        timestep = self._crosses("timestep", np.asarray(solver.schedule(*inputs.schedule)[0][0]))
+        # D10: `scale` does not reach the text encoder's LoRAs here, nor in `invert`.
+        target, target_negative = self._embeddings(inputs.target, num_maps)
+        source, source_negative = self._embeddings(inputs.source, num_maps)
+        if target.shape != source.shape:
             raise InputError(
                 "Source and target embeddings have the shapes {source} and {target}; they have to match.",
                 parameter="target_prompt_embeds",
-                source=origin.shape,
+                source=source.shape,
                 target=target.shape,
             )
+        latents = self._image_latents(inputs.pixels, batch, num_maps, inputs.rng)
+        noise = self._crosses("noise", self._noise(latents.shape, inputs.rng))
+        noised = self._crosses("noised_latents", solver.add_noise(latents, noise, timestep))
+        noised = solver.scale_input(tensor(noised), timestep)
 
-        # 6. Image latents, noised
-        latents = self._image_latents(pixels, batch, copies, source)
-        noise = self._crosses("noise", self._noise(latents.shape, source))
-        noised = self._crosses("noised_latents", self._noised(scheduler, latents, noise, timestep))
-        noised = self._scaled_input(scheduler, noised, timestep)
+        predictions = partial(self._noise_predictions, noised, timestep, inputs.attention_kwargs)
+        on_source, on_target = predictions("noise_predictions", source, target)
+        negatives = None
+        if guidance_scale > 1.0 and not np.array_equal(source_negative, target_negative):
+            negatives = predictions("negative_noise_predictions", source_negative, target_negative)
+        difference = diffedit.difference(on_source, on_target, guidance_scale, inputs.corrected_guidance, negatives)
+        maps = self._crosses("map", diffedit.difference_map(difference, num_maps, inputs.outlier_quantile))
 
-        # 7. Predict the noise for both prompts and, where their negatives differ, for these
-        on_source, on_target = np.split(
-            self._noise_predictions("noise_predictions", noised, timestep, [origin, target], attention_kwargs),
-            2,
-        )
-        difference = on_target - on_source
-        # D1: the reference takes the negative for the prompt and the prompt for the negative here, which turns the
-        # guidance round: each prediction is p + scale * (negative - p). Kept, unless the correction is asked for.
-        scale = np.float32(guidance_scale)
-        if is_guided and np.array_equal(origin_negative, target_negative):
-            # B9: one negative's prediction, twice, cancels: what remains of the reference's four is this.
-            difference *= scale if corrected_guidance else np.float32(1) - scale
-        elif is_guided:
-            negatives = self._noise_predictions(
-                "negative_noise_predictions",
-                noised,
-                timestep,
-                [origin_negative, target_negative],
-                attention_kwargs,
-            )
-            on_source_negative, on_target_negative = np.split(negatives, 2)
-            pairs = [(on_source, on_source_negative), (on_target, on_target_negative)]
-            if corrected_guidance:
-                pairs = [(negative, positive) for positive, negative in pairs]
-            source_noise, target_noise = (start + scale * (end - start) for start, end in pairs)
-            difference = target_noise - source_noise
+        # D4: without `per_image_clamp` the clamp is a mean over the whole batch, as in the reference.
+        clamp = masks.clamp_of(maps, inputs.mask_thresholding_ratio, inputs.per_image_clamp)
+        clamp = self._crosses("clamp_magnitude", clamp)
+        guides = None
+        if inputs.mask_options.edges:
+            guides = edges.guides_of(inputs.pixels, maps.shape[1:])
+            guides = np.concatenate([guides] * (batch // len(guides)))
+        mask = masks.mask_of(maps, options=inputs.mask_options, clamp=clamp, guides=guides)
+        return self._crosses("mask", mask), maps
 
-        # 8. Mean over maps and channels of the absolute difference
-        difference = np.abs(difference)
-        difference = difference.reshape(batch, copies, *difference.shape[1:])
-        if outlier_quantile is not None:
-            most = np.quantile(difference, outlier_quantile, axis=(2, 3, 4), keepdims=True)
-            difference = np.minimum(difference, most.astype(np.float32))
-        return difference.mean(axis=(1, 2), dtype=np.float64).astype(np.float32)
-
-    def _noise_predictions(self, stage, noised, timestep, branches, attention_kwargs) -> np.ndarray:
-        """Model outputs of the same latents for several embeddings, one branch after the other."""
-        predict = self._stages.predictor(np.concatenate(branches), attention_kwargs, self.unet_batch_size)
+    def _noise_predictions(self, noised: ms.Tensor, timestep, attention_kwargs, stage: str, *embeddings):
+        """The UNet's outputs for the same latents with several embeddings: for each an array (B N, C, h, w)."""
+        embeds = np.concatenate(embeddings)
+        predict = self._stages.predictor(embeds, attention_kwargs, self.unet_batch_size, [timestep])
         outputs = []
         with self.progress_bar(total=len(predict)) as bar:
-            for output in predict.stream(np.concatenate([noised] * len(branches)), timestep):
+            for output in map(host, predict.stream(noised, timestep)):
                 options.check_finite(output, "mask noise prediction", len(outputs))
                 outputs.append(output)
                 bar.update()
-        return self._crosses(stage, np.concatenate(outputs))
+        return np.split(self._crosses(stage, np.concatenate(outputs)), len(embeddings))
 
     # --- invert --------------------------------------------------------------------------------------------------
 
@@ -414,357 +359,201 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
             TypeError: for a wrong type, before any model runs.
             NumericalError: for NaN or inf, naming stage and step.
         """
-        # 1. Check inputs
-        options.check_guidance_scale(guidance_scale)
-        is_guided = guidance_scale > 1.0
-        batch = self._check_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, is_guided)
-        options.check_strength(inpaint_strength, "inpaint_strength")
-        options.check_steps(num_inference_steps)
-        options.effective_steps(num_inference_steps, inpaint_strength, "inpaint_strength")
+        self.check_components()
+        model, is_guided = self._limits, options.check_guidance_scale(guidance_scale) > 1.0
+        prompts = Prompts.checked(model, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, is_guided)
         if decode_latents:
             options.check_output_type(output_type, ("pil", "np"))
-        options.check_callback(callback, callback_steps)
-        options.check_regularisation(lambda_auto_corr, lambda_kl, num_reg_steps, num_auto_corr_rolls)
-        options.check_count(inversion_iterations, "inversion_iterations", options.MOST_ITERATIONS)
-        tensor_inputs = options.check_step_callback(
-            callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs
+        inputs = InvertInputs.checked(
+            model,
+            model.pixels(image),
+            prompts,
+            Schedule.checked(num_inference_steps, inpaint_strength),
+            guidance_scale=guidance_scale,
+            generator=generator,
+            attention_kwargs=self._attention_kwargs(cross_attention_kwargs),
+            inversion_iterations=inversion_iterations,
+            regularisation=Regularisation.checked(lambda_auto_corr, lambda_kl, num_reg_steps, num_auto_corr_rolls),
+            callbacks=Callbacks.checked(
+                callback, callback_steps, callback_on_step_end, callback_on_step_end_tensor_inputs
+            ),
         )
-        source = randomness.resolve(generator)
-        attention_kwargs = self._attention_kwargs(cross_attention_kwargs)
-        scheduler = self._ready_inverse_scheduler()
-        if inversion_iterations > 0 and type(scheduler).__name__ != "DDIMInverseScheduler":
-            raise InputError(
-                "{parameter} refines DDIM's inversion, but that of this {scheduler} is {inverse!t}; set it to 0, or choose "
-                "DDIM as {scheduler}.",
-                parameter="inversion_iterations",
-                inverse=scheduler,
-            )
-        if inversion_iterations > 0 and num_reg_steps > 0:
-            raise InputError(
-                "{parameter} and {num_reg_steps} exclude each other; set one of the two to 0.",
-                parameter="inversion_iterations",
-            )
-        if num_reg_steps > 0 and is_guided and batch > 1 and scheduler.config.prediction_type != "epsilon":
-            raise InputError(  # D7
-                "{parameter} with guidance and prediction type {kind!r} works for one prompt at a time, but {batch} were "
-                "given; set {guidance_scale=1} or invert them one by one.",
-                parameter="num_reg_steps",
-                kind=scheduler.config.prediction_type,
-                batch=batch,
-            )
-        pixels = self._pixels(image, batch)
-        self._check_sources(source, pixels, batch, 1)
-        # 6. Prepare timesteps (before the models run, so that a bad schedule fails first)
-        timesteps, steps = self._schedule(scheduler, self.get_inverse_timesteps, num_inference_steps, inpaint_strength)
-        timesteps = self._crosses("timesteps", timesteps)
-
-        # 2. to 4. Picture to latents
-        latents = self._image_latents(pixels, batch, 1, source)
-
-        # 5. Encode input prompt
-        embeds = self._joined_embeds(prompt, 1, is_guided, negative_prompt, prompt_embeds, negative_prompt_embeds)
-
-        # 7. Noising loop
-        def regularised(noise_pred, model_input, t):
-            return regularisers.regularise(
-                noise_pred,
-                model_input,
-                scheduler.alphas_cumprod.asnumpy()[int(t)],
-                scheduler.config.prediction_type,
-                lambda n: randomness.randint(n, source),
-                lambda_auto_corr,
-                lambda_kl,
-                num_reg_steps,
-                num_auto_corr_rolls,
-            )
-
-        inverted, _ = self._run(
-            "inverted_latents",
-            scheduler,
-            timesteps,
-            steps,
-            latents,
-            embeds,
-            guidance_scale,
-            attention_kwargs,
-            callback,
-            callback_steps,
-            source=source,
-            regularise=regularised if num_reg_steps > 0 else None,
-            iterations=inversion_iterations,
-            step_callback=callback_on_step_end,
-            tensor_inputs=tensor_inputs,
-        )
-        stacked = np.stack(inverted[::-1], axis=1)
-
-        # 8. and 9. Post-processing
+        clean, inverted = self._inverted(inputs)
+        latents = self._stacked(inverted)
         images = None
         if decode_latents:
-            images = self._decoded(stacked.reshape(-1, *stacked.shape[2:]))
-            images = pictures.postprocess_image(images, output_type)
-        result = self._tensor(stacked, self.unet.dtype)
+            every = np.swapaxes([host(step) for step in reversed(inverted)], 0, 1)  # float32 whatever the models are
+            images = pictures.postprocess_image(self._decoded(every.reshape(-1, *every.shape[2:])), output_type)
         if not return_dict:
-            return result, images
-        clean = self._tensor(latents, self.unet.dtype)
-        return DiffEditInversionPipelineOutput(latents=result, images=images, clean_latents=clean)
+            return latents, images
+        return DiffEditInversionPipelineOutput(latents, images, self._result(clean))
 
-    def _joined_embeds(
-        self,
-        prompt,
-        copies,
-        is_guided,
-        negative_prompt,
-        prompt_embeds,
-        negative_prompt_embeds,
-        skip=None,
-        lora_scale=1.0,
-    ):
-        """Embeddings as the step takes them: negatives first with guidance."""
-        positive, negative = self._encode_prompt_arrays(
-            prompt,
-            copies,
-            is_guided,
-            negative_prompt,
-            prompt_embeds,
-            negative_prompt_embeds,
-            skip,
-            lora_scale=lora_scale,
-        )
-        return np.concatenate([negative, positive]) if is_guided else positive
-
-    def _decoded(self, latents: np.ndarray) -> np.ndarray:
-        images = self._stages.decode_latents(latents / np.float32(self.vae.config.scaling_factor))
-        options.check_finite(images, "VAE decoding")
-        return self._crosses("decoded", images)
-
-    def _run(
-        self,
-        stage,
-        scheduler,
-        timesteps,
-        steps,
-        latents,
-        embeds,
-        guidance_scale,
-        attention_kwargs,
-        callback,
-        callback_steps,
-        *,
-        mask=None,
-        backgrounds=None,
-        eta=0.0,
-        source=None,
-        regularise=None,
-        iterations=0,
-        step_callback=None,
-        tensor_inputs=(),
-    ) -> tuple[list[np.ndarray], np.ndarray | None]:
-        """The loop of ``invert`` (no mask) and of the edit.
-
-        Args:
-            stage: "inverted_latents" or "edited_latents".
-
-        Returns:
-            The latents after every step, each (B, C, h, w) float32; and the UNet's outputs in the first step, negatives
-            first with guidance, None where it ran with the scheduler's own ``step``.
-        """
-        is_guided = guidance_scale > 1.0
-        predict = self._stages.predictor(embeds, attention_kwargs, self.unet_batch_size)
-        plan = None
-        if hasattr(scheduler, "plan"):
-            accepts_eta = "eta" in inspect.signature(scheduler.plan).parameters
-            plan = scheduler.plan(timesteps, eta) if accepts_eta else scheduler.plan(timesteps)
-        if plan is not None:
-            plan = dataclasses.replace(plan, coefficients=self._crosses("coefficients", plan.coefficients))
-        if plan is not None and regularise is None:
-            refine = self._refinement(scheduler, predict, is_guided, iterations)
-            advance = self._fused_advance(plan, predict, guidance_scale, latents, mask, source, refine, backgrounds)
-        else:
-            advance = self._stepwise_advance(
-                scheduler,
-                predict,
-                guidance_scale,
-                is_guided,
-                mask,
-                backgrounds,
-                eta,
-                source,
-                regularise,
+    def _inverse_solver(self, inputs: InvertInputs) -> Solver:
+        """The inverse scheduler in use, if it can do what is asked for."""
+        solver = self._solver(inverse=True)
+        if inputs.inversion_iterations > 0 and not solver.refines_inversion:
+            raise InputError(
+                "{parameter} refines DDIM's inversion, but that of this {scheduler} is {inverse}; set it to 0, or "
+                "choose DDIM as {scheduler}.",
+                parameter="inversion_iterations",
+                inverse=solver.name,
             )
-        warmup = len(timesteps) - steps * scheduler.order
-        results, first_predictions = [], None
-        with self.progress_bar(total=steps) as bar:
-            for i, t in enumerate(timesteps):
-                latents, clean, predictions = advance(i, t, latents)
-                first_predictions = predictions if i == 0 else first_predictions
-                options.check_finite(latents, "edit" if stage == "edited_latents" else "inversion", i)
-                latents = self._crosses(stage, latents, i)
-                if step_callback is not None:
-                    tensors = {"latents": latents, "prompt_embeds": embeds, "pred_original_sample": clean}
-                    latents, embeds = self._step_ended(
-                        step_callback, i, t, tensors, tensor_inputs, latents, embeds, predict
-                    )
-                results.append(latents)
-                if i == len(timesteps) - 1 or ((i + 1) > warmup and (i + 1) % scheduler.order == 0):
-                    bar.update()
-                    if callback is not None and i % callback_steps == 0:
-                        given = self._tensor(latents, self.unet.dtype)
-                        with turns.turn_given_up():
-                            callback(i // scheduler.order, t, given)
-        return results, first_predictions
+        regularised_guided = inputs.regularisation.num_reg_steps > 0 and inputs.guidance_scale > 1.0
+        if regularised_guided and inputs.prompts.batch > 1 and solver.prediction_type != "epsilon":
+            raise InputError(  # D7
+                "{parameter} with guidance and prediction type {kind!r} works for one prompt at a time, but {batch} "
+                "were given; set {guidance_scale=1} or invert them one by one.",
+                parameter="num_reg_steps",
+                kind=solver.prediction_type,
+                batch=inputs.prompts.batch,
+            )
+        return solver
 
-    def _step_ended(self, callback, i, t, tensors, names, latents, embeds, predict):
-        """Calls ``callback_on_step_end``; returns the latents and embeddings to go on with."""
-        given = {
-            name: None if tensors[name] is None else self._tensor(tensors[name], self.unet.dtype) for name in names
+    def _inverted(self, inputs: InvertInputs) -> tuple[ms.Tensor, list[ms.Tensor]]:
+        """The clean latents, and those after each step, cleanest first; all (B, C, h, w) float32."""
+        solver, guidance_scale = self._inverse_solver(inputs), inputs.guidance_scale
+        timesteps, steps = solver.schedule(*inputs.schedule)
+        timesteps = self._crosses("timesteps", timesteps)
+        clean = tensor(self._image_latents(inputs.pixels, inputs.prompts.batch, 1, inputs.rng))
+        embeds = self._joined_embeddings(inputs.prompts, 1)
+        predictor = self._stages.predictor(embeds, inputs.attention_kwargs, self.unet_batch_size, timesteps)
+
+        refine = regularise = None
+        if inputs.inversion_iterations > 0:
+            refine = self._refinement(solver, predictor, timesteps, guidance_scale, inputs.inversion_iterations)
+        if inputs.regularisation.num_reg_steps > 0:
+            regularise = self._regularisation(solver, timesteps, inputs)
+        update = self._update(
+            solver, timesteps, guidance_scale, clean.shape, rng=inputs.rng, refine=refine, regularise=regularise
+        )
+        loop = diffedit.invert(self._predict(predictor, solver), update, clean, timesteps)
+        watched = self._watched(loop, "inverted_latents", len(timesteps), steps, solver, predictor, embeds, inputs)
+        return clean, [step.latents for step in watched]
+
+    def _refinement(self, solver: Solver, predictor: Predictor, timesteps, guidance_scale, iterations: int) -> Callable:
+        """The fixed-point iteration of inverse DDIM steps, see ``stages``."""
+        refined = self._stages.refinement(solver.prediction_type, guidance_scale > 1.0)
+        scale, levels = tensor(guidance_scale), [tensor(solver.noise_levels(t)) for t in timesteps]
+
+        def refine(index, latents, arrived, coefficients):
+            for _ in range(iterations):
+                output = predictor(arrived, timesteps[index])
+                arrived, pred_x0 = refined(latents, arrived, output, scale, levels[index], coefficients)
+            return arrived, pred_x0
+
+        return refine
+
+    @staticmethod
+    def _regularisation(solver: Solver, timesteps, inputs: InvertInputs) -> Callable:
+        """The regularisers as ``EagerUpdate`` takes them; on the host."""
+        options_ = inputs.regularisation
+
+        def regularise(noise_prediction, latents, index):
+            model_input = host(solver.scale_input(latents, timesteps[index]))
+            return regularisers.regularise(
+                noise_prediction,
+                np.concatenate([model_input] * 2) if inputs.guidance_scale > 1.0 else model_input,
+                solver.alpha_cumprod(timesteps[index]),
+                solver.prediction_type,
+                lambda count: randomness.randint(count, inputs.rng),
+                options_.lambda_auto_corr,
+                options_.lambda_kl,
+                options_.num_reg_steps,
+                options_.num_auto_corr_rolls,
+            )
+
+        return regularise
+
+    # --- what both loops are made of -----------------------------------------------------------------------------
+
+    def _update(
+        self, solver, timesteps, guidance_scale, shape, *, mask=None, eta=0.0, rng=None, refine=None, regularise=None
+    ) -> Callable:
+        """What a step does with the UNet's predictions: compiled where the solver has a plan, else its own step."""
+
+        def draw(shape, index):
+            return self._crosses("step_noise", self._noise(shape, rng), index)
+
+        plan = solver.plan(timesteps, eta)
+        if plan is not None:
+            plan = replace(plan, coefficients=self._crosses("coefficients", plan.coefficients))
+        if plan is not None and regularise is None:
+            return CompiledUpdate(self._stages, plan, guidance_scale, shape, mask, draw, refine)
+        return EagerUpdate(solver.stepper(timesteps, eta, draw), guidance_scale, mask, regularise)
+
+    def _predict(self, predictor: Predictor, solver: Solver) -> Callable:
+        """The UNet as a loop calls it, once in a step."""
+        steps = itertools.count()
+
+        def predict(latents, timestep):
+            outputs = predictor(solver.scale_input(latents, timestep), timestep)
+            return self._crosses("predictions", outputs, next(steps))
+
+        return predict
+
+    def _watched(
+        self, loop, stage: str, count: int, steps: int, solver: Solver, predictor: Predictor, embeds, inputs
+    ) -> Iterator[diffedit.Step]:
+        """A loop of ``count`` timesteps with all that looks on: check of numbers, observer, progress bar, callbacks."""
+        callbacks, name = inputs.callbacks, "edit" if stage == "edited_latents" else "inversion"
+        warmup = count - steps * solver.order
+        with self.progress_bar(total=steps) as bar:
+            for step in loop:
+                if not is_finite(step.latents):
+                    options.check_finite(host(step.latents), name, step.index)
+                if step.pred_x0 is not None:
+                    step.pred_x0 = self._crosses("clean_predictions", step.pred_x0, step.index)
+                step.latents = self._crosses(stage, step.latents, step.index)
+                if callbacks.on_step_end is not None:
+                    embeds = self._step_ended(step, callbacks, embeds, predictor)
+                yield step
+                i = step.index
+                if i == count - 1 or ((i + 1) > warmup and (i + 1) % solver.order == 0):
+                    bar.update()
+                    if callbacks.callback is not None and i % callbacks.callback_steps == 0:
+                        with turns.turn_given_up():
+                            callbacks.callback(i // solver.order, step.timestep, self._result(step.latents))
+
+    def _step_ended(self, step: diffedit.Step, callbacks: Callbacks, embeds, predictor: Predictor) -> np.ndarray:
+        """Calls ``callback_on_step_end``; returns the embeddings to go on with, and puts the latents into the step."""
+        values = {"latents": step.latents, "prompt_embeds": embeds, "pred_original_sample": step.pred_x0}
+        tensors = {
+            name: None if values[name] is None else self._result(values[name]) for name in callbacks.tensor_inputs
         }
         with turns.turn_given_up():
-            changed = callback(self, i, t, given)
+            changed = callbacks.on_step_end(self, step.index, step.timestep, tensors)
         if changed is None:
-            return latents, embeds
+            return embeds
         if not isinstance(changed, dict):
             raise InputTypeError(
                 "{parameter} has to return a dict or None, but returned {changed!t}.",
                 parameter="callback_on_step_end",
                 changed=changed,
             )
-        found = []
-        for name, before in (("latents", latents), ("prompt_embeds", embeds)):
-            after = before
-            if changed.get(name) is not None and changed[name] is not given.get(name):
-                after = pictures.to_numpy(changed[name]).astype(np.float32)
-                if after.shape != before.shape:
-                    raise InputError(
-                        "{parameter} returned {what} of shape {shape}; it has to stay {expected}.",
-                        parameter="callback_on_step_end",
-                        what=named(name),
-                        shape=after.shape,
-                        expected=before.shape,
-                    )
-                options.check_finite(after, f"`{name}` returned by callback_on_step_end", i)
-            found.append(after)
-        if found[1] is not embeds:
-            predict.replace(found[1])
-        return tuple(found)
 
-    def _fused_advance(self, plan, predict, guidance_scale, like, mask, source, refine, backgrounds):
-        """The compiled UNet, then everything else of the step in a second graph."""
-        is_guided = guidance_scale > 1.0
-        update = self._stages.update(plan, is_guided)
-        zeros = np.zeros(like.shape, np.float32)
-        inside = np.ones((like.shape[0], 1, *like.shape[2:]), np.float32) if mask is None else mask
-        previous_clean = zeros
-
-        def advance(i, t, latents):
-            nonlocal previous_clean
-            predictions = predict(np.concatenate([latents, latents]) if is_guided else latents, t)
-            self._shows("predictions", predictions, i)
-            rest = (
-                guidance_scale,
-                plan.coefficients[i],
-                inside,
-                zeros if backgrounds is None else backgrounds[i],
-                self._crosses("step_noise", self._noise(like.shape, source), i) if plan.noisy else zeros,
-            )
-            updated, previous_clean = update(latents, previous_clean, predictions, *rest)
-            if refine is not None:
-                updated, previous_clean = refine(t, latents, updated, rest)
-            if plan.solver == "dpm":
-                # The one other thing that a step hands to the next.
-                previous_clean = self._crosses("clean_predictions", previous_clean, i)
-            else:
-                self._shows("clean_predictions", previous_clean, i)
-            return updated, previous_clean, predictions
-
-        return advance
-
-    def _refinement(self, scheduler, predict, is_guided, iterations):
-        """The fixed-point iteration of an inverse DDIM step, or None.
-
-        The step back from x' predicts the noise at x', the inverse step at x, before it. The x' that is led back to x
-        exactly solves x' = a x + b epsilon(x', t), which is iterated, from the inverse step's result on.
-        """
-        if iterations == 0:
-            return None
-        kind = scheduler.config.prediction_type
-        update = self._stages.update(
-            schedules.StepPlan("ddim", "epsilon", None, np.zeros((0, 5), np.float32)), is_guided
-        )
-
-        def refine(t, latents, updated, rest):
-            scale, spread = scheduler.noise_scale(t)
-            for _ in range(iterations):
-                arrived = np.concatenate([updated, updated]) if is_guided else updated
-                output = predict(arrived, t)
-                if kind == "v_prediction":
-                    output = scale * output + spread * arrived
-                elif kind == "sample":
-                    output = (arrived - scale * output) / spread
-                updated, clean = update(latents, np.zeros_like(latents), output, *rest)
-            return updated, clean
-
-        return refine
-
-    def _stepwise_advance(
-        self,
-        scheduler,
-        predict,
-        guidance_scale,
-        is_guided,
-        mask,
-        backgrounds,
-        eta,
-        source,
-        regularise,
-    ):
-        """The compiled UNet with guidance, then the scheduler's own ``step``: any scheduler, any option."""
-        import mindspore as ms
-
-        from mindiffedit.runtime.kernels import eagerly
-        from mindiffedit.stages import guided
-
-        scheduler = copy.deepcopy(scheduler)  # it keeps what it has seen from step to step, and may be shared
-        accepted = inspect.signature(scheduler.step).parameters
-        extra = {"eta": eta} if "eta" in accepted else {}
-        wants_noise = "variance_noise" in accepted
-        stochastic = (eta > 0 and "eta" in accepted) or "sde" in str(scheduler.config.get("algorithm_type", ""))
-
-        def draw(shape):
-            return self._crosses("step_noise", self._noise(shape, source), step)
-
-        if not wants_noise and "generator" in accepted:
-            extra["generator"] = randomness.Draws(draw)
-        step = 0
-
-        def advance(i, t, latents):
-            nonlocal step
-            step = i
-            model_input = self._scaled_input(scheduler, latents, t)
-            doubled = np.concatenate([model_input] * 2) if is_guided else model_input
-            output = predict(doubled, t)
-            if is_guided:
-                output = guided(output, np.float32(guidance_scale))
-            if regularise is not None:
-                output = regularise(output, doubled, t)
-            if wants_noise and stochastic:
-                extra["variance_noise"] = ms.Tensor(draw(latents.shape))
-            with eagerly():
-                done = scheduler.step(
-                    ms.Tensor(output),
-                    as_its_own(scheduler, t),
-                    ms.Tensor(latents),
-                    **extra,
-                    return_dict=True,
+        def replacement(name):
+            """What was returned in a tensor's place, float32; None where it is the same."""
+            if changed.get(name) is None or changed[name] is tensors.get(name):
+                return None
+            value, shape = pictures.to_numpy(changed[name]).astype(np.float32), tuple(values[name].shape)
+            if value.shape != shape:
+                raise InputError(
+                    "{parameter} returned {what} of shape {shape}; it has to stay {expected}.",
+                    parameter="callback_on_step_end",
+                    what=named(name),
+                    shape=value.shape,
+                    expected=shape,
                 )
-            updated = done["prev_sample"].asnumpy()
-            clean = done["pred_original_sample"].asnumpy() if "pred_original_sample" in done else None
-            if clean is not None:
-                self._shows("clean_predictions", clean, i)
-            if mask is not None:
-                updated = updated * mask + backgrounds[i] * (1 - mask)
-            return updated, clean, None
+            options.check_finite(value, f"`{name}` returned by callback_on_step_end", step.index)
+            return value
 
-        return advance
+        latents, other_embeds = replacement("latents"), replacement("prompt_embeds")
+        if latents is not None:
+            step.latents = tensor(latents)
+        if other_embeds is not None:
+            predictor.replace(other_embeds)
+            return other_embeds
+        return embeds
 
     # --- the edit ------------------------------------------------------------------------------------------------
 
@@ -842,170 +631,491 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
             TypeError: for a wrong type, before any model runs.
             NumericalError: for NaN or inf, naming stage and step.
         """
+        self.check_components()
+        model, is_guided = self._limits, options.check_guidance_scale(guidance_scale) > 1.0
         options.check_output_type(output_type, ("pil", "np", "latent"))
-        edited, _ = self._edited_latents(
-            prompt,
-            mask_image,
-            image_latents,
-            inpaint_strength,
-            num_inference_steps,
-            guidance_scale,
-            negative_prompt,
-            num_images_per_prompt,
-            eta,
-            generator,
-            prompt_embeds,
-            negative_prompt_embeds,
-            callback,
-            callback_steps,
-            cross_attention_kwargs,
-            clip_skip,
-            clean_latents,
-            soft_mask,
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
+        prompts = Prompts.checked(model, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, is_guided)
+        inputs = EditInputs.checked(
+            model,
+            prompts,
+            Schedule.checked(num_inference_steps, inpaint_strength),
+            guidance_scale=guidance_scale,
+            generator=generator,
+            attention_kwargs=self._attention_kwargs(cross_attention_kwargs),
+            num_images_per_prompt=num_images_per_prompt,
+            eta=eta,
+            clip_skip=clip_skip,
+            callbacks=Callbacks.checked(
+                callback, callback_steps, callback_on_step_end, callback_on_step_end_tensor_inputs
+            ),
         )
+        options.check_switch(soft_mask, "soft_mask")
+        solver = self._solver()
+        timesteps, _ = solver.schedule(*inputs.schedule)
+        mask, start, backgrounds = self._edited_region(
+            mask_image, image_latents, clean_latents, soft_mask, prompts.batch, len(timesteps)
+        )
+        edited, _ = self._denoised(inputs, mask, start, backgrounds)
 
-        # 9. Decode, check, convert
         flags = None
         if output_type == "latent":
-            images = self._tensor(edited, self.unet.dtype)
+            images = self._result(edited)
         else:
-            images, flags = self.run_safety_checker(self._decoded(edited))
-            normalised = None if flags is None else [not flag for flag in flags]
-            images = pictures.postprocess_image(images, output_type, normalised)
+            images, flags = self.run_safety_checker(self._decoded(host(edited)))
+            images = pictures.postprocess_image(images, output_type, flags and [not flag for flag in flags])
         if not return_dict:
             return images, flags
         return StableDiffusionPipelineOutput(images=images, nsfw_content_detected=flags)
 
-    def _edited_latents(
-        self,
-        prompt=None,
-        mask_image=None,
-        image_latents=None,
-        inpaint_strength=0.8,
-        num_inference_steps=50,
-        guidance_scale=7.5,
-        negative_prompt=None,
-        num_images_per_prompt=1,
-        eta=0.0,
-        generator=None,
-        prompt_embeds=None,
-        negative_prompt_embeds=None,
-        callback=None,
-        callback_steps=1,
-        cross_attention_kwargs=None,
-        clip_skip=None,
-        clean_latents=None,
-        soft_mask=False,
-        callback_on_step_end=None,
-        callback_on_step_end_tensor_inputs=("latents",),
-    ) -> tuple[np.ndarray, np.ndarray | None]:
-        """The call up to its latents, (B, C, h, w) float32; and the UNet's outputs in the first step, see ``_run``."""
-        # 1. Check inputs
-        options.check_guidance_scale(guidance_scale)
-        is_guided = guidance_scale > 1.0
-        batch = self._check_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, is_guided)
-        options.check_strength(inpaint_strength, "inpaint_strength")
-        options.check_steps(num_inference_steps)
-        options.effective_steps(num_inference_steps, inpaint_strength, "inpaint_strength")
-        options.check_positive_int("num_images_per_prompt", num_images_per_prompt)
-        options.check_eta(eta)
-        options.check_callback(callback, callback_steps)
-        if clip_skip is not None:
-            options.check_clip_skip(clip_skip, self.text_encoder.config.num_hidden_layers)
+    def _edited_region(self, mask_image, image_latents, clean_latents, soft: bool, batch: int, steps: int):
+        """Mask (B, 1, h, w), first latents, and each step's background (B, C, h, w), of what the call was given."""
         if mask_image is None:
             raise InputError(
-                "{parameter} is missing; `generate_mask` computes one from two prompts.",
-                parameter="mask_image",
+                "{parameter} is missing; `generate_mask` computes one from two prompts.", parameter="mask_image"
             )
         if image_latents is None:
             raise InputError(
                 "{parameter} is missing; `invert` computes them from a picture.", parameter="image_latents"
             )
-        options.check_switch(soft_mask, "soft_mask")
-        tensor_inputs = options.check_step_callback(
-            callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs
-        )
-        source = randomness.resolve(generator)
-        if isinstance(source, list) and len(source) > 1 and eta > 0:
-            options.check_generators(source, batch * num_images_per_prompt)
-        attention_kwargs = self._attention_kwargs(cross_attention_kwargs)
-        scheduler = self._ready_scheduler()
-
-        # 4. Preprocess mask (before the prompts are encoded, so that bad input fails first)
-        mask = pictures.preprocess_mask(mask_image, batch, soft=soft_mask)
-        array = self._latents_array(image_latents)
-        latent_shape = (self.vae.config.latent_channels, *array.shape[-2:])
+        mask = pictures.preprocess_mask(mask_image, batch, soft=soft)
+        array = _joined_latents(image_latents)
+        shape = (self.vae.config.latent_channels, *array.shape[-2:])
         if array.ndim >= 4 and mask.shape[-2:] != array.shape[-2:]:
-            mask = masks.on_latents(mask_image, array.shape[-2:], self.vae_scale_factor, batch, soft_mask)
+            mask = masks.on_latents(mask_image, array.shape[-2:], self.vae_scale_factor, batch, soft)
+        array = options.check_image_latents(array, batch, steps, shape)
+        clean = None if clean_latents is None else options.check_clean_latents(clean_latents, (batch, *shape))
+        noisy = [tensor(latents) for latents in np.swapaxes(array, 0, 1)]
+        # C3: what step i arrives at is where step i + 1 begins, and the last arrives at the clean latents. D3: without
+        # these the background of step i is image_latents[i], one noise level late, as in the reference.
+        return mask, noisy[0], noisy if clean is None else [*noisy[1:], tensor(clean)]
+
+    def _denoised(
+        self, inputs: EditInputs, mask: np.ndarray, start: ms.Tensor, backgrounds: list[ms.Tensor]
+    ) -> tuple[ms.Tensor, ms.Tensor]:
+        """The edited latents, (B, C, h, w) float32; and the UNet's outputs in the first step, negatives first."""
+        copies, guidance_scale, solver = inputs.num_images_per_prompt, inputs.guidance_scale, self._solver()
+        timesteps, steps = solver.schedule(*inputs.schedule)
+        timesteps = self._crosses("timesteps", timesteps)
         # D2: the reference repeats the batch of masks as a whole but each picture's latents one after the other, so
         # that with several prompts and several images for each the masks change places. Kept.
-        mask = np.concatenate([np.broadcast_to(mask, (batch, *mask.shape[1:]))] * num_images_per_prompt)
+        mask = np.concatenate([np.broadcast_to(mask, (inputs.prompts.batch, *mask.shape[1:]))] * copies)
+        if copies > 1:
+            start, *backgrounds = (ops.repeat_interleave(latents, copies, 0) for latents in (start, *backgrounds))
+        lora_scale = inputs.attention_kwargs.get("scale", 1.0)
+        embeds = self._joined_embeddings(inputs.prompts, copies, inputs.clip_skip, lora_scale)
+        predictor = self._stages.predictor(embeds, inputs.attention_kwargs, self.unet_batch_size, timesteps)
 
-        # 5. Set timesteps
-        timesteps, steps = self._schedule(scheduler, self.get_timesteps, num_inference_steps, inpaint_strength)
-        timesteps = self._crosses("timesteps", timesteps)
+        update = self._update(solver, timesteps, guidance_scale, start.shape, mask=mask, eta=inputs.eta, rng=inputs.rng)
+        loop = diffedit.denoise(self._predict(predictor, solver), update, start, timesteps, backgrounds)
+        first_prediction = None
+        for step in self._watched(loop, "edited_latents", len(timesteps), steps, solver, predictor, embeds, inputs):
+            first_prediction = step.noise_prediction if step.index == 0 else first_prediction
+        return step.latents, first_prediction
 
-        # 6. Preprocess image latents
-        array = options.check_image_latents(array, batch, len(timesteps), latent_shape)
-        start = array[:, 0]
-        if clean_latents is not None:
-            # C3: what step i arrives at is where step i + 1 begins, and the last arrives at the clean latents.
-            clean = options.check_clean_latents(clean_latents, (batch, *latent_shape))
-            array = np.concatenate([array[:, 1:], clean[:, None]], axis=1)
-        start = np.repeat(start, num_images_per_prompt, axis=0).astype(np.float32)
-        backgrounds = np.repeat(np.swapaxes(array, 0, 1), num_images_per_prompt, axis=1).astype(np.float32)
+    # --- in one call ---------------------------------------------------------------------------------------------
 
-        # 3. Encode input prompt
-        embeds = self._joined_embeds(
+    @turns.turn()
+    def edit(
+        self,
+        image,
+        source_prompt: str | list[str] | None = None,
+        target_prompt: str | list[str] | None = None,
+        *,
+        negative_prompt: str | list[str] | None = None,
+        source_prompt_embeds=None,
+        target_prompt_embeds=None,
+        negative_prompt_embeds=None,
+        num_inference_steps: int = 50,
+        inpaint_strength: float = 0.8,
+        guidance_scale: float = 7.5,
+        num_maps_per_mask: int = 4,
+        mask_encode_strength: float = 0.5,
+        mask_thresholding_ratio: float = 2.0,
+        mask_options: masks.MaskOptions | None = None,
+        mask_image=None,
+        mask_combination: str = "replace",
+        per_image_clamp: bool = True,
+        corrected_guidance: bool = True,
+        outlier_quantile: float | None = 0.99,
+        inversion: str = "ddim",
+        inversion_prompt: str | list[str] | None = None,
+        inversion_guidance_scale: float = 1.0,
+        inversion_iterations: int = 0,
+        aligned_background: bool = True,
+        image_latents: DiffEditInversionPipelineOutput | None = None,
+        paste_back: bool = True,
+        feather: int | None = None,
+        eta: float = 0.0,
+        generator=None,
+        output_type: str = "pil",
+        measure_reconstruction: bool = False,
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        debug_callback: Callable | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        clip_skip: int | None = None,
+    ) -> DiffEditOutput:
+        """Changes what the two prompts disagree about, and nothing else.
+
+        The three calls, one after the other, with their work shared and with what the reference has otherwise than the
+        paper put right. Every correction is an option, here and in the three calls.
+
+        Args:
+            image: picture(s) of one size, or latents (B, C, h, w), as for ``generate_mask``.
+            source_prompt: what is there, str or list of B str.
+            target_prompt: what shall be there, str or list of B str.
+            negative_prompt: what the edit moves away from; None is the source prompt.
+            source_prompt_embeds: embeddings (B, L, D) instead of ``source_prompt``.
+            target_prompt_embeds: embeddings (B, L, D) instead of ``target_prompt``.
+            negative_prompt_embeds: embeddings (B, L, D) instead of ``negative_prompt``.
+            num_inference_steps: steps of the whole schedule, 1 to 1000.
+            inpaint_strength: share of them that runs, in (0, 1].
+            guidance_scale: classifier-free guidance of mask and edit, at least 0; 1 or less is without.
+            num_maps_per_mask: as for ``generate_mask``.
+            mask_encode_strength: as for ``generate_mask``.
+            mask_thresholding_ratio: as for ``generate_mask``.
+            mask_options: how the map becomes a mask; None: ``mindiffedit.editing.EDIT_MASK``.
+            mask_image: own mask(s) of any size, white (1) where the picture may change.
+            mask_combination: what becomes of it and the computed mask: "replace" (nothing is computed), "union",
+                "subtract" (computed without own) or "intersection".
+            per_image_clamp: as for ``generate_mask``.
+            corrected_guidance: as for ``generate_mask``.
+            outlier_quantile: as for ``generate_mask``.
+            inversion: "ddim" inverts the picture; "noise" noises it freshly for every step, which needs no model and
+                leaves what is inside the mask to chance.
+            inversion_prompt: caption(s) for the inversion; None: the source prompt.
+            inversion_guidance_scale: 1 inverts without guidance, as the paper does, at half the cost.
+            inversion_iterations: as for ``invert``.
+            aligned_background: take each step's background at the noise level that the step arrives at; otherwise it is
+                one level late, as in the reference.
+            image_latents: what ``invert`` or ``noise_image`` returned for the same picture and steps; ``inversion`` and
+                its options are then not used.
+            paste_back: outside the feathered mask return the picture's own pixels. Not for latents.
+            feather: width of the seam in pixels; None: one latent.
+            eta: DDIM's eta in [0, 1].
+            generator: as for the other calls; a list has one for each of B pictures. A seed begins anew in each call.
+            output_type: "pil", "np" or "latent".
+            measure_reconstruction: denoise the inverted latents with the source prompt, too, and say in the report how
+                near that comes; costs as much as an inversion.
+            callback_on_step_end: as for ``invert``; of the edit's steps.
+            callback_on_step_end_tensor_inputs: as for ``invert``.
+            debug_callback: ``callback(stage, array, step)`` sees every intermediate, see ``debugging``.
+            cross_attention_kwargs: as for the other calls.
+            clip_skip: as for the call.
+
+        Returns:
+            DiffEditOutput: pictures have the size of those that were given. With ``output_type`` "pil", results of PIL
+                pictures have their mode, profile and transparency, too; ``report.warnings`` says what could not be
+                kept. Arrays are in sRGB.
+
+        Raises:
+            ValueError: for a value that does not fit, before any model runs.
+            TypeError: for a wrong type, before any model runs.
+            NumericalError: for NaN or inf, naming stage and step.
+        """
+        arguments = dict(locals())
+        del arguments["self"]
+        return editing.edit(self, **arguments)
+
+    @turns.turn()
+    def noise_image(
+        self,
+        image,
+        num_inference_steps: int = 50,
+        inpaint_strength: float = 0.8,
+        generator=None,
+        batch_size: int | None = None,
+    ) -> DiffEditInversionPipelineOutput:
+        """The picture noised afresh at every level of the edit: a background without an inversion.
+
+        What it returns goes where ``invert``'s goes, and keeps the outside of the mask as well. Inside, nothing of the
+        picture is kept but its noised start, so that a high strength draws anew what an inversion would turn round.
+
+        Args:
+            image: picture(s) or latents, as for ``invert``.
+            num_inference_steps: as given to the edit.
+            inpaint_strength: as given to the edit; it says at which noise level the edit begins.
+            generator: int seed or generator(s) of the posterior draw and of all noise.
+            batch_size: number of prompts, B; None: of pictures.
+
+        Returns:
+            DiffEditInversionPipelineOutput: ``latents`` (B, T, C, h, w), noisiest first, and ``clean_latents``.
+
+        Raises:
+            ValueError: for a value that does not fit, before any model runs.
+            TypeError: for a wrong type, before any model runs.
+        """
+        schedule = Schedule.checked(num_inference_steps, inpaint_strength)
+        if batch_size is not None:
+            options.check_positive_int("batch_size", batch_size)
+        self.check_components()
+        pixels = self._limits.pixels(image)
+        batch = batch_size or len(pixels)
+        options.check_image_batch(len(pixels), batch)
+        clean, noised = self._noised(pixels, batch, schedule, checked_rng(generator, self._limits, pixels, batch))
+        return DiffEditInversionPipelineOutput(self._stacked(noised), clean_latents=self._result(clean))
+
+    def _noised(self, pixels, batch: int, schedule: Schedule, rng) -> tuple[ms.Tensor, list[ms.Tensor]]:
+        """What ``_inverted`` gives, by fresh noise: clean latents, and those of each level, cleanest first."""
+        solver = self._solver()
+        timesteps, _ = solver.schedule(*schedule)
+        clean = self._image_latents(pixels, batch, 1, rng)
+        noised = [tensor(solver.add_noise(clean, self._noise(clean.shape, rng), t)) for t in timesteps]
+        return tensor(clean), noised[::-1]
+
+    # --- prompts -------------------------------------------------------------------------------------------------
+
+    @turns.turn()
+    def encode_prompt(
+        self,
+        prompt,
+        device,
+        num_images_per_prompt,
+        do_classifier_free_guidance,
+        negative_prompt=None,
+        prompt_embeds=None,
+        negative_prompt_embeds=None,
+        lora_scale: float | None = None,
+        clip_skip: int | None = None,
+    ):
+        """Text to prompt embeddings, as the reference's method of that name.
+
+        What is longer than the text encoder reads is cut off, with a warning that says which words.
+
+        Args:
+            prompt: str or list of B str; or None with ``prompt_embeds``.
+            device: not used; MindSpore places tensors on its device target.
+            num_images_per_prompt: each embedding is repeated this often, one after the other; at least 1.
+            do_classifier_free_guidance: whether to give negatives too.
+            negative_prompt: str or list of B str; None is the empty text.
+            prompt_embeds: embeddings (B, L, D) instead of ``prompt``.
+            negative_prompt_embeds: embeddings (B, L, D) instead of ``negative_prompt``.
+            lora_scale: factor on the strengths of the text encoder's LoRAs; None is 1.
+            clip_skip: take the hidden state this many layers before the last; of the prompt only, as in the
+                reference.
+
+        Returns:
+            Prompt and negative embeddings, tensors (B * num_images_per_prompt, L, D) in the text encoder's dtype;
+            the second is None (or what was given) without guidance.
+
+        Raises:
+            ValueError: for a value that does not fit.
+            TypeError: for a wrong type.
+        """
+        options.check_positive_int("num_images_per_prompt", num_images_per_prompt)
+        if clip_skip is not None:
+            options.check_clip_skip(clip_skip, self.text_encoder.config.num_hidden_layers)
+        if lora_scale is not None:
+            options.check_scale(lora_scale, "lora_scale")
+        self.check_components()
+        prompts = Prompts.checked(
+            self._limits,
             prompt,
-            num_images_per_prompt,
-            is_guided,
             negative_prompt,
             prompt_embeds,
             negative_prompt_embeds,
-            clip_skip,
-            attention_kwargs.get("scale", 1.0),
+            do_classifier_free_guidance,
         )
+        scale = 1.0 if lora_scale is None else lora_scale
+        positive, negative = self._embeddings(prompts, num_images_per_prompt, clip_skip, scale)
+        dtype = self.text_encoder.dtype if self.text_encoder is not None else self.unet.dtype
+        return self._result(positive, dtype), None if negative is None else self._result(negative, dtype)
 
-        # 8. Denoising loop. D3: without clean latents the background of step i is image_latents[i], one noise level late,
-        # as in the reference.
-        edited, first_predictions = self._run(
-            "edited_latents",
-            scheduler,
-            timesteps,
-            steps,
-            start,
-            embeds,
-            guidance_scale,
-            attention_kwargs,
-            callback,
-            callback_steps,
-            mask=mask,
-            backgrounds=backgrounds,
-            eta=eta,
-            source=source,
-            step_callback=callback_on_step_end,
-            tensor_inputs=tensor_inputs,
-        )
-        return edited[-1], first_predictions
-
-    @staticmethod
-    def _latents_array(image_latents) -> np.ndarray:
-        if isinstance(image_latents, (list, tuple)):
-            parts = [pictures.to_numpy(part) for part in image_latents]
-            parts = [part[None] if part.ndim == 3 else part for part in parts]
-            if not parts or len({part.shape[1:] for part in parts}) > 1:
-                shapes = [part.shape for part in parts]
+    def _embeddings(self, prompts: Prompts, copies: int, skip: int | None = None, lora_scale: float = 1.0):
+        """Embeddings of prompts and of their negatives, float32 arrays (B * copies, L, D); None without negatives."""
+        prefix, positive, negative = prompts.prefix, prompts.embeds, prompts.negative_embeds
+        if positive is None:
+            positive = self._embed(prompts.texts, f"{prefix}token_ids", skip=skip, lora_scale=lora_scale)
+        options.check_finite(positive, f"{prefix}prompt embeddings")
+        positive = self._crosses(f"{prefix}prompt_embeds", positive)
+        if prompts.is_guided:
+            if negative is None:
+                texts = prompts.negatives or [""] * prompts.batch
+                negative = self._embed(texts, f"{prefix}negative_token_ids", positive.shape[1], lora_scale=lora_scale)
+            if negative.shape != positive.shape:
                 raise InputError(
-                    "{parameter} has to be a list of latents of one shape, but has {shapes!r}.",
-                    parameter="image_latents",
-                    shapes=shapes,
+                    "The negative prompt's embeddings have the shape {shape}, the prompt's {expected}; they have to "
+                    "be the same.",
+                    parameter=f"{prefix}negative_prompt_embeds",
+                    shape=negative.shape,
+                    expected=positive.shape,
                 )
-            return np.concatenate(parts)
-        array = pictures.to_numpy(image_latents)
-        return array[None] if array.ndim == 3 else array
+            options.check_finite(negative, f"{prefix}negative prompt embeddings")
+            negative = self._crosses(f"{prefix}negative_prompt_embeds", negative)
+            negative = np.repeat(negative, copies, axis=0)
+        return np.repeat(positive, copies, axis=0), negative
+
+    def _joined_embeddings(self, prompts: Prompts, copies: int, skip=None, lora_scale: float = 1.0) -> np.ndarray:
+        """Embeddings as the loops take them: negatives first with guidance."""
+        positive, negative = self._embeddings(prompts, copies, skip, lora_scale)
+        return np.concatenate([negative, positive]) if prompts.is_guided else positive
+
+    def _embed(
+        self, texts: list[str], stage: str, length: int | None = None, skip: int | None = None, lora_scale: float = 1.0
+    ) -> np.ndarray:
+        """Prompt embeddings (B, L, D) float32 of texts, padded or cut to the length that is read.
+
+        ``stage`` is the name that the token ids are observed under.
+        """
+        texts = self.maybe_convert_prompt(texts, self.tokenizer)
+        inputs = self.tokenizer(
+            texts, padding="max_length", max_length=length or self._tokens_read, truncation=True, return_tensors="np"
+        )
+        if length is None:
+            self._warn_of_truncation(texts, inputs.input_ids)
+        textual_inversion.check_ids(inputs.input_ids, self.tokenizer, self.text_encoder)
+        token_ids = self._crosses(stage, inputs.input_ids)
+        uses_mask = getattr(self.text_encoder.config, "use_attention_mask", False)
+        return self._stages.encode_text(token_ids, inputs.attention_mask if uses_mask else None, skip, lora_scale)
+
+    def _warn_of_truncation(self, texts: list[str], token_ids: np.ndarray) -> None:
+        whole = self.tokenizer(texts, padding="longest", return_tensors="np").input_ids
+        if whole.shape[-1] >= token_ids.shape[-1] and not np.array_equal(whole, token_ids):
+            limit = self._tokens_read
+            removed = self.tokenizer.batch_decode(whole[:, limit - 1 : -1])
+            logger.warning("The text encoder reads %d tokens; this part of the prompt was cut off: %s", limit, removed)
+
+    @property
+    def _tokens_read(self) -> int:
+        """Tokens of a prompt: the tokenizer's length, and never more than the text encoder has positions for.
+
+        A tokenizer whose config says no length has one of 10**30.
+        """
+        length = self.tokenizer.model_max_length
+        return min(length, getattr(self.text_encoder.config, "max_position_embeddings", length))
+
+    # --- models, latents, noise ----------------------------------------------------------------------------------
+
+    @property
+    def _limits(self) -> ModelLimits:
+        width = self.unet.config.cross_attention_dim
+        return ModelLimits(
+            self.vae_scale_factor,
+            self.vae.config.latent_channels,
+            width if isinstance(width, int) else None,
+            self._tokens_read,
+            self.text_encoder.config.num_hidden_layers,
+        )
+
+    @property
+    def _stages(self) -> Stages:
+        parts = (self.unet, self.vae, self.text_encoder, self.mode)
+        if self._stages_built is None or not self._stages_built.serves(*parts):
+            self._stages_built = Stages(*parts, cache=self.compile_cache)
+        self._stages_built.graphs.limit = self.max_graphs
+        return self._stages_built
+
+    def _solver(self, inverse: bool = False) -> Solver:
+        """The scheduler in use; or the inverse one: that which was set, or else that which belongs to the scheduler."""
+        self.scheduler = ready(self.scheduler)
+        if not inverse:
+            return solver_of(self.scheduler)
+        if self.inverse_scheduler is not None:
+            self.inverse_scheduler = checked_inverse(self.inverse_scheduler, self.scheduler)
+            return solver_of(self.inverse_scheduler, inverse=True)
+        self.scheduler = invertible(self.scheduler)
+        # Not stored as ``inverse_scheduler``: it has to follow when another scheduler is set, or its options change.
+        made_for = (self.scheduler, self.scheduler.config)
+        if self._own_inverse is None or any(a is not b for a, b in zip(self._own_inverse, made_for)):
+            self._own_inverse = (*made_for, inverse_of(self.scheduler))
+        return solver_of(self._own_inverse[2], inverse=True)
+
+    def get_timesteps(self, num_inference_steps: int, strength: float, device=None):
+        """The scheduler's timesteps that a strength leaves.
+
+        Args:
+            num_inference_steps: steps of the whole schedule, already set on the scheduler.
+            strength: share of them that runs, in [0, 1].
+            device: not used.
+
+        Returns:
+            Timesteps as NumPy array, noisiest first, and their number of steps.
+        """
+        return remaining(self.scheduler, num_inference_steps, strength, inverse=False)
+
+    def get_inverse_timesteps(self, num_inference_steps: int, strength: float, device=None):
+        """The inverse scheduler's timesteps that a strength leaves.
+
+        Args:
+            num_inference_steps: steps of the whole schedule, already set on the inverse scheduler.
+            strength: share of them that runs, in [0, 1].
+            device: not used.
+
+        Returns:
+            Timesteps as NumPy array, cleanest first, and their number of steps.
+        """
+        return remaining(self._solver(inverse=True).scheduler, num_inference_steps, strength, inverse=True)
+
+    def _attention_kwargs(self, given) -> dict[str, Any]:
+        """Checked ``cross_attention_kwargs``: the LoRAs' ``scale``, and what the attention processors know.
+
+        Others are ignored with a warning.
+        """
+        given = options.check_attention_kwargs(given)
+        scale = {}
+        if "scale" in given:
+            scale["scale"] = options.check_scale(given.pop("scale"), "cross_attention_kwargs['scale']")
+        if not given:
+            return scale
+        known = set()
+        for processor in self.unet.attn_processors.values():
+            method = getattr(processor, "construct", None) or processor.__call__
+            known |= set(inspect.signature(method).parameters)
+        known -= {
+            "self",
+            "attn",
+            "hidden_states",
+            "encoder_hidden_states",
+            "attention_mask",
+            "temb",
+            "args",
+            "kwargs",
+        }
+        for name in [name for name in given if name not in known]:
+            logger.warning("cross_attention_kwargs %r is not known to the attention processors and is ignored.", name)
+            del given[name]
+        return {**given, **scale}
+
+    def _image_latents(self, pixels: np.ndarray, batch: int, copies: int, rng) -> np.ndarray:
+        """Clean scaled latents (batch * copies, C, h, w) with a posterior draw for each copy of each picture.
+
+        Each picture is encoded once; the reference encodes every copy, with the same result, since the copies differ
+        in the draw only.
+        """
+        if self._limits.are_latents(pixels):
+            latents = np.repeat(pixels.astype(np.float32), copies, axis=0)
+        else:
+            moments = self._stages.encode_image(pixels.astype(np.float32))
+            options.check_finite(moments, "VAE encoding")
+            moments = np.repeat(self._crosses("moments", moments), copies, axis=0)
+            mean, logvar = np.split(moments, 2, axis=1)
+            std = np.exp(np.float32(0.5) * np.clip(logvar, -30.0, 20.0))
+            noise = self._crosses("posterior_noise", self._noise(mean.shape, rng))
+            latents = np.float32(self.vae.config.scaling_factor) * (mean + std * noise)
+        if len(latents) != batch * copies:
+            say_once("There are fewer pictures than prompts: the pictures are repeated.")
+            latents = np.concatenate([latents] * (batch * copies // len(latents)))
+        return self._crosses("latents", latents.astype(np.float32))
+
+    def _decoded(self, latents: np.ndarray) -> np.ndarray:
+        """Pixels (B, 3, H, W) float32, about [-1, 1], of scaled latents."""
+        images = self._stages.decode_latents(latents / np.float32(self.vae.config.scaling_factor))
+        options.check_finite(images, "VAE decoding")
+        return self._crosses("decoded", images)
+
+    def _noise(self, shape, rng) -> np.ndarray:
+        """Standard normal noise, float32, drawn as the reference draws it for models of this dtype."""
+        return randomness.randn(shape, rng, str(self.vae.dtype).rpartition(".")[2].lower())
+
+    def _stacked(self, inverted: list[ms.Tensor]) -> ms.Tensor:
+        """Latents of all steps, cleanest first, as ``invert`` returns them: (B, T, C, h, w), noisiest first."""
+        return self._result(ops.stack(inverted[::-1], 1))
+
+    def _result(self, values, dtype=None) -> ms.Tensor:
+        """A tensor, or an array as a tensor, in the UNet's dtype or another."""
+        values = values if isinstance(values, ms.Tensor) else tensor(values)
+        dtype = dtype or self.unet.dtype
+        return values if values.dtype == dtype else values.astype(dtype)
 
     @turns.turn()
     def run_safety_checker(self, images: np.ndarray):
@@ -1019,9 +1129,6 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
         """
         if self.safety_checker is None:
             return images, None
-        import mindspore as ms
-
-        from mindiffedit.runtime.kernels import eagerly
 
         inputs = self.feature_extractor(pictures.postprocess_image(images, "pil"), return_tensors="np")
         with eagerly():
@@ -1040,3 +1147,86 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
             )
             images = np.where(np.array(flags)[:, None, None, None], np.float32(0), images)
         return images, [bool(flag) for flag in flags]
+
+    # --- observers -----------------------------------------------------------------------------------------------
+
+    def _crosses(self, stage: str, value, step: int | None = None):
+        """Shows what crosses a stage to those who observe, if there are any; returns what to go on with.
+
+        ``value``: an array, or a float32 tensor on the device, which comes to the host only where somebody looks on.
+        """
+        observer, viewer = self.observer, self._viewers.get(threading.get_ident())
+        if observer is None and viewer is None:
+            return value
+        array = host(value) if isinstance(value, ms.Tensor) else value
+        with turns.turn_given_up():
+            seen = array if observer is None else observer(stage, array, step)
+            seen = array if seen is None else seen
+            if viewer is not None:
+                viewer(stage, seen, step)
+        if seen is array:
+            return value
+        return tensor(seen) if isinstance(value, ms.Tensor) else seen
+
+    @contextlib.contextmanager
+    def debugging(self, callback: Observer):
+        """While this context is open ``callback(stage, array, step)`` sees every intermediate of this thread's calls.
+
+        Arrays are float32 on the host, not to be written to; ``step`` counts from 0 within a loop and is None outside.
+        Stages, in the order of their coming: "map" (B, h, w), "mask" (B, h, w), "inverted_latents" and
+        "edited_latents" (B, C, h, w) after each step, with "clean_predictions" (B, C, h, w), the step's prediction of
+        the noiseless latents, before each of them; others are those of ``Observer``. Contexts may be nested.
+
+        Args:
+            callback: an ``Observer``; what it returns is not used.
+        """
+        thread = threading.get_ident()
+        outer = self._viewers.get(thread)
+
+        def both(stage, array, step):
+            if outer is not None:
+                outer(stage, array, step)
+            callback(stage, array, step)
+
+        self._viewers[thread] = both
+        try:
+            yield self
+        finally:
+            self._viewers.pop(thread)
+            if outer is not None:
+                self._viewers[thread] = outer
+
+    def progress_bar(self, iterable=None, total: int | None = None):
+        """A ``tqdm`` bar with the configured options, over one of the two.
+
+        Args:
+            iterable: what to go through.
+            total: how many updates there will be.
+
+        Raises:
+            ValueError: when both or neither are given.
+        """
+        from tqdm.auto import tqdm
+
+        if (iterable is None) == (total is None):
+            raise InputError("`progress_bar` takes either {iterable} or {total}; give one of the two.")
+        if iterable is not None:
+            return tqdm(iterable, **self._progress_bar_config)
+        return tqdm(total=total, **self._progress_bar_config)
+
+
+def _joined_latents(image_latents) -> np.ndarray:
+    """Latents as one array, of whatever holds them."""
+    if not isinstance(image_latents, (list, tuple)):
+        array = pictures.to_numpy(image_latents)
+        return array[None] if array.ndim == 3 else array
+    parts = [pictures.to_numpy(part) for part in image_latents]
+    parts = [part[None] if part.ndim == 3 else part for part in parts]
+    if not parts or len({part.shape[1:] for part in parts}) > 1:
+        shapes = [part.shape for part in parts]
+        raise InputError(
+            "{parameter} has to be a list of latents of one shape, but has {shapes!r}.",
+            parameter="image_latents",
+            shapes=shapes,
+        )
+    return np.concatenate(parts)

@@ -11,19 +11,21 @@ graph of its own: it takes no time to compile, so that solvers and batch sizes m
 
 from __future__ import annotations
 
-import collections
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import mindspore as ms
 import numpy as np
 from mindspore import ops
 
 from mindiffedit.checkpoints import freeu, lora
+from mindiffedit.diffedit import blended, guided
 from mindiffedit.images import tiling
 from mindiffedit.runtime import reuse, turns
 from mindiffedit.runtime.graphs import Graphs
 from mindiffedit.runtime.kernels import eagerly
+from mindiffedit.solvers.formulas import epsilon_prediction, solver_step
 from mindiffedit.solvers.schedules import StepPlan
 
 
@@ -43,7 +45,7 @@ class Stages:
 
     def __init__(self, unet, vae, text_encoder, mode: str, cache=None):
         self.unet, self.vae, self.text_encoder, self.mode = unet, vae, text_encoder, mode
-        self.calls: Counter[str] = collections.Counter()
+        self.calls: Counter[str] = Counter()
         self.graphs = Graphs(cache)
         self._built: dict[tuple, Callable] = {}
         self._texts, self._moments = reuse.Memory(64), reuse.Memory(16)
@@ -89,14 +91,14 @@ class Stages:
             arguments = [ms.Tensor(row[None], ms.int32)]
             if mask is not None:
                 arguments.append(ms.Tensor(mask[None], ms.int32))
-            return _host(stage(*arguments))
+            return host(stage(*arguments))
 
         rows = []
         for i, row in enumerate(token_ids):
             mask = None if attention_mask is None else attention_mask[i]
             # The weights are looked at once in a call, and a call may encode with several scales of its LoRAs.
             key = (skip, adapters.written, row.tobytes(), None if mask is None else mask.tobytes())
-            rows.append(self._texts.get(key, weights, lambda: encoded(row, mask)))
+            rows.append(self._texts.get(key, weights, partial(encoded, row, mask)))
         return np.concatenate(rows)
 
     def encode_image(self, pixels: np.ndarray) -> np.ndarray:
@@ -116,13 +118,13 @@ class Stages:
         return np.concatenate(
             [
                 # A picture in tiles has other moments than the same one whole.
-                self._moments.get((tiles, *reuse.digest(picture)), weights, lambda: encoded(picture[None]))
+                self._moments.get((tiles, *reuse.digest(picture)), weights, partial(encoded, picture[None]))
                 for picture in pixels
             ]
         )
 
     def decode_latents(self, latents: np.ndarray) -> np.ndarray:
-        """Pixels (B, 3, H, W) float32, about [-1, 1], of unscaled latents (B, C, h, w); one picture or tile at a time."""
+        """Pixels (B, 3, H, W) float32, about [-1, 1], of unscaled latents (B, C, h, w); one picture or tile at once."""
         stage = self._stage(("decode",), lambda: _decoder(self.vae))
         tiles = self._tiles(latents.shape, half=1)
         self.calls["decode"] += len(latents)
@@ -137,14 +139,15 @@ class Stages:
 
     def _through_vae(self, stage: Callable, array: np.ndarray, tiles: tiling.Tiles | None) -> np.ndarray:
         def run(part):
-            return _host(stage(self._sample(part, self.vae)))
+            return host(stage(self._sample(part, self.vae)))
 
         return run(array) if tiles is None else tiling.in_tiles(run, array, tiles)
 
-    def predictor(self, prompt_embeds: np.ndarray, attention_kwargs: dict, rows: int) -> Predictor:
+    def predictor(self, prompt_embeds: np.ndarray, attention_kwargs: dict, rows: int, timesteps=()) -> Predictor:
         """The UNet for samples with these embeddings (N, L, D), ``rows`` of them in each evaluation.
 
         The ``scale`` among ``attention_kwargs`` weighs its LoRAs, which are part of its weights: no graph knows of it.
+        ``timesteps`` are those that it is going to be asked for; they are brought to the device beforehand.
         """
         constants = {name: value for name, value in attention_kwargs.items() if name != "scale"}
 
@@ -153,17 +156,17 @@ class Stages:
             choices = ("unet", _key(constants), freeu.factors_of(self.unet))
             return self._stage(choices, lambda: _predictor(self.unet, constants))
 
-        return Predictor(self, stage, prompt_embeds, rows, attention_kwargs.get("scale", 1.0))
+        return Predictor(self, stage, prompt_embeds, rows, attention_kwargs.get("scale", 1.0), timesteps)
 
     def update(self, plan: StepPlan, is_guided: bool) -> Callable:
-        """What a step does with the UNet's predictions: guidance, solver update, blend. See ``_update``."""
+        """What a step does with the UNet's predictions, a graph of tensors; see ``_update``."""
         choices = (plan.solver, plan.prediction_type, plan.clip, is_guided)
-        stage = self._stage(("update", *choices), lambda: _update(*choices))
+        return self._stage(("update", *choices), lambda: _update(*choices))
 
-        def run(*arrays):
-            return [_host(tensor) for tensor in stage(*(_float(array) for array in arrays))]
-
-        return run
+    def refinement(self, prediction_type: str, is_guided: bool) -> Callable:
+        """One iteration of a refined inversion step, a graph of tensors; see ``_refinement``."""
+        choices = (prediction_type, is_guided)
+        return self._stage(("refinement", *choices), lambda: _refinement(*choices))
 
     # --- building ------------------------------------------------------------------------------------------------
 
@@ -197,60 +200,147 @@ class Predictor:
         prompt_embeds: np.ndarray,
         rows: int,
         lora_scale: float = 1.0,
+        timesteps=(),
     ):
         self._stages, self._stage, self._lora_scale = stages, stage, lora_scale
-        self._embeds = prompt_embeds
         self._rows = min(rows, len(prompt_embeds))
-        self._tensors: dict[int, ms.Tensor] = {}
+        self._timesteps = {_number(timestep): _timestep(timestep) for timestep in timesteps}
+        self.replace(prompt_embeds)
 
     def replace(self, prompt_embeds: np.ndarray) -> None:
         """Goes on with other embeddings of the same shape."""
-        self._embeds = prompt_embeds
-        self._tensors.clear()
+        self._count = len(prompt_embeds)
+        begins = {min(start, self._count - self._rows) for start in range(0, self._count, self._rows)}
+        self._embeds = {
+            begin: self._stages._sample(prompt_embeds[begin : begin + self._rows], self._stages.unet)
+            for begin in begins
+        }
 
     def __len__(self) -> int:
         """Number of evaluations for all samples."""
-        return -(-len(self._embeds) // self._rows)
+        return -(-self._count // self._rows)
 
-    def stream(self, latents: np.ndarray, timestep) -> Iterator[np.ndarray]:
-        """The model's bare outputs, float32, of latents (N, C, h, w) at one timestep, group by group."""
-        for start in range(0, len(latents), self._rows):
-            begin = min(start, len(latents) - self._rows)
-            yield self._evaluate(begin, latents[begin : begin + self._rows], timestep)[start - begin :]
+    def stream(self, latents: ms.Tensor, timestep) -> Iterator[ms.Tensor]:
+        """The model's bare outputs, float32, group by group.
+
+        Args:
+            latents: (N, C, h, w); fewer are repeated as a whole, so that each gets several embeddings.
+            timestep: a number.
+        """
+        if len(latents) < self._count:
+            latents = ops.cat([latents] * (self._count // len(latents)))
+        for start in range(0, self._count, self._rows):
+            begin = min(start, self._count - self._rows)
+            group = latents if self._rows == self._count else latents[begin : begin + self._rows]
+            outputs = self._evaluate(begin, group, timestep)
+            yield outputs if start == begin else outputs[start - begin :]
 
     @turns.turn()
-    def _evaluate(self, begin: int, latents: np.ndarray, timestep) -> np.ndarray:
-        """The outputs of one group of rows, which begins at a sample. Its LoRAs are in the weights that it runs with."""
+    def _evaluate(self, begin: int, latents: ms.Tensor, timestep) -> ms.Tensor:
+        """The outputs of one group of rows, which begins at a sample. LoRAs are in the weights that it runs with."""
         lora.adapted(self._stages.unet).write(self._lora_scale)
-        stage, sample = self._stage(), self._stages._sample
-        if begin not in self._tensors:
-            self._tensors[begin] = sample(self._embeds[begin : begin + self._rows], self._stages.unet)
+        sample = self._stages._sample(latents, self._stages.unet)
+        known = self._timesteps.get(_number(timestep))
         self._stages.calls["unet"] += 1
         self._stages.calls["rows"] += self._rows
-        return _host(stage(sample(latents, self._stages.unet), _timestep(timestep), self._tensors[begin]))
+        outputs = self._stage()(sample, _timestep(timestep) if known is None else known, self._embeds[begin])
+        return _float32(outputs)
 
-    def __call__(self, latents: np.ndarray, timestep) -> np.ndarray:
+    def __call__(self, latents: ms.Tensor, timestep) -> ms.Tensor:
         """All outputs, (N, C, h, w) float32."""
-        return np.concatenate(list(self.stream(latents, timestep)))
+        groups = list(self.stream(latents, timestep))
+        return groups[0] if len(groups) == 1 else ops.cat(groups)
 
 
-def guided(predictions, guidance_scale):
-    """Classifier-free guidance over predictions (2 B, C, h, w), negatives first; (B, C, h, w). Arrays or tensors."""
-    batch = predictions.shape[0] // 2
-    unconditional, conditional = predictions[:batch], predictions[batch:]
-    return unconditional + guidance_scale * (conditional - unconditional)
+class CompiledUpdate:
+    """The ``update`` of ``diffedit``'s loops for a run with a plan: one graph, over tensors that stay on the device.
+
+    Args:
+        plan: coefficients of the run.
+        guidance_scale: above 1 the predictions are those of negatives and prompts.
+        shape: of the latents, (B, C, h, w).
+        mask: (B, 1, h, w) float32, where the update counts; None is everywhere.
+        draw: noise of a shape for the step of an index; used where the plan adds noise.
+        refine: None, or a function (index, latents, arrived, coefficients) -> (latents, pred_x0) that brings the
+            result of a step nearer to what leads back.
+    """
+
+    def __init__(self, stages: Stages, plan: StepPlan, guidance_scale, shape, mask=None, draw=None, refine=None):
+        self._update = stages.update(plan, guidance_scale > 1.0)
+        self._noisy, self._draw, self._refine = plan.noisy, draw, refine
+        self._shape, self._zeros = shape, tensor(np.zeros(shape))
+        self._mask = tensor(np.ones((shape[0], 1, *shape[2:])) if mask is None else mask)
+        self._guidance_scale = tensor(guidance_scale)
+        self._coefficients = [tensor(row) for row in plan.coefficients]
+
+    def __call__(self, index: int, latents, noise_prediction, pred_x0=None, background=None):
+        coefficients = self._coefficients[index]
+        updated, pred_x0 = self._update(
+            latents,
+            self._zeros if pred_x0 is None else pred_x0,
+            noise_prediction,
+            self._guidance_scale,
+            coefficients,
+            self._mask,
+            self._zeros if background is None else background,
+            tensor(self._draw(self._shape, index)) if self._noisy else self._zeros,
+        )
+        return (updated, pred_x0) if self._refine is None else self._refine(index, latents, updated, coefficients)
 
 
-def _host(tensor: ms.Tensor) -> np.ndarray:
-    return tensor.astype(ms.float32).asnumpy()
+class EagerUpdate:
+    """The same for a run by a scheduler's own step: guidance, step, blend, operator by operator.
+
+    Args:
+        step: what ``Solver.stepper`` returns.
+        guidance_scale: above 1 the predictions are those of negatives and prompts.
+        mask: (B, 1, h, w) float32, or None.
+        regularise: None, or a function (noise prediction, latents, index) -> noise prediction of arrays.
+    """
+
+    def __init__(self, step: Callable, guidance_scale: float, mask=None, regularise: Callable | None = None):
+        self._step, self._regularise = step, regularise
+        self._guidance_scale = tensor(guidance_scale) if guidance_scale > 1.0 else None
+        self._mask = None if mask is None else tensor(mask)
+
+    def __call__(self, index: int, latents, noise_prediction, pred_x0=None, background=None):
+        if self._guidance_scale is not None:
+            with eagerly():
+                noise_prediction = guided(noise_prediction, self._guidance_scale)
+        if self._regularise is not None:
+            noise_prediction = tensor(self._regularise(host(noise_prediction), latents, index))
+        updated, pred_x0 = self._step(index, latents, noise_prediction)
+        if self._mask is not None:
+            with eagerly():
+                updated = blended(updated, self._mask, background)
+        return updated, pred_x0
 
 
-def _float(value) -> ms.Tensor:
+def host(value: ms.Tensor) -> np.ndarray:
+    """A tensor's values, float32, on the host."""
+    return _float32(value).asnumpy()
+
+
+def tensor(value) -> ms.Tensor:
+    """An array or number as a float32 tensor."""
     return ms.Tensor(np.asarray(value, np.float32, order="C"))
 
 
+def is_finite(latents: ms.Tensor) -> bool:
+    """Whether all values are numbers, found out on the device: one value comes to the host."""
+    return bool(ops.isfinite(latents).all())
+
+
+def _float32(value: ms.Tensor) -> ms.Tensor:
+    return value if value.dtype == ms.float32 else value.astype(ms.float32)
+
+
+def _number(timestep):
+    return timestep.item() if hasattr(timestep, "item") else timestep
+
+
 def _timestep(value) -> ms.Tensor:
-    return ms.Tensor(value.item() if hasattr(value, "item") else value, ms.float32)
+    return ms.Tensor(_number(value), ms.float32)
 
 
 def _key(attention_kwargs: dict):
@@ -294,64 +384,16 @@ def _predictor(unet, attention_kwargs):
     return predict
 
 
-def _clean_prediction(prediction_type):
-    """x0 from the model output; ``scale`` and ``spread`` are sqrt(alpha_t) and sqrt(1 - alpha_t)."""
-
-    def from_epsilon(latents, output, scale, spread):
-        return (latents - spread * output) / scale
-
-    def from_v(latents, output, scale, spread):
-        return scale * latents - spread * output
-
-    def from_sample(latents, output, scale, spread):
-        return output
-
-    return {"epsilon": from_epsilon, "v_prediction": from_v, "sample": from_sample}[prediction_type]
-
-
-def _noise_prediction(prediction_type):
-    """epsilon from the model output."""
-
-    def from_epsilon(latents, output, scale, spread):
-        return output
-
-    def from_v(latents, output, scale, spread):
-        return scale * output + spread * latents
-
-    def from_sample(latents, output, scale, spread):
-        return (latents - scale * output) / spread
-
-    return {"epsilon": from_epsilon, "v_prediction": from_v, "sample": from_sample}[prediction_type]
-
-
-def _solver(solver, prediction_type, clip):
-    """One solver update: latents, model output, previous x0, coefficients, noise -> new latents, this x0."""
-    clean_prediction, noise_prediction = _clean_prediction(prediction_type), _noise_prediction(prediction_type)
-
-    def ddim(latents, output, previous_clean, c, noise):
-        clean = clean_prediction(latents, output, c[0], c[1])
-        if clip is not None:
-            clean = ops.clamp(clean, -clip, clip)
-        direction = c[3] * noise_prediction(latents, output, c[0], c[1])
-        return c[2] * clean + direction + c[4] * noise, clean
-
-    def dpm(latents, output, previous_clean, c, noise):
-        clean = clean_prediction(latents, output, c[0], c[1])
-        return c[2] * latents + c[3] * clean + c[4] * (clean - previous_clean), clean
-
-    return {"ddim": ddim, "dpm": dpm}[solver]
-
-
 def _update(solver, prediction_type, clip, is_guided):
-    solve = _solver(solver, prediction_type, clip)
+    solve = solver_step(solver, prediction_type, clip)
 
-    def update(latents, previous_clean, predictions, guidance_scale, coefficients, mask, background, noise):
+    def update(latents, pred_x0, noise_prediction, guidance_scale, coefficients, mask, background, noise):
         """The rest of a step of inversion or editing, after the UNet.
 
         Args (float32):
             latents: (B, C, h, w).
-            previous_clean: (B, C, h, w), x0 predicted in the step before; zeros at the first.
-            predictions: the UNet's outputs, (2 B, C, h, w), negatives first, with guidance; (B, C, h, w) without.
+            pred_x0: (B, C, h, w), predicted in the step before; zeros at the first.
+            noise_prediction: the UNet's outputs, (2 B, C, h, w), negatives first, with guidance; (B, C, h, w) without.
             guidance_scale: 0-d.
             coefficients: (5,), a row of the plan.
             mask: (B, 1, h, w), 1 where the update counts, 0 where the background does.
@@ -359,10 +401,35 @@ def _update(solver, prediction_type, clip, is_guided):
             noise: (B, C, h, w), used with eta > 0.
 
         Returns:
-            The new latents and this step's x0, both (B, C, h, w).
+            The new latents and this step's pred_x0, both (B, C, h, w).
         """
-        output = guided(predictions, guidance_scale) if is_guided else predictions
-        updated, clean = solve(latents, output, previous_clean, coefficients, noise)
-        return updated * mask + background * (1 - mask), clean
+        output = guided(noise_prediction, guidance_scale) if is_guided else noise_prediction
+        updated, pred_x0 = solve(latents, output, pred_x0, coefficients, noise)
+        return blended(updated, mask, background), pred_x0
 
     return update
+
+
+def _refinement(prediction_type, is_guided):
+    epsilon = epsilon_prediction(prediction_type)
+    solve = solver_step("ddim", "epsilon", None)
+
+    def refined(latents, arrived, output, guidance_scale, levels, coefficients):
+        """The inverse DDIM step from ``latents``, with the noise that the UNet predicts where it arrived.
+
+        The step back from x' predicts the noise at x', the inverse step at x, before it. The x' that is led back to x
+        exactly solves x' = a x + b epsilon(x', t), which is iterated, from the inverse step's result on.
+
+        Args (float32):
+            latents, arrived: (B, C, h, w).
+            output: the UNet's outputs at ``arrived``, (2 B, C, h, w) with guidance, (B, C, h, w) without.
+            guidance_scale: 0-d.
+            levels: (2,), factors of latents and noise at the timestep.
+            coefficients: (5,), the step's row of the plan.
+        """
+        rows = ops.cat([arrived, arrived]) if is_guided else arrived
+        noise = epsilon(rows, output, levels[0], levels[1])
+        noise = guided(noise, guidance_scale) if is_guided else noise
+        return solve(latents, noise, latents, coefficients, ops.zeros_like(latents))
+
+    return refined

@@ -55,7 +55,7 @@ GOALS = (
 
 def one_call(editor, edits, pictures, settings, seed, **changes):
     """(masks (B, h, w), pictures, report) of ``edit``, with the mask settings that suit it."""
-    from mindiffedit import MaskOptions, demo, editing
+    from mindiffedit import MaskOptions, demo, inputs
 
     suited = demo.EDIT_SETTINGS
     settings_of = dict(
@@ -70,8 +70,8 @@ def one_call(editor, edits, pictures, settings, seed, **changes):
     shapes = {
         "reference": MaskOptions(),
         # With what suits it: smoothing alone needs a higher threshold under a lower clamp.
-        "blurred": dataclasses.replace(editing.EDIT_MASK, edges=0, threshold=0.84),
-        "soft": dataclasses.replace(editing.EDIT_MASK, soft=True),
+        "blurred": dataclasses.replace(inputs.EDIT_MASK, edges=0, threshold=0.84),
+        "soft": dataclasses.replace(inputs.EDIT_MASK, soft=True),
     }
     for name, value in changes.items():
         if name == "mask_options":

@@ -1,3 +1,5 @@
-from mindiffedit.checkpoints.components import Observer, Viewer
+from mindiffedit.pipeline import Observer
+
+Viewer = Observer
 
 __all__ = ["Observer", "Viewer"]

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import inspect
 import logging
-import threading
 from collections.abc import Callable
 from typing import Any
-
-import numpy as np
 
 from mindiffedit.checkpoints import hub, models, old_configs, saving, survey
 from mindiffedit.errors import InputError, Message
@@ -29,27 +25,6 @@ Without a limit, every new size would stay. What goes comes back from the compil
 
 MAX_GRAPHS_WITHOUT_CACHE = 64
 """The same where what has gone has to be compiled again."""
-
-Observer = Callable[[str, np.ndarray, int | None], np.ndarray]
-"""What ``pipeline.observer`` can be: a function called as ``observer(stage, array, step)`` with every array that
-crosses from one stage to the next, a NumPy array on the host. The pipeline goes on with the array that it returns.
-``step`` counts from 0 in the loops and is None elsewhere.
-
-The stages, in order:
-
-- in ``generate_mask``: ``timestep``, ``target_token_ids``, ``target_prompt_embeds`` and their ``negative_`` and
-  ``source_`` kin, ``moments``, ``posterior_noise``, ``latents``, ``noise``, ``noised_latents``,
-  ``noise_predictions``, ``negative_noise_predictions`` (only where the negatives differ), ``map``,
-  ``clamp_magnitude``, ``mask``;
-- in ``invert``: ``timesteps``, ``moments``, ``posterior_noise``, ``latents``, ``token_ids``, ``prompt_embeds``,
-  their ``negative_`` kin, ``coefficients``, ``inverted_latents``, ``decoded``;
-- in the call: ``timesteps``, ``token_ids``, ``prompt_embeds``, their ``negative_`` kin, ``coefficients``,
-  ``step_noise``, ``edited_latents``, ``decoded``. DPM-Solver++ also shows its ``clean_predictions``.
-"""
-
-Viewer = Callable[[str, np.ndarray, int | None], None]
-"""Called as ``viewer(stage, array, step)`` with the same arrays, and with each step's predicted clean latents, stage
-"clean_predictions"; it only looks on."""
 
 
 class PipelineComponents:
@@ -103,8 +78,8 @@ class PipelineComponents:
         self.mode = mode
         self._fitting: tuple = ()
         self.check_components()
-        self.observer: Observer | None = None
-        self._viewers: dict[int, Viewer] = {}  # by thread
+        self.observer: Callable | None = None
+        self._viewers: dict[int, Callable] = {}  # by thread
         self.compile_cache = compile_caches.open_cache(compile_cache) if mode == "graph" else None
         self.unet_batch_size = 2  # samples in one UNet evaluation: a guided step of one picture
         self.max_graphs = MAX_GRAPHS if self.compile_cache is not None else MAX_GRAPHS_WITHOUT_CACHE
@@ -422,79 +397,8 @@ class PipelineComponents:
         """
         self._progress_bar_config = kwargs
 
-    def progress_bar(self, iterable=None, total: int | None = None):
-        """A ``tqdm`` bar with the configured options, over one of the two.
 
-        Args:
-            iterable: what to go through.
-            total: how many updates there will be.
 
-        Raises:
-            ValueError: when both or neither are given.
-        """
-        from tqdm.auto import tqdm
 
-        if (iterable is None) == (total is None):
-            raise InputError("`progress_bar` takes either {iterable} or {total}; give one of the two.")
-        if iterable is not None:
-            return tqdm(iterable, **self._progress_bar_config)
-        return tqdm(total=total, **self._progress_bar_config)
 
-    @property
-    def _stages(self):
-        from mindiffedit.stages import Stages
 
-        parts = (self.unet, self.vae, self.text_encoder, self.mode)
-        if self._stages_built is None or not self._stages_built.serves(*parts):
-            self._stages_built = Stages(*parts, cache=self.compile_cache)
-        self._stages_built.graphs.limit = self.max_graphs
-        return self._stages_built
-
-    def _crosses(self, stage: str, array: np.ndarray, step: int | None = None) -> np.ndarray:
-        """Shows an array that crosses a stage to the observer, if there is one; returns what to go on with."""
-        if self.observer is not None:
-            with turns.turn_given_up():
-                array = self.observer(stage, array, step)
-        self._shows(stage, array, step)
-        return array
-
-    def _shows(self, stage: str, array: np.ndarray, step: int | None = None) -> None:
-        viewer = self._viewers.get(threading.get_ident())
-        if viewer is not None:
-            with turns.turn_given_up():
-                viewer(stage, array, step)
-
-    @contextlib.contextmanager
-    def debugging(self, callback: Viewer):
-        """While this context is open ``callback(stage, array, step)`` sees every intermediate of this thread's calls.
-
-        Arrays are float32 on the host, not to be written to; ``step`` counts from 0 within a loop and is None outside.
-        Stages, in the order of their coming: "map" (B, h, w), "mask" (B, h, w), "inverted_latents" and
-        "edited_latents" (B, C, h, w) after each step, with "clean_predictions" (B, C, h, w), the step's prediction of
-        the noiseless latents, before each of them; others are those of ``Observer``. Contexts may be nested.
-
-        Args:
-            callback: a ``Viewer``.
-        """
-        thread = threading.get_ident()
-        outer = self._viewers.get(thread)
-
-        def both(stage, array, step):
-            if outer is not None:
-                outer(stage, array, step)
-            callback(stage, array, step)
-
-        self._viewers[thread] = both
-        try:
-            yield self
-        finally:
-            self._viewers.pop(thread)
-            if outer is not None:
-                self._viewers[thread] = outer
-
-    @staticmethod
-    def _tensor(array: np.ndarray, dtype=None):
-        import mindspore as ms
-
-        tensor = ms.Tensor(np.asarray(array, order="C"))  # ascontiguousarray would make a 0-d array 1-d
-        return tensor if dtype is None or tensor.dtype == dtype else tensor.astype(dtype)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mindiffedit import __version__, demo
-from mindiffedit.editing import EDIT_MASK, INVERSIONS
+from mindiffedit.inputs import EDIT_MASK, INVERSIONS
 from mindiffedit.errors import Message, shown
 from mindiffedit.masks import COMBINATIONS
 from mindiffedit.runtime.devices import DEVICE_TARGETS

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from mindiffedit import demo, editing, masks, options
+from mindiffedit import demo, inputs, masks, options
 from mindiffedit.checkpoints import hub, survey, textual_inversion
 from mindiffedit.cli.arguments import CORRECTIONS, MASK_FIELDS, MASK_NUMBERS, SCHEDULERS, defaults_of, option, told
 from mindiffedit.cli.latents_file import read_latents
@@ -69,7 +69,7 @@ class Job:
 
     args: Namespace
     settings: dict[str, Any]
-    mask_options: masks.MaskOptions = editing.EDIT_MASK
+    mask_options: masks.MaskOptions = inputs.EDIT_MASK
     source: str | None = None
     target: str | None = None
     caption: str | None = None  # text of the inversion where it is not the source
@@ -215,7 +215,7 @@ def check_numbers(values: dict[str, Any]) -> None:
         "maps": lambda value, name: options.check_steps(value, name, MAX_SAMPLES),
         "size": lambda value, name: options.check_steps(value, name, MAX_SIZE),
         "iterations": lambda value, name: options.check_count(value, name, options.MOST_ITERATIONS),
-        "feather": lambda value, name: options.check_at_least_zero(value, name, editing.MOST_FEATHER),
+        "feather": lambda value, name: options.check_at_least_zero(value, name, inputs.MAX_FEATHER),
         "outliers": lambda value, name: options.check_quantile(None if value == "none" else value, name),
     }
     for name, check in checks.items():
@@ -226,7 +226,7 @@ def check_numbers(values: dict[str, Any]) -> None:
 
 def _mask_options(args: Namespace) -> masks.MaskOptions:
     """`edit()`'s, with what was given."""
-    shaped = editing.EDIT_MASK
+    shaped = inputs.EDIT_MASK
     for name, part in MASK_FIELDS.items():
         value = getattr(args, name, None)
         if value is not None:

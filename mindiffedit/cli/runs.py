@@ -12,8 +12,8 @@ import PIL.Image
 
 from mindiffedit import masks
 from mindiffedit.cli.jobs import Job
-from mindiffedit.editing import MOST_FEATHER, change_outside
 from mindiffedit.images import pictures
+from mindiffedit.inputs import MAX_FEATHER
 from mindiffedit.outputs import DiffEditInversionPipelineOutput, EditReport
 
 __all__ = [
@@ -236,9 +236,11 @@ def _at_own_size(job: Job, done, flagged: bool) -> PIL.Image.Image:
 
     What the report says about the outside is then said of this size.
     """
+    from mindiffedit.editing import change_outside
+
     edited = pictures.restore_size(done.images[0], job.picture.size)
     feather = job.factor if job.settings["feather"] is None else job.settings["feather"]
-    feather = min(feather * job.picture.width / job.fitted.width, MOST_FEATHER)
+    feather = min(feather * job.picture.width / job.fitted.width, MAX_FEATHER)
     weights = masks.feathered(done.mask_image, (job.picture.height, job.picture.width), feather)
     original, result = (np.asarray(picture)[None] for picture in (job.original.shown, edited))
     change = change_outside(result.astype(np.float32) / 255, original.astype(np.float32) / 255, weights)

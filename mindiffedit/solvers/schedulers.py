@@ -163,12 +163,12 @@ class DDIMInverseScheduler(_DDIMTables, _DDIMInverse):
         if self.config.timestep_spacing != "linspace":
             super().set_timesteps(num_inference_steps)
             return
-        # W14: the reference's class refuses this spacing; DDIM's timesteps, the other way round, are what belongs to it.
+        # W14: the reference's class refuses this spacing; what belongs to it are DDIM's timesteps, the other way round.
         _DDIM.set_timesteps(self, num_inference_steps)
         self.timesteps = ms.Tensor(self.timesteps.asnumpy()[::-1].copy())
 
-    def plan(self, timesteps: np.ndarray) -> schedules.StepPlan | None:
-        """Coefficients for inverting along ``timesteps``."""
+    def plan(self, timesteps: np.ndarray, eta: float = 0.0) -> schedules.StepPlan | None:
+        """Coefficients for inverting along ``timesteps``; ``eta`` has no meaning backwards."""
         jump, last = (
             self.config.num_train_timesteps // self.num_inference_steps,
             self.config.num_train_timesteps - 1,
@@ -267,6 +267,21 @@ INVERSES = {
 """Which inverse belongs to which scheduler, by class name."""
 
 
+def is_tabulated(scheduler) -> bool:
+    """Whether it is one of ours, with exact tables."""
+    return isinstance(scheduler, (_DDIMTables, _DPMTables))
+
+
+def has_inverse(scheduler) -> bool:
+    """Whether an inverse belongs to a scheduler; whether its options allow one, ``inverse_of`` says."""
+    return type(scheduler).__name__ in INVERSES
+
+
+def belong_together(scheduler, inverse) -> bool:
+    """Whether an inverse is of the class that belongs to the scheduler's."""
+    return has_inverse(scheduler) and INVERSES[type(scheduler).__name__].__name__ == type(inverse).__name__
+
+
 def inverse_of(scheduler):
     """The matching inverse scheduler with the same configuration.
 
@@ -301,8 +316,8 @@ def check_invertible(scheduler) -> None:
         return
     remedy = ", ".join(f"{name}={value!r}" for name, (_, value) in obstacles.items())
     raise InputError(
-        f"{type(scheduler).__name__} cannot be inverted with {schedules.why_not(scheduler.config)}. Set `pipeline.scheduler ="
-        f" DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config, {remedy})`, or"
+        f"{type(scheduler).__name__} cannot be inverted with {schedules.why_not(scheduler.config)}. Set"
+        f" `pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config, {remedy})`, or"
         " `pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)`; and then"
         " `pipeline.inverse_scheduler = None`, which takes its inverse."
     )

@@ -192,9 +192,9 @@ def suited(class_name: str, config) -> dict:
     predicts = config.get("prediction_type", "epsilon")
     if config.get("beta_start") is None or predicts not in ("epsilon", "sample", "v_prediction"):
         raise InputError(
-            f"The model's scheduler, with prediction_type {predicts!r} and beta_start {config.get('beta_start')!r}, is for"
-            " flow matching or another kind of diffusion, which neither DDIM nor DPM-Solver++ can invert; take a model"
-            " that was trained with betas and predicts 'epsilon' or 'v_prediction'."
+            f"The model's scheduler, with prediction_type {predicts!r} and beta_start {config.get('beta_start')!r}, is"
+            " for flow matching or another kind of diffusion, which neither DDIM nor DPM-Solver++ can invert; take a"
+            " model that was trained with betas and predicts 'epsilon' or 'v_prediction'."
         )
     if class_name == "DPMSolverMultistepScheduler":
         return dict(algorithm_type="dpmsolver++")
