@@ -512,13 +512,14 @@ class StableDiffusionDiffEditPipeline(Adapters):
                     bar.update()
                     if callbacks.callback is not None and i % callbacks.callback_steps == 0:
                         with turns.turn_given_up():
-                            callbacks.callback(i // solver.order, step.timestep, self._result(step.latents))
+                            callbacks.callback(i // solver.order, step.timestep, self._result(step.latents).copy())
 
     def _step_ended(self, step: diffedit.Step, callbacks: Callbacks, embeds, predictor: Predictor) -> np.ndarray:
         """Calls ``callback_on_step_end``; returns the embeddings to go on with, and puts the latents into the step."""
         values = {"latents": step.latents, "prompt_embeds": embeds, "pred_original_sample": step.pred_x0}
         tensors = {
-            name: None if values[name] is None else self._result(values[name]) for name in callbacks.tensor_inputs
+            name: None if values[name] is None else self._result(values[name]).copy()
+            for name in callbacks.tensor_inputs
         }
         with turns.turn_given_up():
             changed = callbacks.on_step_end(self, step.index, step.timestep, tensors)
@@ -685,8 +686,8 @@ class StableDiffusionDiffEditPipeline(Adapters):
         array = options.check_image_latents(array, batch, steps, shape)
         clean = None if clean_latents is None else options.check_clean_latents(clean_latents, (batch, *shape))
         noisy = [tensor(latents) for latents in np.swapaxes(array, 0, 1)]
-        # C3: what step i arrives at is where step i + 1 begins, and the last arrives at the clean latents. D3: without
-        # these the background of step i is image_latents[i], one noise level late, as in the reference.
+        # C3: what step i arrives at is where step i + 1 begins, and the last arrives at the clean latents.
+        # D3: without these the background of step i is image_latents[i], one noise level late, as in the reference.
         return mask, noisy[0], noisy if clean is None else [*noisy[1:], tensor(clean)]
 
     def _denoised(

@@ -21,6 +21,7 @@ from mindiffedit.checkpoints.layout import CheckpointError
 from mindiffedit.checkpoints.survey import check_folder
 from mindiffedit.errors import InputError
 from mindiffedit.runtime import compile_cache, devices
+from mindiffedit.stages import host, tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 ROUNDING = 2e-5  # of a prediction or an embedding, relative to the reference's rms; measured: 1.6e-6 to 4.7e-6
@@ -151,7 +152,7 @@ def predicted(pipe, scale=None):
     """The UNet's noise prediction of fixed latents and embeddings."""
     kwargs = {} if scale is None else {"scale": scale}
     if not isinstance(pipe, Reference):
-        return pipe._stages.predictor(EMBEDS, pipe._attention_kwargs(kwargs), 2)(LATENTS, 521)
+        return host(pipe._stages.predictor(EMBEDS, pipe._attention_kwargs(kwargs), 2)(tensor(LATENTS), 521))
     latents, embeds = torch.from_numpy(LATENTS), torch.from_numpy(EMBEDS)
     with torch.no_grad():
         return pipe.unet(latents, 521, embeds, cross_attention_kwargs=kwargs or None).sample.numpy()
@@ -534,12 +535,12 @@ def test_hotswap(ours, theirs, files):
 def test_a_change_between_steps_counts_from_the_next_step(ours, files):
     ours.load_lora_weights(files[0])
     predict = ours._stages.predictor(EMBEDS, {}, 2)
-    with_it = predict(LATENTS, 521)
+    with_it = host(predict(tensor(LATENTS), 521))
     ours.disable_lora()
-    without = predict(LATENTS, 521)
+    without = host(predict(tensor(LATENTS), 521))
     assert parity.relative(without, with_it) > SEEN
     ours.enable_lora()
-    assert np.array_equal(predict(LATENTS, 521), with_it)
+    assert np.array_equal(host(predict(tensor(LATENTS), 521)), with_it)
 
 
 def test_sums_beyond_a_dtype_leave_the_weights_alone():

@@ -584,7 +584,3 @@ def test_iterations_need_ddim(sd1_folder):
         pipe.invert(SOURCE, PICTURE, inversion_iterations=1, **SHORT)
     done = pipe.edit(PICTURE, SOURCE, TARGET, **{**QUICK, "mask_image": BOX})  # the rest works with it
     assert done.report.change_outside == [0] and done.report.inversion_error[0] > 0
-
-
-def test_edit_is_a_method_of_the_pipeline():
-    assert StableDiffusionDiffEditPipeline.edit is editing.Editing.edit

@@ -10,6 +10,7 @@ from test_pipeline import PICTURE, SOURCE, our_pipeline, their_pipeline
 
 from mindiffedit.checkpoints import freeu, models
 from mindiffedit.runtime import compile_cache, devices
+from mindiffedit.stages import host, tensor
 
 FACTORS = dict(s1=0.9, s2=0.2, b1=1.4, b2=1.6)
 CLOSE = 2e-5  # relative to the reference's rms; 2e-6 was measured
@@ -78,7 +79,7 @@ def inputs():
 
 def predicted(pipeline):
     latents, embeds = inputs()
-    return pipeline._stages.predictor(embeds, {}, 2)(latents, 501)
+    return host(pipeline._stages.predictor(embeds, {}, 2)(tensor(latents), 501))
 
 
 def predicted_by_the_reference(pipeline):

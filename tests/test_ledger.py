@@ -117,7 +117,7 @@ def test_attention_kwargs_are_plain_values():
 def test_steps_are_computed_in_float32():
     """B3: with a UNet in float16, guidance, solver update and blend are float32."""
     from mindiffedit.solvers.schedules import StepPlan
-    from mindiffedit.stages import Stages
+    from mindiffedit.stages import Stages, host, tensor
 
     class Half(ms.nn.Cell):
         dtype = ms.float16
@@ -128,13 +128,14 @@ def test_steps_are_computed_in_float32():
 
     stages = Stages(Half(), None, None, "pynative")
     latents = np.linspace(-1, 1, 32, dtype=np.float32).reshape(1, 2, 4, 4)
-    predictions = stages.predictor(np.zeros((2, 3, 4), np.float32), {}, 2)(np.repeat(latents, 2, 0), 5)
+    predictions = host(stages.predictor(np.zeros((2, 3, 4), np.float32), {}, 2)(tensor(latents), 5))
     assert predictions.dtype == np.float32
     assert np.array_equal(predictions[0], latents[0].astype(np.float16).astype(np.float32))
     row = schedules.ddim_row(np.float32(0.5), np.float32(0.6))
     plan = StepPlan("ddim", "epsilon", None, row[None])
     zeros, ones = latents * 0, np.ones((1, 1, 4, 4), np.float32)
-    updated, clean = stages.update(plan, True)(latents, zeros, predictions, 2.0, row, ones, zeros, zeros)
+    values = (latents, zeros, predictions, 2.0, row, ones, zeros, zeros)
+    updated, clean = (host(value) for value in stages.update(plan, True)(*map(tensor, values)))
     exact = (latents - row[1] * predictions[:1].astype(np.float64)) / row[0]
     assert np.abs(clean - exact).max() < 1e-6  # float16 would be off by 1e-3
     assert np.abs(updated - (row[2] * exact + row[3] * predictions[:1])).max() < 1e-6

@@ -24,6 +24,7 @@ from mindiffedit.noise import randomness
 from mindiffedit.parity import floors, golden, metrics, reference, replay, report, tolerances
 from mindiffedit.parity.case import CALLS, Case
 from mindiffedit.runtime import native
+from mindiffedit.solvers import solver
 
 MODES = ("graph", "pynative")
 WHOLE_RUN = 1e-4  # what 50 steps of inversion and of editing may differ by, relative to the latents' rms
@@ -204,12 +205,12 @@ def test_group_norm_epsilon_is_seen(bench, broken):
 
 def test_swapped_guidance_is_seen(bench, broken, monkeypatch):
     pipe, recorded = broken("invert")
-    joined = type(pipe)._joined_embeds
+    joined = type(pipe)._joined_embeddings
 
     def swapped(self, *args, **kwargs):
         return np.roll(joined(self, *args, **kwargs), 1, axis=0)
 
-    monkeypatch.setattr(type(pipe), "_joined_embeds", swapped)
+    monkeypatch.setattr(type(pipe), "_joined_embeddings", swapped)
     assert first_bad(bench, pipe, recorded) == "invert/inverted_latents"
 
 
@@ -219,9 +220,9 @@ def test_guidance_turned_the_right_way_is_seen_in_the_mask(bench, broken):
     assert metrics.passed(bench.compare(pipe, recorded))
     predict = pipe._noise_predictions
 
-    def turned(stage, *args):
+    def turned(noised, timestep, attention_kwargs, stage, *embeddings):
         other = {"noise_predictions": "negative_noise_predictions"}
-        return predict(other.get(stage, "noise_predictions"), *args)
+        return predict(noised, timestep, attention_kwargs, other.get(stage, "noise_predictions"), *embeddings)
 
     pipe._noise_predictions = turned
     first = metrics.first_failure(bench.compare(pipe, recorded))
@@ -230,12 +231,8 @@ def test_guidance_turned_the_right_way_is_seen_in_the_mask(bench, broken):
 
 def test_one_timestep_off_is_seen(bench, broken, monkeypatch):
     pipe, recorded = broken("invert")
-    chosen = type(pipe).get_inverse_timesteps
-    monkeypatch.setattr(
-        type(pipe),
-        "get_inverse_timesteps",
-        lambda self, *args: (chosen(self, *args)[0] + 1, chosen(self, *args)[1]),
-    )
+    chosen = solver.remaining
+    monkeypatch.setattr(solver, "remaining", lambda *args: (chosen(*args)[0] + 1, chosen(*args)[1]))
     assert first_bad(bench, pipe, recorded) == "invert/timesteps"
 
 

@@ -112,20 +112,8 @@ def test_mask_of_a_batch_with_different_negatives(ours, theirs):
         mine, expected = both_masks(ours, theirs, image, **arguments)
     assert mine.dtype == expected.dtype and np.array_equal(mine, expected)
     assert 0 < mine.mean() < 1
-    ours.scheduler.set_timesteps(5)
-    timestep = ours.get_timesteps(5, 0.7)[0][0]
-    map_ = ours._mask_map(
-        ours._pixels(image, 2),
-        2,
-        2,
-        timestep,
-        2.0,
-        parity.TorchNoise(0),
-        ours.scheduler,
-        (arguments["target_prompt"], arguments["target_negative_prompt"], None, None),
-        (arguments["source_prompt"], arguments["source_negative_prompt"], None, None),
-        {},
-    )
+    steps = dict(num_inference_steps=5, num_maps_per_mask=2, generator=parity.TorchNoise(0))
+    _, map_ = ours.generate_mask(image, return_map=True, **steps, **arguments)
     assert parity.relative(map_, maps[0]) < CLOSE
 
 
@@ -249,7 +237,7 @@ def test_regularised_inversion(ours, theirs, prediction, monkeypatch):
         def integers(self, high):
             return next(other) % high
 
-    inverses = (ours._ready_inverse_scheduler(), theirs.inverse_scheduler)
+    inverses = (ours._solver(inverse=True).scheduler, theirs.inverse_scheduler)
     for scheduler in inverses:
         scheduler.register_to_config(prediction_type=prediction)
     try:
@@ -394,9 +382,9 @@ def test_the_own_inverse_scheduler_follows_the_scheduler(ours):
     pipe = StableDiffusionDiffEditPipeline(
         **{**ours.components, "inverse_scheduler": None}, requires_safety_checker=False
     )
-    assert type(pipe._ready_inverse_scheduler()).__name__ == "DDIMInverseScheduler"
+    assert type(pipe._solver(inverse=True).scheduler).__name__ == "DDIMInverseScheduler"
     pipe.scheduler = mindiffedit.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
-    assert type(pipe._ready_inverse_scheduler()).__name__ == "DPMSolverMultistepInverseScheduler"
+    assert type(pipe._solver(inverse=True).scheduler).__name__ == "DPMSolverMultistepInverseScheduler"
     assert pipe.inverse_scheduler is None
 
 
@@ -506,7 +494,7 @@ def test_a_batch_size_of_the_unet_changes_nothing_but_the_calls(ours):
 
 
 def test_results_are_kept_only_while_picture_and_weights_are_the_same(ours):
-    pixels = ours._pixels(PICTURE, 1)
+    pixels = ours._limits.pixels(PICTURE)
     stages = ours._stages
     stages.forget()
     stages.calls.clear()
@@ -577,7 +565,7 @@ def test_half_precision_on_a_cpu_is_float32_with_one_warning(sd1_folder, caplog,
 
 
 def test_nan_is_reported_with_stage_and_step(ours, inverted, monkeypatch):
-    scheduler = ours._ready_scheduler()
+    scheduler = ours._solver().scheduler
     whole = scheduler.plan
 
     def broken(timesteps, eta):
@@ -588,7 +576,7 @@ def test_nan_is_reported_with_stage_and_step(ours, inverted, monkeypatch):
     monkeypatch.setattr(scheduler, "plan", broken, raising=False)
     with pytest.raises(options.NumericalError, match="edit, step 2"):
         ours(prompt=TARGET, mask_image=np.ones((8, 10)), image_latents=inverted, num_inference_steps=5)
-    monkeypatch.setattr(steps.Predictor, "stream", lambda self, latents, timestep: iter([latents * np.inf]))
+    monkeypatch.setattr(steps.Predictor, "stream", lambda self, latents, timestep: iter([latents * float("inf")]))
     with pytest.raises(options.NumericalError, match="mask noise prediction, step 0"):
         ours.generate_mask(
             PICTURE, source_prompt=SOURCE, target_prompt=TARGET, num_inference_steps=5, num_maps_per_mask=2

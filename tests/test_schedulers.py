@@ -20,7 +20,6 @@ import torch
 from mindspore import nn
 
 from mindiffedit.parity import reference
-from mindiffedit.preparation import as_its_own
 from mindiffedit.runtime import devices
 from mindiffedit.runtime.kernels import portable_kernels
 from mindiffedit.solvers import schedulers, schedules
@@ -30,7 +29,8 @@ from mindiffedit.solvers.schedulers import (
     DPMSolverMultistepInverseScheduler,
     DPMSolverMultistepScheduler,
 )
-from mindiffedit.stages import Stages
+from mindiffedit.solvers.solver import solver_of
+from mindiffedit.stages import Stages, host, tensor
 
 F32 = np.float32
 FORWARD = (DDIMScheduler, DPMSolverMultistepScheduler)
@@ -615,7 +615,8 @@ class Fused:
     def __call__(self, i, timestep, latents, previous_clean, output, noise):
         ones, zeros = np.ones((SHAPE[0], 1, *SHAPE[2:]), F32), np.zeros(SHAPE, F32)
         row = self.plan.coefficients[i]
-        return self._update(latents, previous_clean, output, 1.0, row, ones, zeros, noise)
+        values = (latents, previous_clean, output, 1.0, row, ones, zeros, noise)
+        return [host(value) for value in self._update(*map(tensor, values))]
 
 
 def relative(got, expected) -> float:
@@ -755,7 +756,7 @@ def mindones_step(scheduler, timestep, latents, output, noise=None, eta=0.0):
         extra["eta"] = eta
     with portable_kernels(), devices.eager():
         return scheduler.step(
-            ms.Tensor(output), as_its_own(scheduler, timestep), ms.Tensor(latents), **extra, return_dict=False
+            ms.Tensor(output), solver_of(scheduler)._own(timestep), ms.Tensor(latents), **extra, return_dict=False
         )[0].asnumpy()
 
 
@@ -814,7 +815,8 @@ def test_compiled_step_guides_and_blends(stages):
     mask = (rng.random((SHAPE[0], 1, *SHAPE[2:])) > 0.5).astype(F32)
     both_halves = np.concatenate([negative, positive])
     t, row = mine.exact_timesteps[1], plan.coefficients[1]
-    got = update(latents, latents * 0, both_halves, 7.5, row, mask, background, noise)[0]
+    values = (latents, latents * 0, both_halves, 7.5, row, mask, background, noise)
+    got = host(update(*map(tensor, values))[0])
     guided = negative + F32(7.5) * (positive - negative)
     with torch_rounds_correctly():
         inside = theirs.step(torch.from_numpy(guided), torch.tensor(t), torch.from_numpy(latents)).prev_sample.numpy()

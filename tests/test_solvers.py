@@ -113,14 +113,14 @@ def test_edits_of_every_checkpoint_as_it_is_loaded(ours, loaded, said):
 def test_the_spacing_of_a_checkpoint_without_an_inverse(ours, loaded, said):
     for given, taken in (("linspace", "leading"), ("leading", "leading"), ("trailing", "trailing")):
         put(ours, loaded("EulerDiscreteScheduler", timestep_spacing=given, prediction_type="v_prediction"))
-        inverse = ours._ready_inverse_scheduler()
+        inverse = ours._solver(inverse=True).scheduler
         for scheduler in (ours.scheduler, inverse):
             config = scheduler.config
             assert (config.timestep_spacing, config.prediction_type) == (taken, "v_prediction")
             assert config.clip_sample is False and config.steps_offset == 1
     # One that is set is kept.
     put(ours, DDIMScheduler(**SD, timestep_spacing="linspace"))
-    assert ours._ready_inverse_scheduler().config.timestep_spacing == "linspace"
+    assert ours._solver(inverse=True).scheduler.config.timestep_spacing == "linspace"
 
 
 def test_a_scheduler_that_cannot_be_made_gives_way_to_ddim(ours, tmp_path, said):
@@ -206,13 +206,13 @@ def test_the_inverse_of_linspace():
 
 def test_schedulers_that_do_not_belong_together_are_said(ours, loaded, said):
     put(ours, loaded("EulerDiscreteScheduler"), DDIMInverseScheduler(**SD))
-    ours._ready_inverse_scheduler()
+    ours._solver(inverse=True).scheduler
     assert any("not the inverse of EulerDiscreteScheduler" in notice for notice in said)
     said.clear()
     put(ours, DDIMScheduler(**SD, clip_sample=False), DDIMInverseScheduler(**SD))
-    ours._ready_inverse_scheduler()
+    ours._solver(inverse=True).scheduler
     put(ours, schedulers.DPMSolverMultistepScheduler(**SD), schedulers.DPMSolverMultistepInverseScheduler(**SD))
-    ours._ready_inverse_scheduler()
+    ours._solver(inverse=True).scheduler
     assert not said
 
 
@@ -324,7 +324,7 @@ def test_solvers_of_many_kinds_are_inverted(ours, loaded):
         put(ours, loaded("DPMSolverMultistepScheduler", **options))
         edited = ours.edit(PICTURE, SOURCE, TARGET, **EDIT).latents.asnumpy()
         assert np.isfinite(edited).all() and np.sqrt((edited**2).mean()) < 4, kind
-        assert type(ours._ready_inverse_scheduler()).__name__ == "DPMSolverMultistepInverseScheduler"
+        assert type(ours._solver(inverse=True).scheduler).__name__ == "DPMSolverMultistepInverseScheduler"
         assert chosen(ours, loaded("DPMSolverMultistepScheduler", **options)) == "dpm"
 
 

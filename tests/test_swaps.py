@@ -77,7 +77,7 @@ def test_a_scheduler_of_another_class_by_its_config(ours):
     try:
         ours.scheduler = mindiffedit.DPMSolverMultistepScheduler.from_config(before.config)
         inverted = ours.invert(SOURCE, PICTURE, num_inference_steps=5, generator=0).latents
-        assert type(ours._ready_inverse_scheduler()).__name__ == "DPMSolverMultistepInverseScheduler"
+        assert type(ours._solver(inverse=True).scheduler).__name__ == "DPMSolverMultistepInverseScheduler"
         assert ours.scheduler.config.beta_end == before.config.beta_end and inverted.shape[1] == 4
     finally:
         ours.scheduler = before

@@ -1,0 +1,94 @@
+"""What crosses between host and device while a loop runs."""
+
+import mindspore as ms
+import numpy as np
+import pytest
+from test_pipeline import PICTURE, SOURCE, TARGET, our_pipeline
+
+from mindiffedit import pipeline, stages
+
+
+@pytest.fixture(scope="module")
+def pipe(sd1_folder):
+    return our_pipeline(sd1_folder)
+
+
+@pytest.fixture
+def copies(monkeypatch):
+    """Names of copies, "up" and "down" with their sizes, and "unet" where the UNet is evaluated, in their order."""
+    events = []
+    make, bring, evaluate = ms.Tensor.__init__, ms.Tensor.asnumpy, stages.Predictor._evaluate
+
+    def up(self, *arguments, **options):
+        if arguments and not isinstance(arguments[0], ms.Tensor):
+            events.append(("up", np.size(arguments[0])))
+        make(self, *arguments, **options)
+
+    def down(self):
+        events.append(("down", self.size))
+        return bring(self)
+
+    def unet(*arguments):
+        events.append(("unet", 0))
+        return evaluate(*arguments)
+
+    def finite(latents):
+        events.append(("down", 1))  # the one number that the check brings
+        return stages.is_finite(latents)
+
+    monkeypatch.setattr(ms.Tensor, "__init__", up)
+    monkeypatch.setattr(ms.Tensor, "asnumpy", down)
+    monkeypatch.setattr(stages.Predictor, "_evaluate", unet)
+    monkeypatch.setattr(pipeline, "is_finite", finite)
+    return events
+
+
+def in_each_step(events):
+    """Copies between one evaluation of the UNet and the next."""
+    places = [i for i, (kind, _) in enumerate(events) if kind == "unet"]
+    return [events[a + 1 : b] for a, b in zip(places, places[1:])]
+
+
+def test_latents_stay_on_the_device(pipe, copies):
+    for scheduler in ("DDIMScheduler", "DPMSolverMultistepScheduler"):
+        pipe.scheduler = getattr(__import__("mindiffedit"), scheduler).from_config(pipe.scheduler.config)
+        schedule = dict(num_inference_steps=5, generator=0)
+        inverted = pipe.invert(SOURCE, PICTURE, guidance_scale=2.0, **schedule)
+        assert in_each_step(copies) == 3 * [[("down", 1)]], scheduler
+        copies.clear()
+        mask = np.ones((8, 10))
+        edit = dict(prompt=TARGET, mask_image=mask, image_latents=inverted.latents, negative_prompt=SOURCE, **schedule)
+        pipe(**edit, output_type="latent")
+        assert in_each_step(copies) == 3 * [[("down", 1)]], scheduler
+        copies.clear()
+        seen = []
+        pipe(**edit, output_type="latent", callback=lambda *step: seen.append(step))
+        assert in_each_step(copies) == 3 * [[("down", 1)]] and len(seen) == 4  # a callback gets tensors
+        copies.clear()
+
+
+def test_an_observer_costs_copies_and_changes_nothing(pipe, copies):
+    arguments = dict(prompt=SOURCE, image=PICTURE, num_inference_steps=5, generator=0)
+    plain = pipe.invert(**arguments).latents.asnumpy()
+    copies.clear()
+    with pipe.debugging(lambda stage, array, step: None):
+        watched = pipe.invert(**arguments).latents.asnumpy()
+    assert np.array_equal(plain, watched)
+    assert all(sum(kind == "down" for kind, _ in step) >= 3 for step in in_each_step(copies))
+
+
+def test_what_an_observer_returns_is_gone_on_with(pipe):
+    arguments = dict(prompt=SOURCE, image=PICTURE, num_inference_steps=5, guidance_scale=1.0, generator=0)
+
+    def run(observer):
+        pipe.observer = observer
+        try:
+            return pipe.invert(**arguments).latents.asnumpy()
+        finally:
+            pipe.observer = None
+
+    plain = run(None)
+    assert np.array_equal(run(lambda stage, array, step: None), plain)
+    for stage in ("predictions", "inverted_latents"):
+        changed = run(lambda name, array, step: array * 1.5 if (name, step) == (stage, 2) else array)  # noqa: B023
+        assert np.array_equal(changed[:, 2:], plain[:, 2:]) and not np.array_equal(changed[:, 1], plain[:, 1])
