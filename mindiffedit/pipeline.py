@@ -658,7 +658,7 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
         def advance(i, t, latents):
             nonlocal previous_clean
             predictions = predict(np.concatenate([latents, latents]) if is_guided else latents, t)
-            self._shows("predictions", predictions, i)
+            predictions = self._crosses("predictions", predictions, i)
             rest = (
                 guidance_scale,
                 plan.coefficients[i],
@@ -741,7 +741,7 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
             step = i
             model_input = self._scaled_input(scheduler, latents, t)
             doubled = np.concatenate([model_input] * 2) if is_guided else model_input
-            output = predict(doubled, t)
+            output = self._crosses("predictions", predict(doubled, t), i)
             if is_guided:
                 output = guided(output, np.float32(guidance_scale))
             if regularise is not None:
