@@ -211,7 +211,7 @@ def test_swapped_guidance_is_seen(bench, broken, monkeypatch):
         return np.roll(joined(self, *args, **kwargs), 1, axis=0)
 
     monkeypatch.setattr(type(pipe), "_joined_embeddings", swapped)
-    assert first_bad(bench, pipe, recorded) == "invert/inverted_latents"
+    assert first_bad(bench, pipe, recorded) == "invert/predictions"
 
 
 def test_guidance_turned_the_right_way_is_seen_in_the_mask(bench, broken):

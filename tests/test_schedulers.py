@@ -19,7 +19,7 @@ import pytest
 import torch
 from mindspore import nn
 
-from mindiffedit.parity import reference
+from mindiffedit.parity.formulas import ddim_row, rows_of
 from mindiffedit.runtime import devices
 from mindiffedit.runtime.kernels import portable_kernels
 from mindiffedit.solvers import schedulers, schedules
@@ -345,95 +345,6 @@ def test_noise_levels_of_runs_are_the_references(cls, betas, extra):
 # --- coefficients ------------------------------------------------------------------------------------------------
 
 
-class Formula:
-    """Takes a tensor's place in diffusers' ``step`` and remembers what it is multiplied with.
-
-    The text has a ``c`` for each number; the numbers come in the same order.
-    """
-
-    dtype, device = torch.float32, torch.device("cpu")
-
-    def __init__(self, text, numbers=()):
-        self.text, self.numbers = text, tuple(numbers)
-
-    def to(self, *args, **kwargs):
-        return self
-
-    def __rmul__(self, number):
-        return Formula("c*" + self.text, (float(number), *self.numbers))
-
-    def __truediv__(self, number):
-        return Formula(self.text + "/c", (*self.numbers, float(number)))
-
-    def __add__(self, other):
-        return Formula(f"({self.text}+{other.text})", self.numbers + other.numbers)
-
-    def __sub__(self, other):
-        return Formula(f"({self.text}-{other.text})", self.numbers + other.numbers)
-
-    def clamp(self, low, high):
-        return Formula(f"clamp({self.text},{low},{high})", self.numbers)
-
-
-# x: latents, e: model output, n: noise, m…: predicted clean samples.
-CLEAN = {"epsilon": "(x-c*e)/c", "v_prediction": "(c*x-c*e)", "sample": "e"}
-NOISE = {"epsilon": "e", "v_prediction": "(c*e+c*x)", "sample": "(x-c*e)/c"}
-
-
-def ddim_row(scheduler, timestep, eta, dtype=F32):
-    """The plan's five numbers as diffusers' DDIM ``step`` uses them; its formula has to be the expected one."""
-    kind, config = scheduler.config.prediction_type, scheduler.config
-    noise = {} if is_inverse(scheduler) else dict(eta=eta, variance_noise=Formula("n"))
-    result = scheduler.step(Formula("e"), int(timestep), Formula("x"), **noise).prev_sample
-    clean, numbers, row = CLEAN[kind], list(result.numbers), np.zeros(5, dtype)
-    if config.clip_sample:
-        clean = f"clamp({clean},{-config.clip_sample_range},{config.clip_sample_range})"
-    text = f"(c*{clean}+c*{NOISE[kind]})"
-    if eta > 0:
-        text = f"({text}+c*n)"
-        row[4] = numbers.pop()
-    assert result.text == text
-    if kind == "v_prediction":
-        assert numbers[4:] == numbers[1:3]
-    order = {"epsilon": [2, 1, 0, 3], "v_prediction": [2, 0, 1, 3], "sample": [2, 3, 0, 1]}[kind]
-    row[order] = numbers[:4]
-    return row
-
-
-def dpm_rows(scheduler, timesteps, dtype=F32):
-    """The same for a whole run of the multistep solver; 0 where its formula has no such number."""
-    rows, convert = np.zeros((len(timesteps), 5), dtype), type(scheduler).convert_model_output
-    for i, t in enumerate(timesteps):
-        made = []
-
-        def watched(output, sample):
-            made.append(convert(scheduler, output, sample=sample))
-            return Formula(f"m{i}")
-
-        with mock.patch.object(scheduler, "convert_model_output", watched):
-            result = scheduler.step(Formula("e"), torch.tensor(int(t)), Formula("x")).prev_sample
-        kind = scheduler.config.prediction_type
-        assert made[0].text == CLEAN[kind]
-        if kind != "sample":
-            rows[i, [1, 0] if kind == "epsilon" else [0, 1]] = made[0].numbers
-        numbers = np.array(result.numbers, dtype)
-        rows[i, 2], rows[i, 3] = numbers[0], -numbers[1]
-        first, second = f"(c*x-c*m{i})", f"c*c*(m{i}-m{i - 1})"
-        if result.text == f"({first}-{second})":
-            rows[i, 4] = -(numbers[2] * numbers[3])
-        elif result.text == f"({first}+{second})":
-            rows[i, 4] = numbers[2] * numbers[3]
-        else:
-            assert result.text == first
-    return rows
-
-
-def rows_of(scheduler, timesteps, eta=0.0, dtype=F32):
-    if is_ddim(scheduler):
-        return np.stack([ddim_row(scheduler, t, eta, dtype) for t in timesteps])
-    return dpm_rows(scheduler, timesteps, dtype)
-
-
 def attempt(function):
     """A result, or the kind of index error that a schedule beyond its noise table is on both sides."""
     try:
@@ -571,18 +482,6 @@ def test_coefficients_of_all_combinations_are_the_references(cls, spacing, betas
     for options in more:
         check_coefficients(cls, {**base, **options}, (1, 2, 5, 14, 15, 20), [1.0, 0.5], [0.0, 0.3, 1.0])
     check_coefficients(cls, {**base, **more[0]}, (50, 999, 1000), [1.0, 0.8], [0.0])
-
-
-@pytest.mark.parametrize("cls, options", configurations(names=("sd", "heun", "v", "clip")))
-def test_the_parity_harness_knows_the_same_coefficients(cls, options):
-    """``parity.reference`` writes the formulas down once more; to the last bits they are diffusers'."""
-    mine, theirs = both(cls, options, 20)
-    for eta in (0.0, 0.3) if cls is DDIMScheduler else (0.0,):
-        rows = reference.coefficients(theirs, theirs.timesteps, eta)
-        own = rows_of(theirs, theirs.timesteps, eta)
-        if is_ddim(cls):
-            assert np.array_equal(rows, own)
-        np.testing.assert_allclose(plan_of(mine, mine.exact_timesteps, eta).coefficients, rows, rtol=0, atol=3e-6)
 
 
 # --- the fused step ----------------------------------------------------------------------------------------------

@@ -24,8 +24,10 @@ __all__ = [
     "CORRECTED_DEFAULTS",
     "CORRECTIONS",
     "DEFAULTS",
+    "FAILED",
     "MASK_FIELDS",
     "MASK_NUMBERS",
+    "OK",
     "SCHEDULERS",
     "build_parser",
     "defaults_of",
@@ -36,7 +38,7 @@ __all__ = [
     "told",
 ]
 
-BAD_INPUT = 2  # exit code
+OK, FAILED, BAD_INPUT = 0, 1, 2  # exit codes
 _LONGEST_PART = 150  # characters from either end of what argparse says
 
 # The reference's defaults. Those of the demo model are in `demo.SETTINGS`, for `edit()` in `demo.EDIT_SETTINGS`.
@@ -503,8 +505,8 @@ def _add_parity(commands) -> None:
         action="store_true",
         help="give each stage the reference's input, so that no stage's error reaches another",
     )
-    check.add_argument("--report", metavar="FILE", help="also write the result (.md, .json or .html)")
-    check.add_argument("--save-diff", metavar="DIR", help="also write heat maps of the worst tensors")
+    check.add_argument("--report", metavar="FILE", help="also write the result (.md or .json)")
+    check.add_argument("--save-diff", metavar="DIR", help="also draw the worst tensors, in grey")
     _add_device(check)
     _add_case(check, needed=False)
     _add_printing(check)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
 import json
 import logging
 import sys
@@ -22,8 +21,18 @@ from typing import Any
 import numpy as np
 
 from mindiffedit import __version__, demo, masks
-from mindiffedit.cli import jobs, runs, sweeps
-from mindiffedit.cli.arguments import BAD_INPUT, MASK_FIELDS, MASK_NUMBERS, build_parser, on_one_line, printable, told
+from mindiffedit.cli import jobs, parity, runs, sweeps
+from mindiffedit.cli.arguments import (
+    BAD_INPUT,
+    FAILED,
+    MASK_FIELDS,
+    MASK_NUMBERS,
+    OK,
+    build_parser,
+    on_one_line,
+    printable,
+    told,
+)
 from mindiffedit.cli.jobs import Job
 from mindiffedit.cli.latents_file import write_latents
 from mindiffedit.cli.runs import Edited
@@ -31,7 +40,7 @@ from mindiffedit.errors import LONGEST_TEXT, InputError, InputTypeError, cut
 from mindiffedit.images import pictures, strips
 from mindiffedit.options import NumericalError
 
-OK, FAILED, INTERRUPTED = 0, 1, 130
+INTERRUPTED = 130
 
 # Frames of --strip for each way, about: every frame takes two decodings.
 STRIP_FRAMES = 20
@@ -296,19 +305,13 @@ def _invert(args):
     return f"{args.output}: latents {' x '.join(map(str, latents.shape))}, {_took(job)}", result
 
 
-def _parity(args):
-    # Imported when asked for: it imports this module.
-    command = importlib.import_module("mindiffedit.cli.parity")
-    return command.record(args) if args.command == "parity record" else command.check(args)
-
-
 _COMMANDS = {
     "edit": _edit,
     "mask": _mask,
     "invert": _invert,
     "demo": _demo,
-    "parity record": _parity,
-    "parity check": _parity,
+    "parity record": parity.record,
+    "parity check": parity.check,
 }
 
 

@@ -24,8 +24,7 @@ import PIL.Image
 from mindiffedit import __version__, demo, options
 from mindiffedit.checkpoints import survey
 from mindiffedit.cli import jobs
-from mindiffedit.cli.arguments import CASE_DEFAULTS, CASE_OPTIONS, SCHEDULERS, defaults_of, option
-from mindiffedit.cli.command import FAILED, OK
+from mindiffedit.cli.arguments import CASE_DEFAULTS, CASE_OPTIONS, FAILED, OK, SCHEDULERS, defaults_of, option
 from mindiffedit.errors import InputError
 from mindiffedit.images import pictures
 from mindiffedit.noise.generator import check_seed
@@ -33,9 +32,7 @@ from mindiffedit.parity import golden, metrics, report, tolerances
 from mindiffedit.parity.case import Case
 from mindiffedit.runtime import devices
 
-PICTURE = "input/picture"
-"""The pictures at the size that the models work at, uint8 (N, H, W, 3)."""
-
+_NEGATIVES = ("negative", "invert_negative", "source_negative", "target_negative")
 _PACKAGES = ("torch", "diffusers", "mindspore", "mindone", "transformers", "numpy", "safetensors")
 
 
@@ -53,7 +50,7 @@ def record(args: Namespace):
             dtype=settings["dtype"],
         )
     folder = _folder(args.model)
-    if folder.resolve() in Path(args.output).resolve().parent.parents:
+    if folder.resolve() in Path(args.output).resolve().parents:
         raise InputError(
             "{output} is among the files of the model {folder}; give a name outside of it.",
             output=args.output,
@@ -71,11 +68,10 @@ def record(args: Namespace):
             from mindiffedit.parity import floors, reference
         except (ImportError, AttributeError) as error:  # the latter where diffusers is another release
             absent = isinstance(error, ModuleNotFoundError)
-            why = f"{error.name} is not installed" if absent else f"it cannot be imported ({error})"
             raise InputError(
                 "recording runs the PyTorch reference, but {why}: pip install 'mindiffedit[parity]', in an "
                 "environment of its own if you like.",
-                why=why,
+                why=f"{error.name} is not installed" if absent else f"it cannot be imported ({error})",
             ) from error
         weights = golden.hash_files(folder)
         pipe = reference.load(folder, case, getattr(torch, settings["dtype"]))
@@ -94,59 +90,47 @@ def record(args: Namespace):
         "weights": weights,
         "versions": _versions(),
         "platform": _platform(),
-        "recorded": time.strftime("%Y-%m-%d", time.gmtime()),
+        "recorded": _today(),
         "mended": _mended(case),
     }
-    stored = {PICTURE: np.stack([np.asarray(image) for image in images]), **trace}
+    stored = {f"{golden.INPUTS}picture": np.stack([np.asarray(image) for image in images]), **trace}
     golden.write_golden(args.output, stored, manifest)
-    seconds, size = round(time.perf_counter() - started, 1), Path(args.output).stat().st_size
     result = {
         "command": args.command,
         "output": str(args.output),
         "stages": len(trace),
-        "bytes": size,
+        "bytes": Path(args.output).stat().st_size,
         "model": str(folder),
         "arguments": settings,
-        "seconds": seconds,
+        "seconds": round(time.perf_counter() - started, 1),
     }
-    return f"{args.output}: {len(trace)} stages, {size / 1e6:.1f} MB, {seconds:.1f} s", result
+    line = "{output}: {stages} stages, {megabytes:.1f} MB, {seconds:.1f} s"
+    return line.format(**result, megabytes=result["bytes"] / 1e6), result
 
 
 def _settings(args: Namespace) -> dict[str, Any]:
     """Every option of the case with its value, checked as far as that goes without a model."""
     defaults = {**defaults_of(args.command, True, args.model == "demo"), **CASE_DEFAULTS}
-    settings: dict[str, Any] = {}
-    for name in CASE_OPTIONS:
-        given = getattr(args, name)
-        settings[name] = defaults.get(name) if given is None else given
+    settings = {name: getattr(args, name) for name in CASE_OPTIONS}
+    settings = {name: defaults.get(name) if value is None else value for name, value in settings.items()}
     if settings["invert_guidance"] is None:
         settings["invert_guidance"] = settings["guidance"]
     settings["seed"] = settings["seed"] or [0]
-    _check_numbers(settings)
-    _check_texts(settings)
-    _check_seeds(settings)
-    return settings
-
-
-def _check_numbers(settings: dict[str, Any]) -> None:
     jobs.check_numbers(settings)
     options.effective_steps(settings["steps"], settings["strength"], "--strength")
     options.effective_steps(settings["steps"], settings["mask_strength"], "--mask-strength")
     options.check_steps(settings["images_per_prompt"], "--images-per-prompt", jobs.MAX_SAMPLES)
     # What is said of parameters of the calls, `cli` says of the options that they are given by.
     options.check_eta(settings["eta"])
-    options.check_regularisation(
-        settings["lambda_auto_corr"],
-        settings["lambda_kl"],
-        settings["reg_steps"],
-        settings["auto_corr_rolls"],
-    )
+    regularisation = ("lambda_auto_corr", "lambda_kl", "reg_steps", "auto_corr_rolls")
+    options.check_regularisation(*(settings[name] for name in regularisation))
     if settings["solver_order"] not in (None, 1, 2):
         raise InputError(
-            "{parameter} has to be 1 or 2, but is {order!r}.",
-            "--solver-order",
-            order=settings["solver_order"],
+            "{parameter} has to be 1 or 2, but is {order!r}.", "--solver-order", order=settings["solver_order"]
         )
+    _check_texts(settings)
+    _check_seeds(settings)
+    return settings
 
 
 def _check_with_model(settings: dict[str, Any], configs, folder: Path) -> None:
@@ -172,9 +156,12 @@ def _check_with_model(settings: dict[str, Any], configs, folder: Path) -> None:
 
 
 def _check_texts(settings: dict[str, Any]) -> None:
-    for name in ("source", "target", "negative", "invert_negative", "source_negative", "target_negative"):
+    for name in ("source", "target", *_NEGATIVES):
         for text in settings[name] or ():
-            _check_text(text, name)
+            if name in ("source", "target") and not text.strip():
+                raise InputError("{parameter} is empty; give a short description of the picture.", option(name))
+            if text.encode("utf-8", "replace").decode("utf-8") != text:
+                raise InputError("{parameter} is not valid UTF-8 text; check the terminal's encoding.", option(name))
     batch = len(settings["source"])
     if len(settings["target"]) != batch:
         raise InputError(
@@ -182,30 +169,18 @@ def _check_texts(settings: dict[str, Any]) -> None:
             batch=batch,
             count=len(settings["target"]),
         )
-    if len(settings["image"]) not in (1, batch):
-        raise InputError(
-            "{count} pictures were given for {prompts}; give one for each prompt, or one.",
-            count=len(settings["image"]),
-            prompts=_prompts(batch),
-        )
-    for name in ("negative", "invert_negative", "source_negative", "target_negative"):
-        texts = settings[name]
-        if texts is not None and len(texts) != batch:
+    for name in ("image", *_NEGATIVES):
+        values = settings[name]
+        if values is not None and len(values) != batch and not (name == "image" and len(values) == 1):
             raise InputError(
-                "{count} {parameter} were given for {prompts}; give one for each.",
+                "{count} {parameter} were given for {prompts}; give one for each{more}.",
                 parameter=option(name),
-                count=len(texts),
+                count=len(values),
                 prompts=_prompts(batch),
+                more=", or one for all" if name == "image" else "",
             )
     if settings["source"] == settings["target"]:
         raise InputError("--source and --target are the same text: there is nothing to change.")
-
-
-def _check_text(text: str, name: str) -> None:
-    if name in ("source", "target") and not text.strip():
-        raise InputError("{parameter} is empty; give a short description of the picture.", option(name))
-    if text.encode("utf-8", "replace").decode("utf-8") != text:
-        raise InputError("{parameter} is not valid UTF-8 text; check the terminal's encoding.", parameter=option(name))
 
 
 def _prompts(count: int) -> str:
@@ -263,80 +238,72 @@ def _fitted(args: Namespace, settings: dict[str, Any], configs) -> list[PIL.Imag
     return fitted
 
 
+# Parameters of the three calls, each with the option that it comes from.
+_CALLS = {
+    "mask": {
+        "target_prompt": "target",
+        "source_prompt": "source",
+        "target_negative_prompt": "target_negative",
+        "source_negative_prompt": "source_negative",
+        "num_maps_per_mask": "maps",
+        "mask_encode_strength": "mask_strength",
+        "mask_thresholding_ratio": "mask_threshold",
+        "num_inference_steps": "steps",
+        "guidance_scale": "guidance",
+    },
+    "invert": {
+        "prompt": "source",
+        "negative_prompt": "invert_negative",
+        "num_inference_steps": "steps",
+        "inpaint_strength": "strength",
+        "guidance_scale": "invert_guidance",
+        "decode_latents": "decode_latents",
+        "num_reg_steps": "reg_steps",
+        "lambda_auto_corr": "lambda_auto_corr",
+        "lambda_kl": "lambda_kl",
+        "num_auto_corr_rolls": "auto_corr_rolls",
+    },
+    "edit": {
+        "prompt": "target",
+        "negative_prompt": "negative",
+        "num_inference_steps": "steps",
+        "inpaint_strength": "strength",
+        "guidance_scale": "guidance",
+        "num_images_per_prompt": "images_per_prompt",
+        "eta": "eta",
+        "clip_skip": "clip_skip",
+    },
+}
+
+
 def _case(settings: dict[str, Any], images: list[PIL.Image.Image], folder: Path) -> Case:
     """The calls as `mindiffedit edit` makes them, with the options that only `parity` has."""
-    if settings["scheduler"] is None:
-        settings["scheduler"] = _own_scheduler(folder)
-    if settings["solver_order"] is not None and settings["scheduler"] != "dpm":
+    if settings["scheduler"] is None:  # the model's own where the command line has a name for it
+        own = survey.scheduler_class(folder)
+        settings["scheduler"] = next((name for name, (forward, _) in SCHEDULERS.items() if forward == own), "ddim")
+    order = settings["solver_order"]
+    if order is not None and settings["scheduler"] != "dpm":
         raise InputError(
             "{parameter} is an option of --scheduler dpm, but the scheduler is {scheduler}.",
             parameter="--solver-order",
             scheduler=settings["scheduler"],
         )
-    order = settings["solver_order"]
-    alone = len(settings["source"]) == 1
-
-    def texts(name):
-        value = settings[name]
-        return value[0] if alone and value is not None else value
-
-    steps = settings["steps"]
-    mask = dict(
-        target_prompt=texts("target"),
-        source_prompt=texts("source"),
-        target_negative_prompt=texts("target_negative"),
-        source_negative_prompt=texts("source_negative"),
-        num_maps_per_mask=settings["maps"],
-        mask_encode_strength=settings["mask_strength"],
-        mask_thresholding_ratio=settings["mask_threshold"],
-        num_inference_steps=steps,
-        guidance_scale=settings["guidance"],
-    )
-    invert = dict(
-        prompt=texts("source"),
-        negative_prompt=texts("invert_negative"),
-        num_inference_steps=steps,
-        inpaint_strength=settings["strength"],
-        guidance_scale=settings["invert_guidance"],
-        decode_latents=settings["decode_latents"],
-        num_reg_steps=settings["reg_steps"],
-        lambda_auto_corr=settings["lambda_auto_corr"],
-        lambda_kl=settings["lambda_kl"],
-        num_auto_corr_rolls=settings["auto_corr_rolls"],
-    )
-    edit = dict(
-        prompt=texts("target"),
-        negative_prompt=texts("source" if settings["negative"] is None else "negative"),
-        num_inference_steps=steps,
-        inpaint_strength=settings["strength"],
-        guidance_scale=settings["guidance"],
-        num_images_per_prompt=settings["images_per_prompt"],
-        eta=settings["eta"],
-        clip_skip=settings["clip_skip"],
-    )
-    seeds = settings["seed"]
-    one = seeds[0] if settings["mask_seed"] is None else None
-    copies = settings["images_per_prompt"]
-    edit_seeds = [seed for seed in seeds for _ in range(copies)]
+    values = {**settings, "negative": settings["source"] if settings["negative"] is None else settings["negative"]}
+    if len(settings["source"]) == 1:
+        values = _alone(values)
+    calls = {call: {name: values[given] for name, given in names.items()} for call, names in _CALLS.items()}
+    seeds = dict.fromkeys(_CALLS, settings["seed"][0])
+    if settings["mask_seed"] is not None:
+        copies = settings["images_per_prompt"]
+        seeds = {"mask": settings["mask_seed"], "invert": settings["seed"]}
+        seeds["edit"] = [seed for seed in settings["seed"] for _ in range(copies)]
     return Case(
         image=images if len(images) > 1 else images[0],
-        mask=mask,
-        invert=invert,
-        edit=edit,
-        seeds={
-            "mask": settings["mask_seed"] if one is None else one,
-            "invert": seeds if one is None else one,
-            "edit": edit_seeds if one is None else one,
-        },
+        **calls,
+        seeds=seeds,
         scheduler=SCHEDULERS[settings["scheduler"]][0],
         scheduler_options={} if order is None else {"solver_order": order},
     )
-
-
-def _own_scheduler(folder: Path) -> str:
-    """The model's own solver where the command line has a name for it, else ddim."""
-    own = survey.scheduler_class(folder)
-    return next((name for name, (forward, _) in SCHEDULERS.items() if forward == own), "ddim")
 
 
 def _mended(case: Case) -> list[str]:
@@ -352,16 +319,7 @@ def _mended(case: Case) -> list[str]:
 def check(args: Namespace):
     """Replays a golden file; returns (table and verdict, result, exit code)."""
     jobs.check_names(args)
-    if args.report is not None:
-        report.check_report_path(args.report)
-        if os.path.realpath(args.report) == os.path.realpath(args.golden):
-            raise InputError(
-                "{parameter} would overwrite the golden file {golden}; give another name.",
-                parameter="--report",
-                golden=args.golden,
-            )
-    if args.save_diff is not None:
-        _check_output_folder(Path(args.save_diff))
+    _check_outputs(args)
     recording = golden.read_golden(args.golden)
     manifest = recording.manifest
     settings, case, floors = _recorded(args.golden, recording)
@@ -398,7 +356,11 @@ def check(args: Namespace):
             # Not bad input: the recorded run has none of it. What is missing from here on is out of tolerance.
             ended, ours = str(error), error.trace
             _say(args, f"the replay ended early: {ended}")
-    comparisons = metrics.compare_traces(ours, recording.trace, limits)
+    # Of recordings from before the UNet's outputs were among the stages, the others are compared.
+    unknown = {f"{call}/predictions" for call in _CALLS} - set(recording.trace)
+    comparisons = metrics.compare_traces(
+        {name: array for name, array in ours.items() if name not in unknown}, recording.trace, limits
+    )
     context = {
         "golden file": str(args.golden),
         "recorded": f"{manifest['recorded']} with {_said(manifest['versions'], ('torch', 'diffusers'))}",
@@ -412,44 +374,53 @@ def check(args: Namespace):
         "tolerances": "multiples of the recorded floors" if floors else "the table's, no floors recorded",
         "versions": _said(_versions(), ("mindspore", "mindone", "numpy")),
         "platform": _platform()["system"],
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "date": _today(),
         "seconds": round(time.perf_counter() - started, 1),
     }
     if ended is not None:
         context["ended early"] = ended
     if args.report is not None:
         report.write_report(args.report, comparisons, context)
-    drawn = []
+    drawings = []
     if args.save_diff is not None:
-        drawn = [str(path) for path in report.save_diff(args.save_diff, comparisons, ours, recording.trace)]
-    ok = metrics.passed(comparisons)
+        drawings = [str(path) for path in report.save_diff(args.save_diff, comparisons, ours, recording.trace)]
     result = {
         "command": args.command,
         "golden": str(args.golden),
-        "ok": ok,
+        "ok": metrics.passed(comparisons),
         "verdict": report.verdict(comparisons),
         "report": args.report,
-        "heat_maps": drawn,
+        "heat_maps": drawings,
         **{name: context[name] for name in ("model", "device", "mode", "dtype", "seconds")},
         "isolated": args.isolate,
         "ended_early": ended,
         "stages": report.as_plain(comparisons),
     }
-    line = f"{report.table_text(comparisons)}\n{report.verdict(comparisons)}"
-    return line, result, OK if ok else FAILED
+    line = f"{report.table_text(comparisons)}\n{result['verdict']}"
+    return line, result, OK if result["ok"] else FAILED
 
 
-def _check_output_folder(folder: Path) -> None:
-    """Whether there is, or can be, a folder of --save-diff."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise InputError(
-            "{parameter} {folder}: {there} is a file; give the name of a folder.",
-            parameter="--save-diff",
-            folder=folder,
-            there=there,
-        )
-    pictures.check_writable(there, f"--save-diff {folder}")
+def _check_outputs(args: Namespace) -> None:
+    """Whether the report and the pictures can be written."""
+    if args.report is not None:
+        report.check_report_path(args.report)
+        if os.path.realpath(args.report) == os.path.realpath(args.golden):
+            raise InputError(
+                "{parameter} would overwrite the golden file {golden}; give another name.",
+                parameter="--report",
+                golden=args.golden,
+            )
+    if args.save_diff is not None:
+        folder = Path(args.save_diff)
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not there.is_dir():
+            raise InputError(
+                "{parameter} {folder}: {there} is a file; give the name of a folder.",
+                parameter="--save-diff",
+                folder=folder,
+                there=there,
+            )
+        pictures.check_writable(there, f"--save-diff {folder}")
 
 
 def _alone(given: dict[str, Any]) -> dict[str, Any]:
@@ -471,20 +442,16 @@ def _recorded(path, recording: golden.Golden):
     """Arguments, case and floors of a golden file; one that lacks any was not made by `parity record`."""
     manifest = recording.manifest
     try:
-        settings, floors = manifest["arguments"], manifest["floors"]
-        stored = recording.inputs["picture"]
-        images = [PIL.Image.fromarray(pixels) for pixels in stored]
+        settings = {name: manifest["arguments"][name] for name in CASE_OPTIONS}
+        images = [PIL.Image.fromarray(pixels) for pixels in recording.inputs["picture"]]
         case = Case(image=images if len(images) > 1 else images[0], **manifest["calls"])
-        known = all(name in settings for name in CASE_OPTIONS) and {"weights", "versions", "recorded"} <= set(manifest)
-        if not known or case.scheduler not in [forward for forward, _ in SCHEDULERS.values()]:
-            raise KeyError("an option")
-    except (KeyError, TypeError, AttributeError) as error:
+        return settings, case, manifest["floors"]
+    except (KeyError, TypeError) as error:
         raise InputError(
             "{path} does not say all that a replay needs ({error}); record it anew with `mindiffedit parity record`.",
             path=path,
             error=error,
         ) from error
-    return settings, case, floors
 
 
 def _check_pictures(args, settings, configs, recording: golden.Golden) -> None:
@@ -506,12 +473,16 @@ def _say(args: Namespace, text: str) -> None:
         print(f"note: {text}", file=sys.stderr)
 
 
-def _versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {"mindiffedit": __version__, "python": platform.python_version()}
+def _today() -> str:
+    return time.strftime("%Y-%m-%d", time.gmtime())
+
+
+def _versions() -> dict[str, str]:
+    versions = {"mindiffedit": __version__, "python": platform.python_version()}
     for package in _PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found
+            versions[package] = metadata.version(package)
+    return versions
 
 
 def _platform() -> dict[str, str]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Union
+from typing import Any
 
 import numpy as np
 
-Seeds = Union[int, list[int]]
+Seeds = int | list[int]
 
 CALLS = ("mask", "invert", "edit")
 """``generate_mask``, ``invert`` and the pipeline's ``__call__``, in the order in which they are run."""

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mindiffedit.parity import reference
+from mindiffedit.parity import reference, tolerances
 from mindiffedit.parity.case import Case
 
 NOISE = ("posterior_noise", "noise", "step_noise")
@@ -45,7 +45,7 @@ def _figures(trace, exact, kind: str) -> dict[str, Any]:
     for name, value in trace.items():
         if value.dtype.kind != "f" or name.partition("/")[2] in (*NOISE, "coefficients", "timesteps"):
             continue
-        if name.endswith(("inverted_latents", "edited_latents", "clean_predictions")):
+        if tolerances.for_stage(name).stacked:
             steps = [_figure(*pair) for pair in zip(value, exact[name])]
             found[name] = max(steps) if kind == "isolated" else np.maximum.accumulate(steps).tolist()
         else:

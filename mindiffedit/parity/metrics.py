@@ -1,14 +1,15 @@
 """How far one tensor is from its reference, and whether that is near enough.
 
 A *trace* is an ordered dict of arrays, name -> array, in the order in which the stages run; a name is
-"<call>/<stage>", such as "invert/inverted_latents". Everything is computed in float64, scaled so that squares
-neither overflow nor vanish. What cannot be compared (NaN, another shape, a missing stage) is out of
-tolerance, never left out: a comparison passes only where a number was found to be small enough.
+"<call>/<stage>", such as "invert/inverted_latents". Everything is computed in float64. What cannot be compared (NaN,
+another shape, a missing stage) is out of tolerance, never left out: a comparison passes only where a number was found
+to be small enough.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -26,13 +27,13 @@ KINDS = {
 }
 
 # Where more than this share of a mask's pixels is excepted, the rest says nothing about the mask.
-MOST_EXCEPTED = 0.25
+MAX_EXCEPTED = 0.25
 
 _FAMILIES = {"f": "floating-point numbers", "i": "integers", "u": "integers", "b": "booleans"}
 
 __all__ = [
     "KINDS",
-    "MOST_EXCEPTED",
+    "MAX_EXCEPTED",
     "Comparison",
     "Limit",
     "compare",
@@ -137,7 +138,7 @@ def compare(
         stacked: the first axis counts steps. Each step is compared by itself, with its own rms.
         reference_map, clamp_magnitude: for kind "mask", the reference's map (shape of the mask) and the value it is
             clamped at, one number. The mask is clip(map, 0, magnitude) / magnitude > 0.5, so the threshold on the map
-            is magnitude / 2. Without them no pixel is excepted.
+            is magnitude / 2. Without either no pixel is excepted.
 
     Returns:
         The comparison. Out of tolerance, with a reason, is also what cannot be compared: a missing or empty side, NaN
@@ -148,41 +149,25 @@ def compare(
     """
     if kind not in KINDS:
         raise InputError(
-            "{parameter} has to be one of {known}, but is {given!r}.",
-            parameter="kind",
-            known=", ".join(KINDS),
-            given=kind,
+            "{parameter} has to be one of {known}, but is {kind!r}.", "kind", known=", ".join(KINDS), kind=kind
         )
-    ours = None if ours is None else np.asarray(ours)
-    theirs = None if theirs is None else np.asarray(theirs)
-    problem = _problem_of_arrays(ours, theirs, kind, stacked)
-    if problem is None:
-        problem = _problem_of_tolerance(tolerance, len(theirs) if stacked else None)
+    ours, theirs = (None if side is None else np.asarray(side) for side in (ours, theirs))
+    allowed = np.asarray(tolerance, np.float64)
+    problem = _problem(ours, theirs, kind, stacked, allowed)
     if problem is not None:
         present = theirs if theirs is not None else ours
-        return _failed(name, kind, () if present is None else present.shape, problem, tolerance)
+        nan, shape = math.nan, () if present is None else present.shape
+        return Comparison(name, kind, shape, nan, nan, nan, nan, float(allowed.max()), False, problem)
     if stacked:
-        allowed = np.broadcast_to(np.asarray(tolerance, np.float64), (len(theirs),))
-        return _compare_steps(name, kind, ours, theirs, allowed)
+        return _compare_steps(name, kind, ours, theirs, np.broadcast_to(allowed, (len(theirs),)))
     excepted, problem = None, None
-    if kind == "mask" and (reference_map is not None or clamp_magnitude is not None):
-        excepted, problem = _excepted(reference_map, clamp_magnitude, float(tolerance), theirs.shape)
-    if problem is not None:
-        return _failed(name, kind, theirs.shape, problem, tolerance)
-    return _compare_whole(name, kind, ours, theirs, float(tolerance), excepted)
+    if kind == "mask" and not (reference_map is None and clamp_magnitude is None):
+        excepted, problem = _excepted(reference_map, clamp_magnitude, float(allowed), theirs.shape)
+    whole = _compare_whole(name, kind, ours, theirs, float(allowed), excepted)
+    return whole if problem is None else replace(whole, ok=False, reason=problem)
 
 
-def _failed(name, kind, shape, reason: str, tolerance=math.nan) -> Comparison:
-    """Out of tolerance because nothing could be computed."""
-    try:
-        allowed = float(np.max(np.asarray(tolerance, np.float64)))
-    except (TypeError, ValueError):
-        allowed = math.nan
-    nan = math.nan
-    return Comparison(name, kind, tuple(shape), nan, nan, nan, nan, allowed, False, reason)
-
-
-def _problem_of_arrays(ours, theirs, kind: str, stacked: bool) -> str | None:
+def _problem(ours, theirs, kind: str, stacked: bool, allowed: np.ndarray) -> str | None:
     """Why two arrays cannot be compared value by value, or None."""
     if theirs is None:
         return "the reference does not have this stage"
@@ -202,20 +187,10 @@ def _problem_of_arrays(ours, theirs, kind: str, stacked: bool) -> str | None:
         return "the stage should be stacked by step, but is a single number"
     if kind == "levels" and theirs.dtype.kind not in "iu":
         return f"levels of a picture have to be integers, but are {theirs.dtype}"
-    return None
-
-
-def _problem_of_tolerance(tolerance, steps: int | None) -> str | None:
-    try:
-        values = np.asarray(tolerance, np.float64)
-    except (TypeError, ValueError):
-        return f"the tolerance is {tolerance!r}, expected a number"
-    if values.ndim and (steps is None or values.shape != (steps,)):
-        expected = "one number" if steps is None else f"one number, or one for each of {steps} steps"
-        return f"the tolerance has shape {values.shape}, expected {expected}"
-    bad = ~(np.isfinite(values) & (values >= 0))
-    if bad.any():
-        return f"the tolerance is {values[bad].flat[0]:g}, expected a finite number of at least 0"
+    if allowed.shape not in ((), (len(theirs),) if stacked else ()):
+        return f"the tolerance has shape {allowed.shape}, expected one number{' (or one for each step)' * stacked}"
+    if not (np.isfinite(allowed) & (allowed >= 0)).all():
+        return f"the tolerance is {allowed}, expected a finite number of at least 0"
     return None
 
 
@@ -225,71 +200,53 @@ def _compare_steps(name: str, kind: str, ours, theirs, allowed) -> Comparison:
     bad = [i for i, one in enumerate(every) if not one.ok]
     # Where nothing differs at all, the last step speaks for the stage.
     step = bad[0] if bad else max(range(len(every)), key=lambda i: (every[i].excess, i))
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
     for one in every:
-        for what, number in one.counts.items():
-            counts[what] = counts.get(what, 0) + number
-    return replace(
-        every[step],
-        shape=theirs.shape,
-        step=step,
-        steps=len(every),
-        counts=counts,
-        by_step=tuple(one.measure for one in every),
-    )
+        counts.update(one.counts)
+    by_step = tuple(one.measure for one in every)
+    return replace(every[step], shape=theirs.shape, step=step, steps=len(every), counts=dict(counts), by_step=by_step)
 
 
 def _compare_whole(name: str, kind: str, ours, theirs, allowed: float, excepted) -> Comparison:
     """Compare two arrays that fit together; `excepted` marks pixels of a mask that may differ, or is None."""
-    numbers = _numbers(ours, theirs)
     counts: dict[str, int] = {}
-    reason = _not_finite(ours, theirs)
     if kind in ("exact", "levels", "mask"):
         differs = ours != theirs
         counts = {"differing": int(np.count_nonzero(differs)), "total": int(theirs.size)}
-    if kind == "mask" and excepted is not None:
-        counts["excepted"] = int(np.count_nonzero(excepted))
-        counts["excepted_differing"] = int(np.count_nonzero(differs & excepted))
-    done = Comparison(name, kind, theirs.shape, *numbers, tolerance=allowed, ok=True, counts=counts)
-    if reason is None and kind == "mask":
-        reason = _problem_of_mask(ours, theirs, counts)
-    if reason is None:
-        reason = _beyond(done, ours, theirs)
-    return done if reason is None else replace(done, ok=False, reason=reason)
+        if excepted is not None:
+            counts["excepted"] = int(np.count_nonzero(excepted))
+            counts["excepted_differing"] = int(np.count_nonzero(differs & excepted))
+    one = Comparison(name, kind, theirs.shape, *_numbers(ours, theirs), tolerance=allowed, ok=True, counts=counts)
+    reason = _not_finite(ours, theirs) or _no_mask(one, ours, theirs) or _beyond(one, ours, theirs)
+    return one if reason is None else replace(one, ok=False, reason=reason)
 
 
 def _not_finite(ours, theirs) -> str | None:
     for side, array in (("ours", ours), ("the reference", theirs)):
-        if array.dtype.kind == "f":
-            bad = int(array.size - np.count_nonzero(np.isfinite(array)))
-            if bad:
-                return f"{bad} of {array.size} values of {side} are NaN or infinite"
+        bad = int(np.count_nonzero(~np.isfinite(array)))
+        if bad:
+            return f"{bad} of {array.size} values of {side} are NaN or infinite"
     return None
 
 
-def _beyond(done: Comparison, ours, theirs) -> str | None:
+def _beyond(one: Comparison, ours, theirs) -> str | None:
     """Why the numbers are not within the tolerance, or None. Written so that NaN is never within."""
-    counts, total = done.counts, done.counts.get("total")
-    if done.kind == "close" and not done.relative <= done.tolerance:
-        return (
-            f"the largest difference is {done.relative:.2e} of the reference's rms, above the tolerance "
-            f"{done.tolerance:.2e}"
-        )
-    if done.kind == "absolute" and not done.max_abs <= done.tolerance:
-        return f"the largest difference is {done.max_abs:.2e}, above the tolerance {done.tolerance:.2e}"
-    if done.kind == "exact" and counts["differing"] != 0:
+    differing, total = one.counts.get("differing"), one.counts.get("total")
+    if one.kind == "close" and not one.relative <= one.tolerance:
+        share = f"{one.relative:.2e} of the reference's rms"
+        return f"the largest difference is {share}, above the tolerance {one.tolerance:.2e}"
+    if one.kind == "absolute" and not one.max_abs <= one.tolerance:
+        return f"the largest difference is {one.max_abs:.2e}, above the tolerance {one.tolerance:.2e}"
+    if one.kind == "exact" and differing != 0:
         at = tuple(int(i) for i in np.argwhere(ours != theirs)[0])
         place = f", the first at {list(at)}" if at else ""
-        values = f"ours {ours[at]}, the reference {theirs[at]}"
-        return f"{counts['differing']} of {total} values differ{place}: {values}"
-    if done.kind == "levels" and not done.max_abs <= done.tolerance:
-        return (
-            f"the largest difference is {done.max_abs:g} levels, above the tolerance {done.tolerance:g}; "
-            f"{counts['differing']} of {total} values differ"
-        )
-    if done.kind == "mask" and done.measure != 0:
-        where = ", where the reference's map is not near the threshold" if "excepted" in counts else ""
-        return f"{done.measure:g} of {total} pixels differ{where}"
+        return f"{differing} of {total} values differ{place}: ours {ours[at]}, the reference {theirs[at]}"
+    if one.kind == "levels" and not one.max_abs <= one.tolerance:
+        levels = f"the largest difference is {one.max_abs:g} levels, above the tolerance {one.tolerance:g}"
+        return f"{levels}; {differing} of {total} values differ"
+    if one.kind == "mask" and one.measure != 0:
+        where = ", where the reference's map is not near the threshold" if "excepted" in one.counts else ""
+        return f"{one.measure:g} of {total} pixels differ{where}"
     return None
 
 
@@ -300,31 +257,29 @@ def _excepted(reference_map, magnitude, margin: float, shape) -> tuple[np.ndarra
     """(where the map is so near the threshold that rounding decides, None), or (None, what is wrong)."""
     if reference_map is None or magnitude is None:
         return None, "the reference's map or its clamp magnitude is missing, so nobody knows the threshold"
-    values = np.asarray(reference_map)
-    if values.shape != tuple(shape):
-        return None, f"the reference's map has shape {values.shape}, its mask {tuple(shape)}"
-    clamp = np.asarray(magnitude)
-    if clamp.size != 1 or values.dtype.kind not in "fiu" or clamp.dtype.kind not in "fiu":
+    values, clamp = np.asarray(reference_map, np.float64), np.asarray(magnitude, np.float64)
+    if values.shape != shape or clamp.size != 1:
         return (
             None,
-            "the reference's map and its clamp magnitude have to be numbers, the magnitude a single one",
+            f"the reference's map has shape {values.shape}, its mask {shape}, its clamp magnitude {clamp.shape}",
         )
-    values, clamp = values.astype(np.float64), float(clamp.reshape(()))
-    if not (np.isfinite(values).all() and math.isfinite(clamp) and clamp > 0):
+    threshold = float(clamp.reshape(())) / 2
+    if not (np.isfinite(values).all() and 0 < threshold < math.inf):
         return None, "the reference's map is not finite, or its clamp magnitude not a number above 0"
-    return np.abs(values - clamp / 2) <= margin * _rms(values), None
+    return np.abs(values - threshold) <= margin * _rms(values), None
 
 
-def _problem_of_mask(ours, theirs, counts: dict[str, int]) -> str | None:
+def _no_mask(one: Comparison, ours, theirs) -> str | None:
+    """Why two masks say nothing whether or not they are equal, or None."""
+    if one.kind != "mask":
+        return None
     for side, mask in (("ours", ours), ("the reference", theirs)):
         other = int(np.count_nonzero((mask != 0) & (mask != 1)))
         if other:
             return f"{other} of {mask.size} values of {side} are neither 0 nor 1"
-    if counts.get("excepted", 0) > MOST_EXCEPTED * counts["total"]:
-        return (
-            f"{counts['excepted']} of {counts['total']} pixels are too near the threshold to be judged, "
-            f"which leaves too few to tell"
-        )
+    excepted, total = one.counts.get("excepted", 0), one.counts["total"]
+    if excepted > MAX_EXCEPTED * total:
+        return f"{excepted} of {total} pixels are too near the threshold to be judged, which leaves too few to tell"
     return None
 
 
@@ -334,35 +289,24 @@ def _problem_of_mask(ours, theirs, counts: dict[str, int]) -> str | None:
 def _numbers(ours, theirs) -> tuple[float, float, float, float]:
     """max_abs, relative, rms_relative and cosine; NaN or inf where values are not finite."""
     # float64 holds every difference of integers of up to 53 bits, so that nothing wraps.
-    ours, theirs = ours.astype(np.float64).ravel(), theirs.astype(np.float64).ravel()
+    ours, theirs = ours.astype(np.float64), theirs.astype(np.float64)
     with np.errstate(over="ignore", invalid="ignore"):
         difference = np.abs(ours - theirs)
-        max_abs, rms = float(difference.max()), _rms(theirs)
-        return max_abs, _over(max_abs, rms), _over(_rms(difference), rms), _cosine(ours, theirs)
+        max_abs, size = float(difference.max()), _rms(theirs)
+        # Two zero vectors point the same way.
+        cosine = 1.0 if _rms(ours) == size == 0 else _over(float(np.mean(ours * theirs)), _rms(ours) * size)
+        return max_abs, _over(max_abs, size), _over(_rms(difference), size), float(np.clip(cosine, -1, 1))
 
 
 def _rms(values: np.ndarray) -> float:
-    scale = float(np.max(np.abs(values)))
-    if scale == 0 or not math.isfinite(scale):
-        return scale
-    return scale * math.sqrt(float(np.mean(np.square(values / scale))))
+    return math.sqrt(float(np.mean(np.square(values))))
 
 
 def _over(difference: float, size: float) -> float:
-    """`difference / size`; nothing over nothing is 0, something over nothing infinite."""
-    if size == 0:
+    """`difference / size`; nothing over nothing is 0, something over nothing, or over what overflowed, infinite."""
+    if size == 0 or math.isinf(size):
         return 0.0 if difference == 0 else difference * math.inf
     return difference / size
-
-
-def _cosine(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """1 where the two point the same way (two zero vectors do), 0 where only one is zero."""
-    sizes = float(np.max(np.abs(ours))), float(np.max(np.abs(theirs)))
-    if 0 in sizes:
-        return 1.0 if sizes[0] == sizes[1] else 0.0 * (sizes[0] + sizes[1])
-    ours, theirs = ours / sizes[0], theirs / sizes[1]
-    lengths = math.sqrt(float(ours @ ours)) * math.sqrt(float(theirs @ theirs))
-    return float(np.clip(float(ours @ theirs) / lengths, -1, 1))
 
 
 # --- a whole trace ---------------------------------------------------------------------------------
@@ -375,36 +319,26 @@ def compare_traces(
 
     Args:
         ours, theirs: traces, {stage: array}.
-        limits: {stage: Limit}, see `tolerances.limits`; a stage without one is out of tolerance.
+        limits: {stage: Limit} with each stage of `theirs`, see `tolerances.limits`.
 
     Returns:
         One comparison for each stage of `theirs`, in its order, then one, out of tolerance, for each stage that only
         `ours` has. The mask of a call is judged with the reference's map of the same call.
     """
-    found = []
+    comparisons = []
     for name, reference in theirs.items():
-        limit = limits.get(name)
-        if limit is None:
-            found.append(_failed(name, "exact", np.shape(reference), "no tolerance is given for this stage"))
-            continue
-        call = name.partition("/")[0]
-        found.append(
-            compare(
-                ours.get(name),
-                reference,
-                limit.value,
-                name=name,
-                kind=limit.kind,
-                stacked=limit.stacked,
-                reference_map=theirs.get(f"{call}/map") if limit.kind == "mask" else None,
-                clamp_magnitude=theirs.get(f"{call}/clamp_magnitude") if limit.kind == "mask" else None,
-            )
+        limit, around = limits[name], {}
+        if limit.kind == "mask":
+            call = name.partition("/")[0]
+            around = {what: theirs.get(f"{call}/{stage}") for what, stage in _AROUND_MASKS.items()}
+        comparisons.append(
+            compare(ours.get(name), reference, limit.value, name=name, kind=limit.kind, stacked=limit.stacked, **around)
         )
-    for name in ours:
-        if name not in theirs:
-            kind = limits[name].kind if name in limits else "exact"
-            found.append(compare(ours[name], None, math.nan, name=name, kind=kind))
-    return found
+    comparisons += [compare(ours[name], None, math.nan, name=name, kind="exact") for name in ours if name not in theirs]
+    return comparisons
+
+
+_AROUND_MASKS = {"reference_map": "map", "clamp_magnitude": "clamp_magnitude"}
 
 
 def first_failure(comparisons: Sequence[Comparison]) -> Comparison | None:

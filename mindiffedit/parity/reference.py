@@ -9,6 +9,7 @@ docs/differences.md) and with schedulers that look their noise level up by index
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import importlib
 import sys
@@ -22,6 +23,7 @@ import torch
 import transformers
 
 from mindiffedit.checkpoints import old_configs
+from mindiffedit.parity import formulas
 from mindiffedit.parity.case import Case, Tape
 
 _PIPELINE = importlib.import_module(diffusers.StableDiffusionDiffEditPipeline.__module__)
@@ -275,16 +277,28 @@ def _generate_mask(pipe, case: Case, tape: Tape):
 @contextlib.contextmanager
 def _watched_loop(pipe, scheduler, chooser: str, tape: Tape, eta: float, after_step):
     """Timesteps, coefficients and steps of a loop; ``after_step(prev_sample, i)`` gives what the step returns."""
-    choose, step = getattr(pipe, chooser), scheduler.step
-    count = 0
+    choose, step, convert = getattr(pipe, chooser), scheduler.step, getattr(scheduler, "convert_model_output", None)
+    rows, count = None, 0
 
     def watched_choose(*args):
+        nonlocal rows
         timesteps, steps = choose(*args)
         tape.keep("timesteps", _host(timesteps))
-        rows = coefficients(scheduler, timesteps, eta)
+        rows = _coefficients(scheduler, timesteps, eta)
         if rows is not None:
             tape.keep("coefficients", rows)
         return timesteps, steps
+
+    def watched_unet(module, args, output):
+        # The rows: negatives, positives; without guidance the positives alone.
+        output.sample = _through(tape, "predictions", output.sample, count)
+        return output
+
+    def watched_convert(*args, **kwargs):
+        clean = convert(*args, **kwargs)
+        if rows is not None:
+            tape.keep("clean_predictions", _host(clean), count)
+        return clean
 
     @functools.wraps(step)  # the reference looks at its signature
     def watched_step(*args, **kwargs):
@@ -295,24 +309,20 @@ def _watched_loop(pipe, scheduler, chooser: str, tape: Tape, eta: float, after_s
             # What the next step finds as this one's; this step's own result stays its own.
             history = scheduler.model_outputs
             history[-1] = torch.as_tensor(other).to(history[-1].device, history[-1].dtype)
+        if convert is None and getattr(result, "pred_original_sample", None) is not None:
+            tape.keep("clean_predictions", _host(result.pred_original_sample), count)
         result.prev_sample = after_step(result.prev_sample, count)
         count += 1
         return result
 
     with contextlib.ExitStack() as stack:
+        stack.callback(pipe.unet.register_forward_hook(watched_unet).remove)
         stack.enter_context(mock.patch.object(pipe, chooser, watched_choose))
         stack.enter_context(mock.patch.object(scheduler, "step", watched_step))
         module = type(scheduler).__module__
         if hasattr(sys.modules[module], "randn_tensor"):
             stack.enter_context(_watched_draws(module, lambda drawn: _through(tape, "step_noise", drawn, count)))
-        if hasattr(scheduler, "convert_model_output") and has_plan(scheduler):
-            convert = scheduler.convert_model_output
-
-            def watched_convert(*args, **kwargs):
-                clean = convert(*args, **kwargs)
-                tape.keep("clean_predictions", _host(clean), count)
-                return clean
-
+        if convert is not None:
             stack.enter_context(mock.patch.object(scheduler, "convert_model_output", watched_convert))
         yield
 
@@ -379,67 +389,15 @@ def _edit(pipe, case: Case, tape: Tape, mask, latents) -> None:
     tape.keep("picture", (picture * 255).round().astype("uint8"))
 
 
-# --- solver coefficients as the reference's schedulers compute them ----------------------------------------------
-
-
-def has_plan(scheduler) -> bool:
-    """Whether this scheduler, so configured, has a fused step of ours, whose coefficients are compared."""
+def _coefficients(scheduler, timesteps, eta: float) -> np.ndarray | None:
+    """The five numbers of each step, float32 (T, 5), or None for a scheduler that our compiled step does not cover."""
     config = scheduler.config
-    if type(scheduler).__name__.startswith("DDIM"):
-        return not config.get("thresholding")
-    if type(scheduler).__name__.startswith("DPMSolverMultistep"):
-        plain = config.algorithm_type == "dpmsolver++" and config.solver_order <= 2
-        return plain and not config.thresholding and not config.get("use_flow_sigmas")
-    return False
-
-
-def coefficients(scheduler, timesteps, eta: float) -> np.ndarray | None:
-    """The five numbers of each step (see ``schedules``), float32, from the reference's tables in torch; or None."""
-    if not has_plan(scheduler):
+    if config.get("solver_order", 1) > 2 or config.get("use_flow_sigmas"):
         return None
-    if type(scheduler).__name__.startswith("DDIM"):
-        rows = [_ddim_row(scheduler, int(t), eta) for t in timesteps]
-    else:
-        found = (scheduler.timesteps == timesteps[0]).nonzero().flatten()
-        first = int(found[1] if len(found) > 1 else found[0])
-        rows = [_dpm_row(scheduler, first + i, first) for i in range(len(timesteps))]
-    return np.array([[float(value) for value in row] for row in rows], np.float32)
-
-
-def _ddim_row(scheduler, timestep: int, eta: float):
-    jump = scheduler.config.num_train_timesteps // scheduler.num_inference_steps
-    table = scheduler.alphas_cumprod
-    if hasattr(scheduler, "initial_alpha_cumprod"):
-        end = scheduler.initial_alpha_cumprod
-        here, there = min(timestep - jump, scheduler.config.num_train_timesteps - 1), timestep
-    else:
-        end, here, there = scheduler.final_alpha_cumprod, timestep, timestep - jump
-    alpha, following = (table[t] if t >= 0 else end for t in (here, there))
-    variance = ((1 - following) / (1 - alpha)) * (1 - alpha / following)
-    spread = eta * variance**0.5 if eta > 0 else torch.tensor(0.0)
-    return alpha**0.5, (1 - alpha) ** 0.5, following**0.5, (1 - following - spread**2) ** 0.5, spread
-
-
-def _dpm_row(scheduler, index: int, first: int):
-    """Formulas of the reference's first- and second-order updates, gathered by factor."""
-    config, last = scheduler.config, len(scheduler.timesteps) - 1
-    zero_end = "Inverse" not in type(scheduler).__name__ and config.get("final_sigmas_type") == "zero"
-    falls = config.euler_at_final or (config.lower_order_final and last + 1 < 15) or zero_end
-    first_order = config.solver_order == 1 or index == first or (index == last and falls)
-
-    def level(i):
-        alpha, sigma = scheduler._sigma_to_alpha_sigma_t(scheduler.sigmas[i])
-        return alpha, sigma, torch.log(alpha) - torch.log(sigma)
-
-    alpha, sigma, position = level(index)
-    next_alpha, next_sigma, next_position = level(index + 1)
-    h = next_position - position
-    shrink = torch.exp(-h) - 1.0
-    second = torch.tensor(0.0)
-    if not first_order:
-        r = (position - level(index - 1)[2]) / h
-        if config.solver_type == "midpoint":
-            second = -0.5 * (next_alpha * shrink) / r
-        else:
-            second = next_alpha * (shrink / h + 1.0) / r
-    return alpha, sigma, next_sigma / sigma, -(next_alpha * shrink), second
+    bare = copy.deepcopy(scheduler)
+    for name in ("step", "convert_model_output"):  # the watched ones of the run
+        vars(bare).pop(name, None)
+    try:
+        return formulas.rows_of(bare, timesteps, eta)
+    except formulas.OtherFormula:
+        return None

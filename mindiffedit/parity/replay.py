@@ -1,4 +1,4 @@
-"""Our pipeline over a recorded case: every stage's tensors under the names of the reference's trace. Needs MindSpore."""
+"""Our pipeline over a recorded case: each stage's tensors under the names of the reference's trace. Needs MindSpore."""
 
 from __future__ import annotations
 

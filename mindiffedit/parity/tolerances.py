@@ -83,6 +83,15 @@ TABLE = (
     Tolerance("latents", "close", 5, 2e-6, 1e-4, "Mean plus noise times deviation: carries the moments' rounding."),
     Tolerance("*noise_predictions", "close", 5, 2e-6, 1e-4, "The UNet, in another order of summation."),
     Tolerance(
+        "predictions",
+        "close",
+        10,
+        2e-6,
+        1e-3,
+        "The UNet at each step of a run, of latents that carry the rounding of the steps before.",
+        stacked=True,
+    ),
+    Tolerance(
         "map",
         "close",
         5,
@@ -151,23 +160,16 @@ def for_stage(name: str) -> Tolerance:
     Raises:
         ValueError: no row matches.
     """
-    stage = _without_call(name)
     for row in TABLE:
-        if fnmatch.fnmatchcase(stage, row.pattern):
+        if fnmatch.fnmatchcase(name.rpartition("/")[2], row.pattern):
             return row
     raise InputError("there is no tolerance for the stage {name}; add a row to `tolerances.TABLE`.", name=name)
 
 
-def _without_call(name: str) -> str:
-    return name.partition("/")[2] or name
-
-
 def floor_of(name: str) -> str:
     """The stage whose floor the tolerance of `name` is a multiple of: itself, or for a mask its map."""
-    row = for_stage(name)
-    if row.floor_stage is None:
-        return name
-    return f"{name[: len(name) - len(_without_call(name))]}{row.floor_stage}"
+    stage = for_stage(name).floor_stage
+    return name if stage is None else f"{name.rpartition('/')[0]}/{stage}"
 
 
 def limit(name: str, floor=None) -> float | np.ndarray:
@@ -185,44 +187,27 @@ def limit(name: str, floor=None) -> float | np.ndarray:
         ValueError: no row matches, or the floor is no number of at least 0 (nor a list of them for a stacked stage).
     """
     row = for_stage(name)
-    if row.factor == 0:
-        return float(row.least)
-    if floor is None:
-        return float(row.default)
-    try:
-        floors = np.asarray(floor, np.float64)
-    except (TypeError, ValueError):
-        floors = np.array(np.nan)
-    if floors.size == 0 or not (np.isfinite(floors) & (floors >= 0)).all():
+    if row.factor == 0 or floor is None:
+        return float(row.least if row.factor == 0 else row.default)
+    floors = np.asarray(floor, np.float64)
+    if floors.size == 0 or floors.ndim > row.stacked or not (np.isfinite(floors) & (floors >= 0)).all():
         raise InputError(
-            "the floor of {name} has to be a finite number of at least 0, but is {floor!r}.",
+            "the floor of {name} has to be a finite number of at least 0{each}, but is {floor!r}.",
             name=name,
+            each=", or one for each step" if row.stacked else "",
             floor=floor,
-        )
-    if floors.ndim > (1 if row.stacked else 0):
-        expected = "a list with one number for each step" if row.stacked else "one number"
-        raise InputError(
-            "the floor of {name} has to be {expected}, but has shape {shape}.",
-            name=name,
-            expected=expected,
-            shape=floors.shape,
         )
     allowed = np.maximum(row.least, row.factor * floors)
     return float(allowed) if allowed.ndim == 0 else allowed
 
 
 def limits(names: Iterable[str], floors: Mapping[str, object] | None = None) -> dict[str, Limit]:
-    """What each stage is allowed, for `metrics.compare_traces`.
-
-    Args:
-        names: the stages.
-        floors: {stage: floor} as in `limit`; stages that are not in it get the table's default.
+    """What each stage is allowed, for `metrics.compare_traces`; stages without a floor get the table's default.
 
     Raises:
         ValueError: as `limit` and `for_stage`.
     """
-    floors = {} if floors is None else floors
-    allowed = {}
+    floors, allowed = floors or {}, {}
     for name in names:
         row = for_stage(name)
         allowed[name] = Limit(row.kind, limit(name, floors.get(floor_of(name))), row.stacked)
@@ -234,20 +219,15 @@ def limits(names: Iterable[str], floors: Mapping[str, object] | None = None) -> 
 
 def render_markdown() -> str:
     """The table as Markdown, each row with its reason."""
-    lines = _row("stage", "compared as", "factor", "least", "without a floor", "goal", "why")
-    lines += _row(*["---"] * 7)
+    lines = [("stage", "compared as", "factor", "least", "without a floor", "goal", "why"), ["---"] * 7]
     for row in TABLE:
         stage = f"`{row.pattern}`" + (", each step" if row.stacked else "")
         factor = "–" if row.factor == 0 else f"{row.factor:g} × floor"
         if row.floor_stage is not None:
             factor += f" of `{row.floor_stage}`"
         numbers = (None, None, None) if row.kind == "exact" else (row.least, row.default, row.goal)
-        lines += _row(stage, KINDS[row.kind], factor, *(_number(value) for value in numbers), row.why)
-    return "\n".join(lines) + "\n"
-
-
-def _row(*cells: str) -> list[str]:
-    return ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"]
+        lines.append((stage, KINDS[row.kind], factor, *(_number(value) for value in numbers), row.why))
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
 def _number(value: float | None) -> str:
