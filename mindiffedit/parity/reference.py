@@ -305,7 +305,7 @@ def _watched_loop(pipe, scheduler, chooser: str, tape: Tape, eta: float, after_s
         nonlocal count
         result = step(*args, **kwargs)
         other = tape.substitute("clean_predictions", count)
-        if other is not None:
+        if other is not None and convert is not None:
             # What the next step finds as this one's; this step's own result stays its own.
             history = scheduler.model_outputs
             history[-1] = torch.as_tensor(other).to(history[-1].device, history[-1].dtype)
