@@ -13,6 +13,7 @@ import numpy as np
 from PIL.Image import Image
 
 from mindiffedit import masks, options
+from mindiffedit.arrays import to_numpy
 from mindiffedit.errors import InputError, InputTypeError, Message
 from mindiffedit.images import colours, pictures
 from mindiffedit.noise import randomness
@@ -396,8 +397,8 @@ class Editing:
         if not hasattr(scheduler, "noise_scale"):
             return None
         timesteps, _ = self._schedule(scheduler, self.get_timesteps, *schedule.values())
-        latents = pictures.to_numpy(inverted.latents).astype(np.float32)
-        clean = pictures.to_numpy(inverted.clean_latents).astype(np.float32)
+        latents = to_numpy(inverted.latents).astype(np.float32)
+        clean = to_numpy(inverted.clean_latents).astype(np.float32)
         here, there = latents[:, 0], latents[:, 1] if len(timesteps) > 1 else clean
         is_guided = predictions is None and guidance_scale > 1.0
         if predictions is None:

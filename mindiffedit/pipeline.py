@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from mindiffedit import masks, options
+from mindiffedit.arrays import to_numpy
 from mindiffedit.editing import Editing
 from mindiffedit.errors import InputError, InputTypeError, named
 from mindiffedit.images import edges, pictures
@@ -632,7 +633,7 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
         for name, before in (("latents", latents), ("prompt_embeds", embeds)):
             after = before
             if changed.get(name) is not None and changed[name] is not given.get(name):
-                after = pictures.to_numpy(changed[name]).astype(np.float32)
+                after = to_numpy(changed[name]).astype(np.float32)
                 if after.shape != before.shape:
                     raise InputError(
                         "{parameter} returned {what} of shape {shape}; it has to stay {expected}.",
@@ -994,7 +995,7 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
     @staticmethod
     def _latents_array(image_latents) -> np.ndarray:
         if isinstance(image_latents, (list, tuple)):
-            parts = [pictures.to_numpy(part) for part in image_latents]
+            parts = [to_numpy(part) for part in image_latents]
             parts = [part[None] if part.ndim == 3 else part for part in parts]
             if not parts or len({part.shape[1:] for part in parts}) > 1:
                 shapes = [part.shape for part in parts]
@@ -1004,7 +1005,7 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
                     shapes=shapes,
                 )
             return np.concatenate(parts)
-        array = pictures.to_numpy(image_latents)
+        array = to_numpy(image_latents)
         return array[None] if array.ndim == 3 else array
 
     @turns.turn()

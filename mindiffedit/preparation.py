@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from mindiffedit import options
+from mindiffedit.arrays import to_numpy
 from mindiffedit.checkpoints import textual_inversion
 from mindiffedit.checkpoints.adapters import Adapters
 from mindiffedit.errors import InputError, named
@@ -255,10 +256,10 @@ class Preparation(Adapters):
             texts = [prompt] if isinstance(prompt, str) else prompt
             positive = self._embed(texts, f"{prefix}token_ids", skip=clip_skip, lora_scale=lora_scale)
         else:
-            positive = pictures.to_numpy(prompt_embeds).astype(np.float32)
+            positive = to_numpy(prompt_embeds).astype(np.float32)
         options.check_finite(positive, f"{prefix}prompt embeddings")
         positive = self._crosses(f"{prefix}prompt_embeds", positive)
-        negative = None if negative_prompt_embeds is None else pictures.to_numpy(negative_prompt_embeds)
+        negative = None if negative_prompt_embeds is None else to_numpy(negative_prompt_embeds)
         if is_guided:
             if negative is None:
                 if negative_prompt is None:

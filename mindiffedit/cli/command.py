@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from mindiffedit import __version__, demo, masks
+from mindiffedit.arrays import to_numpy
 from mindiffedit.cli import jobs, runs, sweeps
 from mindiffedit.cli.arguments import BAD_INPUT, MASK_FIELDS, MASK_NUMBERS, build_parser, on_one_line, printable, told
 from mindiffedit.cli.jobs import Job
@@ -269,7 +270,7 @@ def _invert(args):
     jobs.read_pictures(job)
     jobs.find_model(job)
     inverted = runs.invert(job, jobs.load(job))
-    latents, clean = (pictures.to_numpy(part).astype(np.float32) for part in (inverted.latents, inverted.clean_latents))
+    latents, clean = (to_numpy(part).astype(np.float32) for part in (inverted.latents, inverted.clean_latents))
     made = {
         "prompt": job.source,
         "negative_prompt": args.negative or "",
