@@ -12,6 +12,7 @@ import numpy as np
 from PIL.Image import Image
 
 from mindiffedit import masks, options
+from mindiffedit.arrays import to_numpy
 from mindiffedit.errors import InputError, InputTypeError, Message
 from mindiffedit.images import colours, pictures
 from mindiffedit.inputs import (
@@ -266,7 +267,7 @@ def _check_inverted(given, shape) -> None:
 def _on_device(inverted: DiffEditInversionPipelineOutput):
     """Latents of an inversion, float32 tensors (B, C, h, w): of each level, noisiest first, and the clean ones."""
     latents, clean = (
-        value.astype(ms.float32) if isinstance(value, ms.Tensor) else tensor(pictures.to_numpy(value))
+        value.astype(ms.float32) if isinstance(value, ms.Tensor) else tensor(to_numpy(value))
         for value in (inverted.latents, inverted.clean_latents)
     )
     return [latents[:, i] for i in range(latents.shape[1])], clean

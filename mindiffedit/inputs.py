@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from mindiffedit import masks, options
+from mindiffedit.arrays import to_numpy
 from mindiffedit.errors import InputError, named
 from mindiffedit.images import pictures
 from mindiffedit.noise import randomness
@@ -119,7 +120,7 @@ class Prompts:
                 negative=named(f"{prefix}negative_prompt_embeds"),
             )
         embeds, negative_embeds = (
-            None if value is None else pictures.to_numpy(value).astype(np.float32)
+            None if value is None else to_numpy(value).astype(np.float32)
             for value in (prompt_embeds, negative_prompt_embeds)
         )
         negatives = _listed(negative_prompt, batch) if is_guided else None

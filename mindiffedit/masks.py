@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 import PIL.Image
 
+from mindiffedit.arrays import is_tensor, to_numpy
 from mindiffedit.errors import InputError, InputTypeError, Message, named
 from mindiffedit.images.edges import follow_edges
-from mindiffedit.images.pictures import contact_sheet, grey_levels, is_tensor, mask_values, to_numpy, to_srgb
+from mindiffedit.images.pictures import contact_sheet, grey_levels, mask_values, to_srgb
 from mindiffedit.options import (
     NumericalError,
     check_at_least_zero,

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mindiffedit.arrays import to_numpy
 from mindiffedit.errors import InputError, InputTypeError, Message, named, shown
-from mindiffedit.images.pictures import to_numpy
 
 MAX_STEPS = 1000
 MOST_ITERATIONS = 100  # of one step of an inversion; two or three are of use

@@ -23,6 +23,7 @@ import numpy as np
 from mindspore import ops
 
 from mindiffedit import diffedit, editing, masks, options
+from mindiffedit.arrays import to_numpy
 from mindiffedit.checkpoints import textual_inversion
 from mindiffedit.checkpoints.adapters import Adapters
 from mindiffedit.errors import InputError, InputTypeError, named
@@ -536,7 +537,7 @@ class StableDiffusionDiffEditPipeline(Adapters):
             """What was returned in a tensor's place, float32; None where it is the same."""
             if changed.get(name) is None or changed[name] is tensors.get(name):
                 return None
-            value, shape = pictures.to_numpy(changed[name]).astype(np.float32), tuple(values[name].shape)
+            value, shape = to_numpy(changed[name]).astype(np.float32), tuple(values[name].shape)
             if value.shape != shape:
                 raise InputError(
                     "{parameter} returned {what} of shape {shape}; it has to stay {expected}.",
@@ -1219,9 +1220,9 @@ class StableDiffusionDiffEditPipeline(Adapters):
 def _joined_latents(image_latents) -> np.ndarray:
     """Latents as one array, of whatever holds them."""
     if not isinstance(image_latents, (list, tuple)):
-        array = pictures.to_numpy(image_latents)
+        array = to_numpy(image_latents)
         return array[None] if array.ndim == 3 else array
-    parts = [pictures.to_numpy(part) for part in image_latents]
+    parts = [to_numpy(part) for part in image_latents]
     parts = [part[None] if part.ndim == 3 else part for part in parts]
     if not parts or len({part.shape[1:] for part in parts}) > 1:
         shapes = [part.shape for part in parts]

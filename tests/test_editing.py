@@ -11,13 +11,12 @@ from mindiffedit import (
     DiffEditOutput,
     DPMSolverMultistepScheduler,
     MaskOptions,
-    StableDiffusionDiffEditPipeline,
     editing,
     masks,
     options,
 )
+from mindiffedit.arrays import to_numpy
 from mindiffedit.images import edges
-from mindiffedit.images.pictures import to_numpy
 from mindiffedit.outputs import EditReport
 
 SHORT = dict(num_inference_steps=4, inpaint_strength=0.75)

@@ -18,6 +18,7 @@ import PIL.Image
 import PIL.PngImagePlugin
 import pytest
 
+from mindiffedit.arrays import to_numpy
 from mindiffedit.errors import InputError
 from mindiffedit.images import pictures, reading
 
@@ -50,7 +51,7 @@ def refused(path, *words):
 
 def test_an_array_comes_back_uncopied():
     array = np.arange(6.0).reshape(2, 3)
-    assert pictures.to_numpy(array) is array
+    assert to_numpy(array) is array
 
 
 def test_mindspore_and_torch_tensors_become_arrays():
@@ -63,7 +64,7 @@ def test_mindspore_and_torch_tensors_become_arrays():
         torch.from_numpy(values).requires_grad_(True),
         torch.from_numpy(values).bfloat16(),
     ):
-        array = pictures.to_numpy(tensor)
+        array = to_numpy(tensor)
         assert array.dtype == np.float32
         np.testing.assert_array_equal(array, values)
 

@@ -13,7 +13,7 @@ from mindspore import mint, ops
 from test_pipeline import PICTURE, SOURCE, TARGET, our_pipeline
 
 from mindiffedit import DDIMScheduler, StableDiffusionDiffEditPipeline, load_component
-from mindiffedit.images.pictures import to_numpy
+from mindiffedit.arrays import to_numpy
 from mindiffedit.runtime import devices, graphs, turns
 
 SHORT = dict(num_inference_steps=4, inpaint_strength=0.5, generator=0)

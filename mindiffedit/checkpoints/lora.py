@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from mindiffedit import options
+from mindiffedit.arrays import to_numpy
 from mindiffedit.checkpoints.hub import resolve_file
 from mindiffedit.checkpoints.layout import CheckpointError, WeightsError
 from mindiffedit.checkpoints.models import parameters_by_name
@@ -69,8 +70,6 @@ def read(source, **place) -> tuple[dict[str, np.ndarray], dict[str, Any] | None,
     ``source`` is a file, folder or hub id, for which ``place`` has further arguments of ``hub.resolve_file``; or a
     dict from name to array or tensor.
     """
-    from mindiffedit.images.pictures import to_numpy
-
     if isinstance(source, Mapping):
         tensors = {name: to_numpy(value) for name, value in source.items()}
         others = [f"{name} ({value.dtype})" for name, value in tensors.items() if value.dtype.kind not in "fiu"]

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from mindiffedit.arrays import is_tensor, to_numpy
 from mindiffedit.checkpoints.hub import resolve_file
 from mindiffedit.checkpoints.weight_files import read_tensors
 from mindiffedit.errors import InputError, InputTypeError, Message
-from mindiffedit.images.pictures import is_tensor, to_numpy
 
 __all__ = ["add", "check", "check_ids", "expanded", "occurring", "read", "remove", "word_of"]
 

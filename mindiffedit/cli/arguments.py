@@ -12,8 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 from mindiffedit import __version__, demo
-from mindiffedit.inputs import EDIT_MASK, INVERSIONS
 from mindiffedit.errors import Message, shown
+from mindiffedit.inputs import EDIT_MASK, INVERSIONS
 from mindiffedit.masks import COMBINATIONS
 from mindiffedit.runtime.devices import DEVICE_TARGETS
 

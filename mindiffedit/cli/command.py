@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from mindiffedit import __version__, demo, masks
+from mindiffedit.arrays import to_numpy
 from mindiffedit.cli import jobs, parity, runs, sweeps
 from mindiffedit.cli.arguments import (
     BAD_INPUT,
@@ -278,7 +279,7 @@ def _invert(args):
     jobs.read_pictures(job)
     jobs.find_model(job)
     inverted = runs.invert(job, jobs.load(job))
-    latents, clean = (pictures.to_numpy(part).astype(np.float32) for part in (inverted.latents, inverted.clean_latents))
+    latents, clean = (to_numpy(part).astype(np.float32) for part in (inverted.latents, inverted.clean_latents))
     made = {
         "prompt": job.source,
         "negative_prompt": args.negative or "",

@@ -11,6 +11,7 @@ import numpy as np
 import PIL.Image
 
 from mindiffedit import masks
+from mindiffedit.arrays import to_numpy
 from mindiffedit.cli.jobs import Job
 from mindiffedit.images import pictures
 from mindiffedit.inputs import MAX_FEATHER
@@ -265,7 +266,7 @@ def reference_edit(job: Job, pipe) -> Edited:
     note_emptiness(job, mask)
     latents = job.latents
     if latents is None:
-        latents = pictures.to_numpy(invert(job, pipe).latents).astype(np.float32)
+        latents = to_numpy(invert(job, pipe).latents).astype(np.float32)
     settings = job.settings
     away = _prompt(job, "source", "negative_prompt")
     if job.args.negative is not None:

@@ -22,6 +22,7 @@ import PIL.ImageDraw
 import PIL.ImageFont
 import PIL.PngImagePlugin
 
+from mindiffedit.arrays import is_tensor, to_numpy
 from mindiffedit.errors import InputError, InputTypeError
 from mindiffedit.images.colours import fit_format, grey_levels, to_rgb, to_srgb
 from mindiffedit.images.reading import MAX_DOWNLOAD, MAX_PIXELS, load_image
@@ -68,36 +69,9 @@ __all__ = [
     "restore_size",
     "save_image_atomically",
     "save_images_atomically",
-    "to_numpy",
     "to_rgb",
     "to_srgb",
 ]
-
-
-# --- arrays of other frameworks --------------------------------------------------------------------
-
-
-def is_tensor(value) -> bool:
-    """True for a MindSpore or PyTorch tensor, known by its methods: neither framework is imported for it."""
-    return hasattr(value, "asnumpy") or (hasattr(value, "detach") and hasattr(value, "numpy"))
-
-
-def to_numpy(value) -> np.ndarray:
-    """`value` as a NumPy array of the same shape; an array comes back as it is, not copied.
-
-    Args:
-        value: NumPy array, MindSpore tensor, PyTorch tensor (of any device, with or without gradient), or what
-            `numpy.asarray` takes. bfloat16, which NumPy does not have, becomes float32.
-    """
-    if isinstance(value, np.ndarray):
-        return value
-    if not is_tensor(value):
-        return np.asarray(value)
-    if hasattr(value, "detach") and not hasattr(value, "asnumpy"):
-        value = value.detach().cpu()
-    if "bfloat16" in str(value.dtype).lower():
-        value = value.float()
-    return value.asnumpy() if hasattr(value, "asnumpy") else value.numpy()
 
 
 # --- pictures to arrays and back -------------------------------------------------------------------

@@ -18,6 +18,7 @@ import numpy as np
 import PIL.Image
 
 from mindiffedit import options
+from mindiffedit.arrays import to_numpy
 from mindiffedit.checkpoints.hub import HubOptions
 from mindiffedit.checkpoints.layout import CheckpointError, read_processor
 from mindiffedit.checkpoints.tokenizer_files import load_tokenizer
@@ -282,7 +283,7 @@ def average_embeddings(pipeline, prompts: str | Sequence[str]):
                 text=prompt,
             )
     embeddings, _ = pipeline.encode_prompt(list(prompts), None, 1, False)
-    mean = pictures.to_numpy(embeddings).mean(axis=0, keepdims=True, dtype=np.float64).astype(np.float32)
+    mean = to_numpy(embeddings).mean(axis=0, keepdims=True, dtype=np.float64).astype(np.float32)
 
     import mindspore
 
