@@ -70,6 +70,7 @@ class Editing:
         image_latents: DiffEditInversionPipelineOutput | None = None,
         paste_back: bool = True,
         feather: int | None = None,
+        working_size: tuple[int, int] | None = None,
         eta: float = 0.0,
         generator=None,
         output_type: str = "pil",
@@ -117,6 +118,8 @@ class Editing:
                 its options are then not used.
             paste_back: outside the feathered mask return the picture's own pixels. Not for latents.
             feather: width of the seam in pixels; None: one latent.
+            working_size: (width, height) that PIL pictures are scaled to for the model; results come back at the
+                pictures' own size, pasted back there, and that is what the seam is measured in. None: the own size.
             eta: DDIM's eta in [0, 1].
             generator: as for the other calls; a list has one for each of B pictures. A seed begins anew in each call.
             output_type: "pil", "np" or "latent".
@@ -173,14 +176,20 @@ class Editing:
         )
         options.check_viewer(debug_callback)
         mask_options = EDIT_MASK if mask_options is None else masks.checked_options(mask_options)
-        feather = (
-            self.vae_scale_factor if feather is None else options.check_at_least_zero(feather, "feather", MOST_FEATHER)
-        )
+        if feather is not None:
+            options.check_at_least_zero(feather, "feather", MOST_FEATHER)
         _check_inversion(inversion, inversion_iterations, image_latents, measure_reconstruction)
         randomness.resolve(generator)
+        own_image = image
+        if working_size is not None:
+            image = _scaled(image, working_size)
         pixels = self._pixels(image, batch)
         of_pixels = pixels.shape[1] != self.vae.config.latent_channels
-        originals = _originals(image, batch) if of_pixels else None
+        originals = _originals(own_image, batch) if of_pixels else None
+        if feather is None:
+            feather = self.vae_scale_factor
+            if working_size is not None:
+                feather *= originals[0].shown.width / working_size[0]
         factor = self.vae_scale_factor if of_pixels else 1
         grid = tuple(side // factor for side in pixels.shape[2:])
         own = self._own_mask(mask_image, mask_combination, mask_options, grid, batch)
@@ -263,7 +272,7 @@ class Editing:
         report = EditReport(mask_coverage=masks.mask_coverage(mask), seconds=seconds)
         images = edited = self._tensor(edited, self.unet.dtype)
         if decoded is not None:
-            given = pictures.originals(image, batch) if of_pixels else None
+            given = pictures.originals(own_image, batch) if of_pixels else None
             as_pictures = originals if output_type == "pil" else None
             images = _finished(decoded, flags, given, mask, feather, paste_back, report, as_pictures)
             images = pictures.of_arrays(images) if isinstance(images, np.ndarray) and output_type == "pil" else images
@@ -447,6 +456,25 @@ def _originals(image, batch: int) -> list[colours.Original] | None:
         return None
     pictures.check_sizes(given)
     return [colours.Original(picture) for picture in given] * (batch // len(given))
+
+
+def _scaled(image, size) -> list[Image]:
+    """PIL picture(s) as the model sees them, at another size."""
+    if not isinstance(size, (tuple, list)) or len(size) != 2:
+        raise InputTypeError(
+            "{parameter} has to be (width, height) in pixels, but is {size!r}.", "working_size", size=size
+        )
+    for side in size:
+        options.check_positive_int("working_size", side)
+    given = list(image) if isinstance(image, (list, tuple)) else [image]
+    if not given or not all(isinstance(picture, Image) for picture in given):
+        raise InputTypeError(
+            "{parameter} is for PIL pictures, but {image} is or holds something else; resize that yourself, and leave "
+            "{parameter} out.",
+            "working_size",
+        )
+    pictures.check_sizes(given)
+    return [pictures.restore_size(pictures.to_srgb(picture), size) for picture in given]
 
 
 def _finished(decoded, flags, originals, mask, feather, paste_back, report, as_pictures):
