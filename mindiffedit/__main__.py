@@ -11,6 +11,10 @@ def program() -> int:
     if sys.argv[1:3] != ["parity", "record"]:
         # Where torch is installed, transformers would import it, for seconds; only its tokenizer is used here.
         os.environ.setdefault("USE_TORCH", "0")
+    # MindSpore's warnings are for its developers, and the others' are advice to install torch.
+    os.environ.setdefault("GLOG_v", "3")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("DIFFUSERS_NO_ADVISORY_WARNINGS", "1")
     return main()
 
 

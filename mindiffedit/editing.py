@@ -66,6 +66,7 @@ def edit(
     image_latents,
     paste_back,
     feather,
+    working_size,
     eta,
     generator,
     output_type,
@@ -119,10 +120,14 @@ def edit(
     if feather is not None:
         options.check_at_least_zero(feather, "feather", MAX_FEATHER)
     attention_kwargs = pipeline._attention_kwargs(cross_attention_kwargs)
-    pixels = model.pixels(image)
+    pixels = model.pixels(image if working_size is None else _scaled(image, working_size))
     options.check_image_batch(len(pixels), batch)
     of_pixels = not model.are_latents(pixels)
     originals = _originals(image, batch) if of_pixels else None
+    if feather is None:
+        feather = model.vae_scale_factor
+        if working_size is not None:
+            feather *= originals[0].shown.width / working_size[0]
     factor = model.vae_scale_factor if of_pixels else 1
     grid = tuple(side // factor for side in pixels.shape[2:])
     own_mask = _own_mask(mask_image, mask_combination, mask_options, grid, batch)
@@ -209,7 +214,6 @@ def edit(
     if decoded is not None:
         given = pictures.originals(image, batch) if of_pixels else None
         as_pictures = originals if output_type == "pil" else None
-        feather = model.vae_scale_factor if feather is None else feather
         images = _finished(decoded, flags, given, mask, feather, paste_back, report, as_pictures)
         images = pictures.of_arrays(images) if isinstance(images, np.ndarray) and output_type == "pil" else images
     if inverts:
@@ -328,6 +332,25 @@ def _originals(image, batch: int) -> list[colours.Original] | None:
         return None
     pictures.check_sizes(given)
     return [colours.Original(picture) for picture in given] * (batch // len(given))
+
+
+def _scaled(image, size) -> list[Image]:
+    """PIL picture(s) as the model sees them, at another size."""
+    if not isinstance(size, (tuple, list)) or len(size) != 2:
+        raise InputTypeError(
+            "{parameter} has to be (width, height) in pixels, but is {size!r}.", "working_size", size=size
+        )
+    for side in size:
+        options.check_positive_int("working_size", side)
+    listed = list(image) if isinstance(image, (list, tuple)) else [image]
+    if not listed or not all(isinstance(picture, Image) for picture in listed):
+        raise InputTypeError(
+            "{parameter} is for PIL pictures, but {image} is or holds something else; resize that yourself, and leave "
+            "{parameter} out.",
+            "working_size",
+        )
+    pictures.check_sizes(listed)
+    return [pictures.restore_size(pictures.to_srgb(picture), size) for picture in listed]
 
 
 def _finished(decoded, flags, originals, mask, feather, paste_back, report, as_pictures):

@@ -747,6 +747,7 @@ class StableDiffusionDiffEditPipeline(Adapters):
         image_latents: DiffEditInversionPipelineOutput | None = None,
         paste_back: bool = True,
         feather: int | None = None,
+        working_size: tuple[int, int] | None = None,
         eta: float = 0.0,
         generator=None,
         output_type: str = "pil",
@@ -794,6 +795,8 @@ class StableDiffusionDiffEditPipeline(Adapters):
                 its options are then not used.
             paste_back: outside the feathered mask return the picture's own pixels. Not for latents.
             feather: width of the seam in pixels; None: one latent.
+            working_size: (width, height) that PIL pictures are scaled to for the model; results come back at the
+                pictures' own size, pasted back there, and that is what the seam is measured in. None: the own size.
             eta: DDIM's eta in [0, 1].
             generator: as for the other calls; a list has one for each of B pictures. A seed begins anew in each call.
             output_type: "pil", "np" or "latent".

@@ -20,8 +20,9 @@ import mindiffedit
 import mindiffedit.parity
 from mindiffedit import InputError, InputTypeError, MaskOptions, masks, options
 from mindiffedit.cli import command as cli
-from mindiffedit.cli.arguments import _PARAMETERS, build_parser
+from mindiffedit.cli.arguments import build_parser
 from mindiffedit.cli.latents_file import read_latents
+from mindiffedit.cli.wording import OPTIONS
 from mindiffedit.editing import _warnings
 from mindiffedit.errors import LONGEST_TEXT, Message
 from mindiffedit.noise.generator import Generator
@@ -358,7 +359,7 @@ def test_hostile_values_of_every_option(work, capsys, monkeypatch, command):  # 
     monkeypatch.setitem(sys.modules, "mindiffedit.parity.reference", None)  # it would compute for long
     monkeypatch.delattr(mindiffedit.parity, "reference", raising=False)  # imported by another test
     save_file({}, work / "golden.safetensors")
-    python = "|".join(f"`{name}`" for name in _PARAMETERS)
+    python = "|".join(f"`{name}`" for name in OPTIONS)
     for action, value in itertools.product(options_of(command), HOSTILE):
         given = [f"{action.option_strings[-1]}={value}"] if action.option_strings else []
         argv = [*command.split(), *(usual if given else [value, *usual[1:]]), *given]

@@ -460,10 +460,10 @@ def test_latents_belong_to_the_colours_that_were_inverted(work, capsys):  # noqa
     """Files of before know plain RGB pictures by the same hash."""
     import hashlib
 
-    from mindiffedit.cli import jobs
+    from mindiffedit.cli.job import fingerprint
 
     picture = photo(96, 64)
     expected = hashlib.sha256(b"(96, 64)" + picture.tobytes()).hexdigest()
     for saved in (picture, picture.convert("RGBA"), with_info(picture, icc_profile=SRGB.tobytes())):
-        assert jobs.fingerprint(Original(saved).shown) == expected
-    assert jobs.fingerprint(Original(with_info(picture, icc_profile=wide_profile())).shown) != expected
+        assert fingerprint(Original(saved).shown) == expected
+    assert fingerprint(Original(with_info(picture, icc_profile=wide_profile())).shown) != expected

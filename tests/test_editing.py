@@ -17,6 +17,7 @@ from mindiffedit import (
 )
 from mindiffedit.arrays import to_numpy
 from mindiffedit.images import edges
+from mindiffedit.images.colours import Original
 from mindiffedit.outputs import EditReport
 
 SHORT = dict(num_inference_steps=4, inpaint_strength=0.75)
@@ -256,6 +257,29 @@ def test_outside_the_feathered_mask_the_picture_is_untouched(ours, kind):
     loose = edit(ours, image, mask_image=BOX, feather=5, paste_back=False)
     assert loose.report.change_outside == loose.report.change_outside_before_paste_back != [0]
     assert not np.array_equal(np.asarray(loose.images[0])[weights == 0], pixels[weights == 0])
+
+
+@pytest.mark.parametrize("paste_back", [True, False])
+@pytest.mark.parametrize("feather", [None, 5])
+def test_a_working_size_is_the_models_alone(ours, paste_back, feather):
+    """As if the picture was scaled by hand, edited, scaled back and pasted back, in its own colours."""
+    own = (131, 83)
+    picture = PICTURE.resize(own)
+    picture.putalpha(picture.convert("L"))
+    original = Original(picture)
+    small = original.shown.resize(PICTURE.size, Image.Resampling.LANCZOS)
+    done = edit(ours, picture, mask_image=BOX, working_size=PICTURE.size, paste_back=paste_back, feather=feather)
+    by_hand = edit(ours, small, mask_image=BOX, paste_back=False)
+    assert np.array_equal(done.latents.asnumpy(), by_hand.latents.asnumpy())
+    drawn = by_hand.images[0].resize(own, Image.Resampling.LANCZOS)
+    weights = masks.feathered(BOX, own[::-1], 8 * 131 / 80 if feather is None else feather)
+    expected = original.rewritten(drawn, weights[0] if paste_back else None)
+    assert done.images[0].mode == "RGBA" and np.array_equal(np.asarray(done.images[0]), np.asarray(expected))
+    shown, result = (np.asarray(one, np.float32)[None] / 255 for one in (original.shown, drawn))
+    change = editing.change_outside(result, shown, weights)
+    assert done.report.change_outside_before_paste_back == change and change[0] > 1
+    assert done.report.change_outside == ([0] if paste_back else change)
+    assert done.image_latents.shape == by_hand.image_latents.shape
 
 
 def test_soft_masks_blend(ours, inverted):
@@ -553,6 +577,9 @@ def test_warnings_say_what_to_turn(ours):
         (dict(mask_image="mask.png"), TypeError, "str"),
         (dict(mask_image=np.ones((3, 8, 10), np.float32)), ValueError, "batch"),
         (dict(feather=-1), ValueError, "feather"),
+        (dict(working_size=64), TypeError, "width, height"),
+        (dict(working_size=(64, 0)), ValueError, "positive integer"),
+        (dict(working_size=(80, 64), image=np.asarray(PICTURE)), TypeError, "PIL pictures"),
         (dict(paste_back="yes"), TypeError, "paste_back"),
         (dict(per_image_clamp=1), TypeError, "per_image_clamp"),
         (dict(image_latents=np.zeros((1, 3, 4, 8, 10), np.float32)), TypeError, "whole output"),

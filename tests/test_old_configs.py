@@ -17,7 +17,7 @@ from test_pipeline import PICTURE, SOURCE
 import mindiffedit
 from mindiffedit import StableDiffusionDiffEditPipeline, load_component
 from mindiffedit.checkpoints import models, old_configs, survey
-from mindiffedit.cli import jobs
+from mindiffedit.cli.job import working_limits
 from mindiffedit.runtime import notices
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # diffusers', about these configs
@@ -66,7 +66,7 @@ def test_sample_size_is_what_diffusers_takes_it_for(copy, theirs, version, size,
     said = [record for record in caplog.records if "sample_size" in record.message]
     assert len(said) == (config["sample_size"] != size)  # once in a process
     # And the size that the command line works at.
-    factor, most = jobs.working_limits(survey.check_folder(copy), None)
+    factor, most = working_limits(survey.check_folder(copy), None)
     assert (factor, most) == (8, int(1.5 * (8 * config["sample_size"]) ** 2))
 
 

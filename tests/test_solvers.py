@@ -16,7 +16,8 @@ from test_pipeline import CLOSE, PICTURE, SOURCE, TARGET, both_edits, both_masks
 import mindiffedit
 from mindiffedit import DDIMInverseScheduler, DDIMScheduler
 from mindiffedit.checkpoints import models
-from mindiffedit.cli import jobs
+from mindiffedit.cli import loading, wording
+from mindiffedit.cli.job import Job
 from mindiffedit.errors import InputError
 from mindiffedit.runtime import notices
 from mindiffedit.solvers import schedulers
@@ -228,9 +229,10 @@ def test_noise_of_a_solver_with_timesteps_that_come_twice(ours, loaded):
 def chosen(ours, own, **given):
     """What the command line makes of a model's own scheduler."""
     args = dict(command="edit", scheduler=None, reference=False, quiet=False)
-    job = jobs.Job(Namespace(**{**args, **given}), {"inversion": "ddim", "iterations": 0})
+    job = Job(Namespace(**{**args, **given}), {"inversion": "ddim", "iterations": 0})
     put(ours, own)
-    jobs._choose_scheduler(job, ours)
+    with wording.notes(job.args):
+        loading._choose_solver(job, ours)
     return job.scheduler
 
 

@@ -23,14 +23,18 @@ import PIL.Image
 
 from mindiffedit import __version__, demo, options
 from mindiffedit.checkpoints import survey
-from mindiffedit.cli import jobs
-from mindiffedit.cli.arguments import CASE_DEFAULTS, CASE_OPTIONS, FAILED, OK, SCHEDULERS, defaults_of, option
+from mindiffedit.cli import checks
+from mindiffedit.cli.arguments import CASE_DEFAULTS, CASE_OPTIONS, defaults_of
+from mindiffedit.cli.job import working_limits
+from mindiffedit.cli.loading import hushed, require_device
+from mindiffedit.cli.wording import FAILED, OK, option
 from mindiffedit.errors import InputError
 from mindiffedit.images import pictures
 from mindiffedit.noise.generator import check_seed
 from mindiffedit.parity import golden, metrics, report, tolerances
 from mindiffedit.parity.case import Case
 from mindiffedit.runtime import devices
+from mindiffedit.solvers import CLASSES as SCHEDULERS
 
 _NEGATIVES = ("negative", "invert_negative", "source_negative", "target_negative")
 _PACKAGES = ("torch", "diffusers", "mindspore", "mindone", "transformers", "numpy", "safetensors")
@@ -41,7 +45,7 @@ _PACKAGES = ("torch", "diffusers", "mindspore", "mindone", "transformers", "nump
 
 def record(args: Namespace):
     """Runs the reference on a case and writes the golden file; returns (line, result)."""
-    jobs.check_names(args)
+    checks.check_names(args)
     settings = _settings(args)
     pictures.check_output_path(args.output, (".safetensors",))
     if settings["dtype"] != "float32" and args.no_floors:
@@ -61,7 +65,7 @@ def record(args: Namespace):
     images = _fitted(args, settings, configs)
     case = _case(settings, images, folder)
     started = time.perf_counter()
-    with jobs.hushed():
+    with hushed():
         try:
             import torch
 
@@ -116,10 +120,10 @@ def _settings(args: Namespace) -> dict[str, Any]:
     if settings["invert_guidance"] is None:
         settings["invert_guidance"] = settings["guidance"]
     settings["seed"] = settings["seed"] or [0]
-    jobs.check_numbers(settings)
+    checks.check_numbers(settings)
     options.effective_steps(settings["steps"], settings["strength"], "--strength")
     options.effective_steps(settings["steps"], settings["mask_strength"], "--mask-strength")
-    options.check_steps(settings["images_per_prompt"], "--images-per-prompt", jobs.MAX_SAMPLES)
+    options.check_steps(settings["images_per_prompt"], "--images-per-prompt", checks.MAX_SAMPLES)
     # What is said of parameters of the calls, `cli` says of the options that they are given by.
     options.check_eta(settings["eta"])
     regularisation = ("lambda_auto_corr", "lambda_kl", "reg_steps", "auto_corr_rolls")
@@ -225,7 +229,7 @@ def _fitted(args: Namespace, settings: dict[str, Any], configs) -> list[PIL.Imag
     fitted = []
     for path in settings["image"]:
         picture = pictures.to_srgb(pictures.load_image(path))  # B12: both sides are to see the same
-        picture, notice = pictures.fit_picture(picture, *jobs.working_limits(configs, settings["size"]))
+        picture, notice = pictures.fit_picture(picture, *working_limits(configs, settings["size"]))
         if notice is not None:
             _say(args, f"{path}: {notice}")
         fitted.append(picture)
@@ -318,7 +322,7 @@ def _mended(case: Case) -> list[str]:
 
 def check(args: Namespace):
     """Replays a golden file; returns (table and verdict, result, exit code)."""
-    jobs.check_names(args)
+    checks.check_names(args)
     _check_outputs(args)
     recording = golden.read_golden(args.golden)
     manifest = recording.manifest
@@ -332,11 +336,8 @@ def check(args: Namespace):
         _check_pictures(args, settings, survey.check_folder(folder, ("safety_checker",)), recording)
 
     started = time.perf_counter()
-    with jobs.hushed():
-        try:
-            device = devices.require_device(args.device)
-        except RuntimeError as error:
-            raise InputError(" ".join(str(error).split())) from error
+    with hushed():
+        device = require_device(args.device)
         if settings["dtype"] != "float32" and devices.supported_dtype(settings["dtype"])[1] is not None:
             raise InputError(
                 "{golden} was recorded in {dtype}, for which {device} computes in float32; record anew in float32, or "

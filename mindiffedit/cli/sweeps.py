@@ -9,13 +9,11 @@ import PIL.Image
 
 from mindiffedit import masks, options
 from mindiffedit.cli import runs
-from mindiffedit.cli.jobs import Job
+from mindiffedit.cli.job import Job
 from mindiffedit.images import edges, pictures
 
 CELL = 384
 """Pixels of a cell's longer side."""
-
-__all__ = ["Sweep", "edit_sheet", "mask_sheet", "settled"]
 
 
 @dataclass(frozen=True)
@@ -27,42 +25,33 @@ class Sweep:
     other: str  # "threshold" or "guidance"
 
 
-def settled(job: Job) -> Sweep:
-    """The values of a command's sweep, checked: those given, or some around the present settings."""
+def settled(job: Job) -> Sweep | None:
+    """The values of a command's sweep, checked: those given, or some around the present settings; None without one."""
     args, settings = job.args, job.settings
-    mask = args.command == "mask"
-    strength = settings["mask_strength" if mask else "strength"]
+    if args.sweep is None:
+        return None
+    if args.command == "mask":
+        strength, other = settings["mask_strength"], settings["mask_threshold"]
+        name, text, check = "threshold", args.sweep_thresholds, options.check_ratio
+        others = _around(other)
+    else:
+        strength, other = settings["strength"], settings["guidance"]
+        name, text, check = "guidance", args.sweep_guidances, options.check_guidance_scale
+        others = _around(other) if other > 1 else [other, 3.0, 7.5]
 
     def check_strength(value, name):
         value = options.check_strength(value, name)
         options.effective_steps(settings["steps"], value, name)
         return value
 
+    strengths = [strength]  # with latents that of the inversion
     if args.sweep_strengths is not None:
         strengths = masks.sweep_values(args.sweep_strengths, "--sweep-strengths", check_strength)
-    elif not mask and job.latents is not None:
-        strengths = [strength]  # that of the inversion
-    else:
+    elif job.latents is None:
         strengths = _around_strength(strength, settings["steps"])
-    if mask:
-        text, name, check, now = (
-            args.sweep_thresholds,
-            "thresholds",
-            options.check_ratio,
-            settings["mask_threshold"],
-        )
-    else:
-        text, name, check, now = (
-            args.sweep_guidances,
-            "guidances",
-            options.check_guidance_scale,
-            settings["guidance"],
-        )
     if text is not None:
-        others = masks.sweep_values(text, f"--sweep-{name}", check)
-    else:
-        others = _around(now) if mask or now > 1 else [now, 3.0, 7.5]
-    return Sweep(strengths, others, name[:-1])
+        others = masks.sweep_values(text, f"--sweep-{name}s", check)
+    return Sweep(strengths, others, name)
 
 
 def _around_strength(strength: float, steps: int) -> list[float]:
@@ -87,14 +76,14 @@ def mask_sheet(job: Job, pipe, sweep: Sweep, known: dict[float, np.ndarray] | No
         guides = edges.guides_of(pixels, tuple(side // job.factor for side in pixels.shape[2:]))
     rows = []
     for strength in sweep.strengths:
-        seen = (known or {}).get(strength)
-        if seen is None:
-            _, seen = runs.find_mask(job, pipe, strength)
-        found = [
-            masks.mask_of(seen, threshold, job.mask_options, per_image=True, guides=guides)
-            for threshold in sweep.others
-        ]
-        rows.append([_cell(masks.overlay(job.fitted, runs.whole_mask(job, mask)[0])) for mask in found])
+        map_ = (known or {}).get(strength)
+        if map_ is None:
+            _, map_ = runs.find_mask(job, pipe, strength)
+        row = []
+        for threshold in sweep.others:
+            mask = masks.mask_of(map_, threshold, job.mask_options, per_image=True, guides=guides)
+            row.append(_cell(masks.overlay(job.fitted, runs.whole_mask(job, mask)[0])))
+        rows.append(row)
     return _sheet(job, sweep, rows, "mask strength", "threshold")
 
 
@@ -111,7 +100,7 @@ def edit_sheet(job: Job, pipe, sweep: Sweep, mask: np.ndarray | None = None) -> 
         row = []
         for guidance in sweep.others:
             stage = f"edit, strength {strength:g}, guidance {guidance:g}"
-            row.append(_cell(runs.edit(job, pipe, mask, inverted, strength, guidance, stage).edited))
+            row.append(_cell(runs.edit(job, pipe, mask, inverted, strength, guidance, stage).picture))
         rows.append(row)
     return _sheet(job, sweep, rows, "strength", "guidance")
 
