@@ -27,7 +27,7 @@ from mindiffedit.cli.arguments import BAD_INPUT, MASK_FIELDS, MASK_NUMBERS, buil
 from mindiffedit.cli.jobs import Job
 from mindiffedit.cli.latents_file import write_latents
 from mindiffedit.cli.runs import Edited
-from mindiffedit.errors import LONGEST_TEXT, InputError, InputTypeError, cut
+from mindiffedit.errors import LONGEST_TEXT, InputError, InputTypeError, cut, first_line
 from mindiffedit.images import pictures, strips
 from mindiffedit.options import NumericalError
 
@@ -154,7 +154,7 @@ def _demo(args):
             "{parameter} {folder}: the folder cannot be made ({why}); give another.",
             parameter="--output",
             folder=folder,
-            why=error.strerror or error,
+            why=first_line(error),
         ) from error
     jobs.check_outputs(job, names)
     done = _whole_edit(job, jobs.load(job))

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from mindiffedit import options
-from mindiffedit.errors import InputError
+from mindiffedit.errors import InputError, first_line
 from mindiffedit.images import pictures
 
 FORMAT = "mindiffedit-latents"
@@ -77,7 +77,7 @@ def read_latents(path) -> tuple[np.ndarray, np.ndarray | None, dict[str, Any]]:
             "{path} is not a whole safetensors file: {why}.",
             parameter="path",
             path=path,
-            why=str(error).rstrip("."),
+            why=first_line(error),
         ) from error
     for values in (latents, clean):
         if values is not None and values.dtype != np.float32:
@@ -153,6 +153,6 @@ def _parse_metadata(path, metadata: dict[str, str], names: list[str]) -> dict[st
         ) from None
     except ValueError as error:
         raise InputError(
-            "{path} is damaged ({why}); invert anew.", parameter="path", path=path, why=str(error).rstrip(".")
+            "{path} is damaged ({why}); invert anew.", parameter="path", path=path, why=first_line(error)
         ) from error
     return made

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from mindiffedit import options
-from mindiffedit.errors import InputError
+from mindiffedit.errors import InputError, first_line
 from mindiffedit.images import pictures
 
 FORMAT = "mindiffedit-parity"
@@ -122,7 +122,7 @@ def write_golden(path, trace: Mapping[str, np.ndarray], manifest: Mapping[str, A
     try:
         text = _canonical(document)
     except (TypeError, ValueError) as error:
-        raise InputError("the manifest cannot be written as JSON: {why}.", why=str(error).rstrip(".")) from error
+        raise InputError("the manifest cannot be written as JSON: {why}.", why=first_line(error)) from error
     metadata = {
         "format": FORMAT,
         "format_version": str(VERSION),
@@ -196,7 +196,7 @@ def read_golden(path) -> Golden:
         raise InputError(
             "{path} is not a whole safetensors file ({why}); copy it again, or {anew}.",
             path=path,
-            why=str(error).rstrip("."),
+            why=first_line(error),
             anew=_ANEW,
         ) from error
     inputs = {name[len(INPUTS) :]: array for name, array in arrays.items() if name.startswith(INPUTS)}
@@ -412,7 +412,7 @@ def _hash_file(path: Path) -> str:
                 digest.update(block)
         return digest.hexdigest()
     except OSError as error:
-        raise InputError("{path} cannot be read: {why}.", path=path, why=error.strerror or error) from error
+        raise InputError("{path} cannot be read: {why}.", path=path, why=first_line(error)) from error
 
 
 def _settings(path: Path):
@@ -420,7 +420,7 @@ def _settings(path: Path):
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise InputError("{path} is not JSON: {why}.", path=path, why=str(error).rstrip(".")) from error
+        raise InputError("{path} is not JSON: {why}.", path=path, why=first_line(error)) from error
     if not isinstance(content, dict):
         return content
     return {key: value for key, value in content.items() if not key.startswith("_") and key not in _SAVING}
