@@ -4,6 +4,7 @@ import os
 import sys
 
 from mindiffedit.cli.command import main
+from mindiffedit.runtime import quick_imports
 
 
 def program() -> int:
@@ -11,10 +12,13 @@ def program() -> int:
     if sys.argv[1:3] != ["parity", "record"]:
         # Where torch is installed, transformers would import it, for seconds; only its tokenizer is used here.
         os.environ.setdefault("USE_TORCH", "0")
+        quick_imports.install()
     # MindSpore's warnings are for its developers, and the others' are advice to install torch.
     os.environ.setdefault("GLOG_v", "3")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("DIFFUSERS_NO_ADVISORY_WARNINGS", "1")
+    # MindSpore warns of every graph that it finds in a compile cache, and of every one that it does not.
+    os.environ.setdefault("MS_SUBMODULE_LOG_v", "{PIPELINE:3}")
     return main()
 
 

@@ -14,7 +14,7 @@ from typing import Any
 LONGEST_VALUE = 100  # characters of a value's repr in a message
 LONGEST_TEXT = 250  # of a text in a message that is shown without quotes, such as a path
 
-__all__ = ["InputError", "InputTypeError", "Message", "cut", "named", "shown", "whole"]
+__all__ = ["InputError", "InputTypeError", "Message", "cut", "first_line", "named", "shown", "whole"]
 
 
 def cut(text: str, longest: int) -> str:
@@ -25,6 +25,16 @@ def cut(text: str, longest: int) -> str:
 def shown(value: Any) -> str:
     """A value's repr for a message; a long one is cut, with its length."""
     return cut(repr(value), LONGEST_VALUE)
+
+
+def first_line(error: BaseException | str) -> str:
+    """What an error of another library says, cut to one line for a message of ours, without a full stop.
+
+    Of the operating system's errors the reason only, as the message names the file; where there is no text, the class.
+    """
+    text = getattr(error, "strerror", None) or str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip(" -")]
+    return lines[0].rstrip(".")[:300] if lines else type(error).__name__
 
 
 def in_backticks(parameter: str) -> str:

@@ -274,7 +274,7 @@ class Ours(MindSporeParty):
     def prepare(self):
         from mindiffedit.runtime import quick_imports
 
-        quick_imports.prepare()
+        quick_imports.install()  # as the command does
         for name in ("diffusers.models.unets.unet_2d_condition", "transformers.models.clip.modeling_clip"):
             importlib.import_module(f"mindone.{name}")
         self.pipeline = None

@@ -12,7 +12,7 @@ from mindspore import nn
 
 from mindiffedit.runtime import devices
 
-ROOT = str(pathlib.Path(devices.__file__).parents[1])
+ROOT = str(pathlib.Path(__file__).parent.parent)
 
 
 def in_new_process(program: str) -> str:
@@ -110,7 +110,7 @@ def test_an_absent_device_is_an_error_and_changes_nothing(name, mode, capfd):
 def test_an_absent_device_is_an_error_before_the_first_operator_too():
     out = in_new_process(f"""
 import mindspore
-from mindiffedit import devices
+from mindiffedit.runtime import devices
 before = devices.device_target()
 try:
     devices.require_device({absent[-1]!r})

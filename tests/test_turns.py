@@ -355,7 +355,7 @@ def test_a_child_of_a_process_that_has_run_nothing_may_load():
 
     program = (
         "import os, mindspore as ms\n"
-        "from mindiffedit import turns\n"
+        "from mindiffedit.runtime import turns\n"
         "child = os.fork()\n"
         "if child == 0:\n"
         "    with turns.turn():\n"

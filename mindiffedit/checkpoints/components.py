@@ -17,14 +17,6 @@ from mindiffedit.runtime.notices import say_once
 
 logger = logging.getLogger(__name__)
 
-MAX_GRAPHS = 13
-"""Compiled graphs that are kept: the text encoder's, and six of an edit for each of two sizes of pictures.
-
-Without a limit, every new size would stay. What goes comes back from the compile cache.
-"""
-
-MAX_GRAPHS_WITHOUT_CACHE = 64
-"""The same where what has gone has to be compiled again."""
 
 
 class PipelineComponents:
@@ -51,6 +43,8 @@ class PipelineComponents:
         mode: str = "graph",
         compile_cache=None,
     ):
+        from mindiffedit.runtime import graphs
+
         if mode not in self.MODES:
             raise InputError(
                 "{parameter} has to be one of {modes}, but is {mode!r}.", "mode", modes=self.MODES, mode=mode
@@ -82,7 +76,7 @@ class PipelineComponents:
         self._viewers: dict[int, Callable] = {}  # by thread
         self.compile_cache = compile_caches.open_cache(compile_cache) if mode == "graph" else None
         self.unet_batch_size = 2  # samples in one UNet evaluation: a guided step of one picture
-        self.max_graphs = MAX_GRAPHS if self.compile_cache is not None else MAX_GRAPHS_WITHOUT_CACHE
+        self.max_graphs = graphs.max_graphs(self.compile_cache)
         self._progress_bar_config: dict[str, Any] = {}
         self._stages_built = None
         self._own_inverse = None

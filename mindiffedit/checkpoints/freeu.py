@@ -22,7 +22,6 @@ from mindspore import mint, ops
 
 from mindiffedit import options
 from mindiffedit.errors import InputError
-from mindiffedit.runtime import quick_imports
 
 Factors = tuple[float, float, float, float]
 """s1, s2, b1, b2, as diffusers names them."""
@@ -130,7 +129,6 @@ def _classes() -> dict:
 
     Subclasses without anything of their own to hold, so that a block changes its class and keeps its weights' names.
     """
-    quick_imports.prepare()
     from mindone.diffusers.models.unets.unet_2d_blocks import CrossAttnUpBlock2D, UpBlock2D
 
     class FreeUUpBlock2D(UpBlock2D):

@@ -18,14 +18,13 @@ from mindiffedit.checkpoints.layout import (
     INDEX_FILE,
     MODELS,
     CheckpointError,
-    first_line,
     named_class,
     read_index,
     small_files,
     some,
 )
 from mindiffedit.checkpoints.weight_files import PICKLES, find_weights, weight_patterns
-from mindiffedit.errors import InputTypeError, Message
+from mindiffedit.errors import InputTypeError, Message, first_line
 
 __all__ = ["HubOptions", "Repository", "folder_here", "resolve_file", "resolve_folder"]
 

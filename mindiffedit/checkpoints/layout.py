@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mindiffedit.errors import InputError
+from mindiffedit.errors import InputError, first_line
 
 __all__ = [
     "COMPONENTS",
@@ -33,7 +33,6 @@ __all__ = [
     "ModelKind",
     "WeightsError",
     "class_names",
-    "first_line",
     "named_class",
     "read_index",
     "read_json",
@@ -49,12 +48,6 @@ class CheckpointError(InputError):
 
 class WeightsError(CheckpointError):
     """Weights that do not fit their model: missing, extra, misshapen, or not finite. All are listed."""
-
-
-def first_line(error: BaseException) -> str:
-    """What an error of another library says, cut to one line for a message of ours, without a full stop."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".")[:300] if lines else type(error).__name__
 
 
 def some(names: Sequence[str], most: int = 12) -> str:

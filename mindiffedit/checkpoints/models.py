@@ -28,7 +28,6 @@ from mindiffedit.checkpoints.layout import (
     MODELS,
     CheckpointError,
     WeightsError,
-    first_line,
     read_json,
     read_processor,
     small_files,
@@ -36,8 +35,8 @@ from mindiffedit.checkpoints.layout import (
 from mindiffedit.checkpoints.survey import Source, Survey, find_sources, place_of, text_part
 from mindiffedit.checkpoints.tokenizer_files import load_clip_tokenizer
 from mindiffedit.checkpoints.weight_files import FLOATS, Stored
-from mindiffedit.errors import InputError, InputTypeError, Message, whole
-from mindiffedit.runtime import devices, quick_imports
+from mindiffedit.errors import InputError, InputTypeError, Message, first_line, whole
+from mindiffedit.runtime import devices
 from mindiffedit.runtime.notices import say_once
 from mindiffedit.solvers import schedules
 
@@ -275,7 +274,6 @@ def build(source: Source, construct: Callable[[str, Mapping[str, Any]], Any]) ->
     from mindspore.nn.utils import no_init_parameters
 
     try:
-        quick_imports.prepare()
         # The values come from the file: making random ones first takes minutes for a large model.
         with _portable_kernels(), no_init_parameters():
             return construct(source.name, source.config)

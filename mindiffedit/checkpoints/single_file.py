@@ -28,10 +28,10 @@ from urllib.parse import unquote
 
 from mindiffedit.checkpoints import models
 from mindiffedit.checkpoints.hub import HubOptions, Repository, resolve_folder
-from mindiffedit.checkpoints.layout import MODELS, CheckpointError, first_line, some
+from mindiffedit.checkpoints.layout import MODELS, CheckpointError, some
 from mindiffedit.checkpoints.survey import text_part
 from mindiffedit.checkpoints.weight_files import PICKLES, Stored, read_header
-from mindiffedit.errors import InputTypeError
+from mindiffedit.errors import InputTypeError, first_line
 
 __all__ = ["SingleFile", "load_components"]
 
@@ -254,9 +254,6 @@ class SingleFile:
 
 
 def _conversions():
-    from mindiffedit.runtime import quick_imports
-
-    quick_imports.prepare()
     from mindone.diffusers.loaders import single_file_utils
 
     return single_file_utils

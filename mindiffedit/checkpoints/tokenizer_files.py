@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mindiffedit.checkpoints.layout import CheckpointError, first_line, read_json
+from mindiffedit.checkpoints.layout import CheckpointError, read_json
+from mindiffedit.errors import first_line
 
 __all__ = ["check_tokenizer_files", "load_clip_tokenizer", "load_tokenizer"]
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mindiffedit.checkpoints.layout import CheckpointError, WeightsError, first_line, read_json, some
-from mindiffedit.errors import Message
+from mindiffedit.checkpoints.layout import CheckpointError, WeightsError, read_json, some
+from mindiffedit.errors import Message, first_line
 
 __all__ = [
     "FLOATS",

@@ -15,7 +15,7 @@ import numpy as np
 import PIL.Image
 import PIL.ImageCms
 
-from mindiffedit.errors import InputError
+from mindiffedit.errors import InputError, first_line
 
 __all__ = ["Original", "fit_format", "grey_levels", "to_rgb", "to_srgb"]
 
@@ -311,7 +311,7 @@ def _profile_of(mode: str, data: bytes | None) -> tuple[Any, str | None]:
         _transform(profile, PIL.ImageCms.createProfile("sRGB"), mode, "RGB")(PIL.Image.new(mode, (1, 1)))
         return profile, None
     except Exception as error:  # a damaged profile makes Pillow raise nearly anything
-        return None, " ".join(str(error).split())[:100] or type(error).__name__
+        return None, first_line(error)
 
 
 def _transform(source, target, source_mode: str, target_mode: str) -> _Conversion:

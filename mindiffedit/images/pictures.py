@@ -23,7 +23,7 @@ import PIL.ImageFont
 import PIL.PngImagePlugin
 
 from mindiffedit.arrays import is_tensor, to_numpy
-from mindiffedit.errors import InputError, InputTypeError
+from mindiffedit.errors import InputError, InputTypeError, first_line
 from mindiffedit.images.colours import fit_format, grey_levels, to_rgb, to_srgb
 from mindiffedit.images.reading import MAX_DOWNLOAD, MAX_PIXELS, load_image
 
@@ -174,8 +174,9 @@ def _readable(picture: PIL.Image.Image) -> PIL.Image.Image:
     try:
         picture.load()
     except Exception as error:  # of a file that has not been read yet
-        why = " ".join(str(error).split()).rstrip(".")[:300]
-        raise InputError("{parameter} is truncated, damaged or closed: {why}.", "image", why=why) from error
+        raise InputError(
+            "{parameter} is truncated, damaged or closed: {why}.", "image", why=first_line(error)
+        ) from error
     return picture
 
 
@@ -850,13 +851,12 @@ def check_writable(folder: Path, what: str) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        reason = error.strerror or type(error).__name__
         raise InputError(
             "no file can be written in the folder {folder} of {what} ({reason}); give another place.",
             "output",
             folder=folder,
             what=what,
-            reason=reason,
+            reason=first_line(error),
         ) from error
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 
-from mindiffedit.errors import InputError, cut
+from mindiffedit.errors import InputError, cut, first_line
 from mindiffedit.images.colours import to_rgb
 
 # A header may promise any size; nothing is decoded above this many pixels (8192 × 8192; 192 MiB as RGB).
@@ -117,7 +117,7 @@ def _of_local_address(address: str) -> PIL.Image.Image:
             "{name} is no data URL ({why}); it begins as data:image/png;base64, and the data follow.",
             "image",
             name=cut(address, 40),
-            why=_sentence(error),
+            why=first_line(error),
         ) from error
     return _decode(io.BytesIO(data), cut(address, 40))
 
@@ -131,9 +131,7 @@ def _load_file(path) -> PIL.Image.Image:
     try:
         stream = open(path, "rb")
     except OSError as error:
-        raise InputError(
-            "{name} cannot be opened: {why}.", "image", name=name, why=error.strerror or str(error)
-        ) from error
+        raise InputError("{name} cannot be opened: {why}.", "image", name=name, why=first_line(error)) from error
     with stream:
         return _decode(stream, name)
 
@@ -194,7 +192,7 @@ def _decoded(stream, name: str) -> PIL.Image.Image:
         ) from error
     except Exception as error:  # a damaged header makes Pillow raise nearly anything
         raise DamagedPicture(
-            "{name} cannot be read as a picture: {why}.", "image", name=name, why=_sentence(error)
+            "{name} cannot be read as a picture: {why}.", "image", name=name, why=first_line(error)
         ) from error
     _check_header(picture, name)
     bits = _bits_of(picture)
@@ -205,7 +203,7 @@ def _decoded(stream, name: str) -> PIL.Image.Image:
 
 
 def _damaged(name: str, error: Exception) -> DamagedPicture:
-    return DamagedPicture("{name} is truncated or damaged: {why}.", "image", name=name, why=_sentence(error))
+    return DamagedPicture("{name} is truncated or damaged: {why}.", "image", name=name, why=first_line(error))
 
 
 def _load(picture: PIL.Image.Image, name: str) -> None:
@@ -405,15 +403,9 @@ def _reason(error: BaseException) -> str:
     text = error.strerror if isinstance(error, OSError) and error.strerror else str((error.args or [error])[0])
     text = re.sub(r"//[^/?#\s]*@", "//", text)
     # Some begin with the Python object that they are about.
-    return _sentence(re.sub(r"^.*?<[^>]*>[):]*\s*", "", text) or type(error).__name__)
+    return first_line(re.sub(r"^.*?<[^>]*>[):]*\s*", "", text) or type(error).__name__)
 
 
 def _shown_address(url: str) -> str:
     """A URL for messages: without name and password, and not at any length."""
     return cut(re.sub(r"^(\w+://)[^/?#]*@", r"\1", url), _LONGEST_NAME)
-
-
-def _sentence(error) -> str:
-    """What an error says, on one line and without a full stop."""
-    text = " ".join(str(error).split())
-    return text.rstrip(".")[:300] or type(error).__name__

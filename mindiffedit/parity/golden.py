@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from mindiffedit import options
-from mindiffedit.errors import InputError
+from mindiffedit.errors import InputError, first_line
 from mindiffedit.images import pictures
 
 FORMAT = "mindiffedit-parity"
@@ -126,7 +126,7 @@ def read_golden(path) -> Golden:
         raise InputError(
             "{path} is not a whole safetensors file ({why}); copy it again, or {anew}.",
             path=path,
-            why=str(error).rstrip("."),
+            why=first_line(error),
             anew=_ANEW,
         ) from error
     for entry in document["tensors"]:

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import threading
 
-from mindiffedit.errors import InputError, InputTypeError
+from mindiffedit.errors import InputError, InputTypeError, first_line
 from mindiffedit.runtime.notices import say_once
 
 DEVICE_TARGETS = ("CPU", "GPU", "Ascend")
@@ -24,6 +24,7 @@ __all__ = [
     "float_type",
     "loadable_dtype",
     "mindspore_version",
+    "not_counted",
     "require_device",
     "supported_dtype",
     "synchronize",
@@ -100,14 +101,14 @@ def require_device(name: str | None) -> str:
             raise RuntimeError(
                 f"device {wanted} was asked for, but this process already runs on {before}: MindSpore takes "
                 f"the device before the first operator only. Select {wanted} at the start of the program, "
-                f"or ask for {before}. ({_first_line(error)})"
+                f"or ask for {before}. ({first_line(error)})"
             ) from error
     try:
         _run_one_operator()
     except Exception as error:
         _restore_device(before)
         others = [target for target in _available_targets() if target != wanted]
-        why = f"an addition failed on it: {_first_line(error)}"
+        why = f"an addition failed on it: {first_line(error)}"
         raise RuntimeError(_absent(wanted, others, why)) from error
     return wanted
 
@@ -118,11 +119,6 @@ def _absent(wanted: str, available: list[str], why: str) -> str:
         f"Available here: {', '.join(available) or 'none'}. "
         f"Ask for one of these, or install the driver and the MindSpore package for {wanted}."
     )
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip(" -")]
-    return lines[0][:200] if lines else type(error).__name__
 
 
 def _available_targets() -> list[str]:
@@ -334,7 +330,7 @@ class CompileCounter:
 
 
 @contextlib.contextmanager
-def _not_counted():
+def not_counted():
     """Compilations of this thread in the body are our own probes, not the program's."""
     before = getattr(_uncounted, "on", False)
     _uncounted.on = True

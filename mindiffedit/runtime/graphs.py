@@ -1,4 +1,4 @@
-"""Compiled graphs in memory: one for each stage and shape, a limited number of them, none over a model that has changed."""
+"""Compiled graphs in memory: one for each stage and shape, a limited number of them, none over a changed model."""
 
 from __future__ import annotations
 
@@ -16,8 +16,19 @@ from mindiffedit.runtime import native, turns
 from mindiffedit.runtime.kernels import portable_kernels
 from mindiffedit.runtime.reuse import places_of, same_places
 
-MAX_GRAPHS = 64
-"""Graphs that are kept, where nothing else is said; a pipeline says it, see ``max_graphs``."""
+MAX_GRAPHS = 13
+"""Graphs that a pipeline keeps: its text encoder, and six of an edit for each of two sizes of pictures.
+
+Without a limit, every new size would stay. What goes comes back from the compile cache.
+"""
+
+MAX_GRAPHS_WITHOUT_CACHE = 64
+"""The same where what has gone has to be compiled again."""
+
+
+def max_graphs(cache) -> int:
+    """How many graphs a pipeline keeps by default, with this ``CompileCache`` or None."""
+    return MAX_GRAPHS_WITHOUT_CACHE if cache is None else MAX_GRAPHS
 
 
 class Graphs:
@@ -32,7 +43,7 @@ class Graphs:
         limit: graphs kept; the one that was used longest ago goes first.
     """
 
-    def __init__(self, cache=None, limit: int = MAX_GRAPHS):
+    def __init__(self, cache=None, limit: int = MAX_GRAPHS_WITHOUT_CACHE):
         self.cache, self.limit = cache, limit
         self._graphs: collections.OrderedDict[tuple, _Graph] = collections.OrderedDict()
         self._places: dict[int, list[Any]] = {}  # of each model, as its graphs know it
@@ -47,7 +58,7 @@ class Graphs:
 
         Args:
             function: a function of tensors.
-            key: as for ``CompileCache.compiled``.
+            key: as for ``CompileCache.first_call``.
             model: the cell that the function runs, if any.
         """
 
@@ -67,9 +78,9 @@ class Graphs:
                     return graph.run(*arguments)
                 while len(self._graphs) >= self.limit:
                     self._graphs.popitem(last=False)[1].release()
-                graph = _Graph(function, self.cache, key, model)
+                graph = _Graph(function, model)
                 with portable_kernels():
-                    result = graph.first_run(*arguments)
+                    result = graph.first_run(self.cache, key, *arguments)
                 self._graphs[place] = graph
                 if model is not None:
                     self._places[id(model)] = places_of(model)  # weights may have moved to the device for it
@@ -93,7 +104,7 @@ class Graphs:
 
 
 _ownerless: set[str] = set()
-"""MindSpore's names of graphs whose pipeline is gone. Garbage is found at any moment, and given back in the next turn."""
+"""MindSpore's names of graphs whose pipeline is gone: found at any moment, they are given back in the next turn."""
 
 
 def _release(phases: set[str]) -> None:
@@ -110,25 +121,24 @@ class _Graph:
 
     Attributes:
         function, model: what was compiled, over which model.
-        run: the graph.
+        run: the graph, once ``first_run`` has compiled it.
     """
 
-    def __init__(self, function: Callable, cache: Any | None, key, model):
+    def __init__(self, function: Callable, model):
         self.function, self.model = function, model
-        self._name = f"{function.__module__}.{function.__name__}."
         self._phases: set[str] = set()
         weakref.finalize(self, _ownerless.update, self._phases).atexit = False
-        # A jit object of its own: nothing is shared with the graphs of other shapes.
-        if cache is None:
-            self.run = ms.jit(function)
-        else:
-            models = () if model is None else (model,)
-            self.run = cache.compiled(function, key, models=models, extra=native.identity())
 
-    def first_run(self, *arguments):
+    def first_run(self, cache: Any | None, key: Sequence[Any], *arguments):
         before = set(ms_compile_cache)
-        result = self.run(*arguments)
-        self._phases.update(phase for phase in ms_compile_cache - before if phase.startswith(self._name))
+        if cache is None:
+            self.run = ms.jit(self.function)  # an object of its own: nothing is shared with the graphs of other shapes
+            result = self.run(*arguments)
+        else:
+            models = () if self.model is None else (self.model,)
+            self.run, result = cache.first_call(self.function, arguments, key, models, native.identity())
+        name = f"{self.function.__module__}.{self.function.__name__}."
+        self._phases.update(phase for phase in ms_compile_cache - before if phase.startswith(name))
         return result
 
     def release(self) -> None:

@@ -38,7 +38,7 @@ import mindspore
 import numpy as np
 from mindspore import mint
 
-from mindiffedit.runtime import devices, native, portable, quick_imports, turns
+from mindiffedit.runtime import devices, native, portable, turns
 
 __all__ = ["KERNELS", "Kernel", "eagerly", "missing_kernels", "portable_kernels"]
 
@@ -66,98 +66,52 @@ class Kernel:
     improves: bool = False
 
 
+F = mint.nn.functional
+
+
 def _floats(*shape: int) -> mindspore.Tensor:
     return mindspore.Tensor(np.full(shape, 0.5, np.float32))
-
-
-# Largest relative error (rms over the values) of a float32 kernel that is kept: one unit in the last place.
-# Rounding the exact results alone makes 2.5e-8, torch's CPU kernels 4e-8.
-ACCURACY = 1.2e-7
-
-
-def _require_accuracy(kernel: Callable[..., Any], values: np.ndarray, expected: np.ndarray) -> None:
-    """Raise ArithmeticError where `kernel` of float32 `values` is further off than ACCURACY."""
-    got = kernel(mindspore.Tensor(values.astype(np.float32))).asnumpy().astype(np.float64)
-    error = np.sqrt(np.mean((got / expected - 1) ** 2))
-    if not error <= ACCURACY:
-        raise ArithmeticError(f"off by {error:.1e}, expected at most {ACCURACY:.1e}")
 
 
 def _indices() -> mindspore.Tensor:
     return mindspore.Tensor(np.array([1, 0], np.int32))
 
 
-def _gelu() -> Any:
-    return mint.nn.functional.gelu(_floats(2))
+# Largest relative error (rms over the values) of a float32 kernel that is kept: one unit in the last place.
+# Rounding the exact results alone makes 2.5e-8, torch's CPU kernels 4e-8.
+MAX_ERROR = 1.2e-7
 
 
-def _silu() -> None:
+def _require_accuracy(kernel: Callable[..., Any], exact: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Raise ArithmeticError where a float32 `kernel` is further off than MAX_ERROR."""
     values = np.arange(-255, 256, 2) / 32  # float32 has these exactly
-    _require_accuracy(mint.nn.functional.silu, values, values / (1 + np.exp(-values)))
+    result = kernel(mindspore.Tensor(values.astype(np.float32))).asnumpy().astype(np.float64)
+    error = np.sqrt(np.mean((result / exact(values) - 1) ** 2))
+    if not error <= MAX_ERROR:
+        raise ArithmeticError(f"off by {error:.1e}, expected at most {MAX_ERROR:.1e}")
 
 
-def _tanh() -> None:
-    values = np.arange(-255, 256, 2) / 32
-    _require_accuracy(mint.tanh, values, np.tanh(values))
-
-
-def _conv2d() -> Any:
-    return mint.nn.functional.conv2d(_floats(1, 1, 2, 2), _floats(1, 1, 1, 1))
-
-
-def _layer_norm() -> Any:
-    return mint.nn.functional.layer_norm(_floats(1, 2), (2,))
-
-
-def _embedding() -> Any:
-    return mint.nn.functional.embedding(_indices(), _floats(2, 2))
-
-
-def _pad() -> Any:
-    return mint.nn.functional.pad(_floats(1, 1, 2, 2), (0, 1, 0, 1))
-
-
-def _normalize() -> Any:
-    return mint.nn.functional.normalize(_floats(2, 2))
-
-
-def _arange() -> Any:
-    return mint.arange(2)
-
-
-def _zeros_like() -> Any:
-    return mint.zeros_like(_floats(2))
-
-
-def _mm() -> Any:
-    return mint.mm(_floats(2, 2), _floats(2, 2))
-
-
-def _stack() -> Any:
-    return mint.stack([_floats(2), _floats(2)])
-
-
-def _round() -> Any:
-    return mint.round(_floats(2), decimals=3)
+def _silu(x: np.ndarray) -> np.ndarray:
+    return x / (1 + np.exp(-x))
 
 
 # Gaps of graph mode only are asked for in graph mode. Not all of them may be: compiling a kernel that is
 # missing in PyNative too can end the process (Embedding does), these here raise.
 
 
-def _split() -> Any:
-    return mindspore.jit(_split_sizes)(_floats(1, 2))
+def _split(tensor):
+    return mint.split(tensor, (1, 1), dim=1)[1]
 
 
-def _chunk() -> Any:
-    return mindspore.jit(_chunk_function)(_floats(1, 2))
+def _chunk(tensor):
+    return mint.chunk(tensor, 2, dim=1)[1]
 
 
-def _tensor_chunk() -> Any:
-    return mindspore.jit(_chunk_method)(_floats(1, 2))
+def _tensor_chunk(tensor):
+    return tensor.chunk(2, dim=1)[1]
 
 
-def _linear() -> None:
+def _whole_bias() -> None:
     if devices.device_target() == "CPU":
         raise MemoryError("nothing is missing, but each number of the sum keeps 16 bytes")
 
@@ -166,60 +120,93 @@ def _whole_scores() -> None:
     raise MemoryError("nothing is missing, but 9216 tokens of 8 heads, twice, take 5.4 GB")
 
 
-def _split_sizes(tensor):
-    return mint.split(tensor, (1, 1), dim=1)[1]
+_MODELS = "mindone.diffusers.models"
 
 
-def _chunk_function(tensor):
-    return mint.chunk(tensor, 2, dim=1)[1]
-
-
-def _chunk_method(tensor):
-    return tensor.chunk(2, dim=1)[1]
+def _layers(name: str, function: Callable, layer: type, probe: Callable[[], Any], reason: str) -> tuple[Kernel, Kernel]:
+    """The entries of a function of `mint.nn.functional` and of the layer that is made of it."""
+    return (
+        Kernel(f"mint.nn.functional.{name}", function, probe, reason),
+        Kernel(f"mint.nn.{layer.__name__}", layer.construct, probe, reason),
+    )
 
 
 KERNELS: tuple[Kernel, ...] = (
-    Kernel("mint.nn.functional.gelu", portable.gelu, _gelu, "GeluExt is unregistered"),
-    Kernel("mint.nn.functional.silu", portable.silu, _silu, "Sigmoid is inaccurate in float32"),
-    Kernel("mint.tanh", portable.tanh, _tanh, "Tanh is inaccurate in float32"),
-    Kernel("mint.nn.functional.conv2d", portable.conv2d, _conv2d, "Conv2DExt is unregistered"),
-    Kernel("mint.nn.Conv2d", portable.Conv2d.construct, _conv2d, "Conv2DExt is unregistered"),
-    Kernel("mint.nn.functional.layer_norm", portable.layer_norm, _layer_norm, "LayerNormExt cannot be created"),
-    Kernel("mint.nn.LayerNorm", portable.LayerNorm.construct, _layer_norm, "LayerNormExt cannot be created"),
+    Kernel("mint.nn.functional.gelu", portable.gelu, lambda: F.gelu(_floats(2)), "GeluExt is unregistered"),
     Kernel(
-        "mint.nn.Linear",
-        portable.Linear.construct,
-        _linear,
-        "adding a bias holds memory on a CPU",
-        improves=True,
+        "mint.nn.functional.silu",
+        portable.silu,
+        lambda: _require_accuracy(F.silu, _silu),
+        "Sigmoid is inaccurate in float32",
     ),
-    Kernel("mint.nn.functional.embedding", portable.embedding, _embedding, "Embedding is unregistered"),
-    Kernel("mint.nn.Embedding", portable.Embedding.construct, _embedding, "Embedding is unregistered"),
-    Kernel("mint.nn.functional.pad", portable.pad, _pad, "ConstantPadND is unregistered"),
-    Kernel("mint.nn.functional.normalize", portable.normalize, _normalize, "LinalgVectorNorm is unregistered"),
-    Kernel("mint.arange", portable.arange, _arange, "Arange is unregistered"),
-    Kernel("mint.zeros_like", portable.zeros_like, _zeros_like, "ZerosLikeExt is unregistered"),
-    Kernel("mint.mm", portable.mm, _mm, "Mm is unregistered"),
-    Kernel("mint.stack", portable.stack, _stack, "StackExt is unregistered"),
-    Kernel("mint.round", portable.round, _round, "Round takes decimals=0 only"),
-    Kernel("mint.split", portable.split, _split, "SplitWithSize is unsupported in graph mode (MindSpore 2.7)"),
-    Kernel("mint.chunk", portable.chunk, _chunk, "Chunk is unsupported in graph mode (MindSpore 2.7)"),
+    Kernel("mint.tanh", portable.tanh, lambda: _require_accuracy(mint.tanh, np.tanh), "Tanh is inaccurate in float32"),
+    *_layers(
+        "conv2d",
+        portable.conv2d,
+        portable.Conv2d,
+        lambda: F.conv2d(_floats(1, 1, 2, 2), _floats(1, 1, 1, 1)),
+        "Conv2DExt is unregistered",
+    ),
+    *_layers(
+        "layer_norm",
+        portable.layer_norm,
+        portable.LayerNorm,
+        lambda: F.layer_norm(_floats(1, 2), (2,)),
+        "LayerNormExt cannot be created",
+    ),
+    *_layers(
+        "embedding",
+        portable.embedding,
+        portable.Embedding,
+        lambda: F.embedding(_indices(), _floats(2, 2)),
+        "Embedding is unregistered",
+    ),
     Kernel(
-        "mindone.diffusers.models.activations.GEGLU",
+        "mint.nn.Linear", portable.Linear.construct, _whole_bias, "adding a bias holds memory on a CPU", improves=True
+    ),
+    Kernel(
+        "mint.nn.functional.pad",
+        portable.pad,
+        lambda: F.pad(_floats(1, 1, 2, 2), (0, 1, 0, 1)),
+        "ConstantPadND is unregistered",
+    ),
+    Kernel(
+        "mint.nn.functional.normalize",
+        portable.normalize,
+        lambda: F.normalize(_floats(2, 2)),
+        "LinalgVectorNorm is unregistered",
+    ),
+    Kernel("mint.arange", portable.arange, lambda: mint.arange(2), "Arange is unregistered"),
+    Kernel("mint.zeros_like", portable.zeros_like, lambda: mint.zeros_like(_floats(2)), "ZerosLikeExt is unregistered"),
+    Kernel("mint.mm", portable.mm, lambda: mint.mm(_floats(2, 2), _floats(2, 2)), "Mm is unregistered"),
+    Kernel("mint.stack", portable.stack, lambda: mint.stack([_floats(2), _floats(2)]), "StackExt is unregistered"),
+    Kernel("mint.round", portable.round, lambda: mint.round(_floats(2), decimals=3), "Round takes decimals=0 only"),
+    Kernel(
+        "mint.split",
+        portable.split,
+        lambda: mindspore.jit(_split)(_floats(1, 2)),
+        "SplitWithSize is unsupported in graph mode (MindSpore 2.7)",
+    ),
+    Kernel(
+        "mint.chunk",
+        portable.chunk,
+        lambda: mindspore.jit(_chunk)(_floats(1, 2)),
+        "Chunk is unsupported in graph mode (MindSpore 2.7)",
+    ),
+    Kernel(
+        f"{_MODELS}.activations.GEGLU",
         portable.GEGLU.construct,
-        _tensor_chunk,
+        lambda: mindspore.jit(_tensor_chunk)(_floats(1, 2)),
         "Chunk, to which graph mode turns Tensor.chunk, is unsupported there",
     ),
     Kernel(
-        "mindone.diffusers.models.attention_processor.Attention:math_attention_op",
+        f"{_MODELS}.attention_processor.Attention:math_attention_op",
         portable.Attention.math_attention_op,
         _whole_scores,
         "it holds the scores of all tokens with all tokens",
         improves=True,
     ),
 )
-
-_MODELS = "mindone.diffusers.models"
 
 NATIVE: dict[str, str] = {
     "mint.nn.functional.gelu": "gelu",
@@ -265,7 +252,7 @@ def _missing_here() -> tuple[Kernel, ...]:
         if target not in _missing:
             # An error of an operator launched earlier is the caller's: raised here, not taken for ours.
             devices.synchronize()
-            with devices.eager(), devices._not_counted():
+            with devices.eager(), devices.not_counted():
                 _missing[target] = tuple(kernel for kernel in KERNELS if _fails(kernel.probe))
         return _missing[target]
 
@@ -419,14 +406,12 @@ def _modules() -> list[Any]:
 
 
 def _original(name: str) -> Any:
-    """What `name` named before anything was replaced (of a method its class), or None where mindone is not installed."""
+    """What `name` named before anything was replaced, of a method its class; None where mindone is not installed."""
     if name not in _originals:
         path, _, attribute = name.partition(":")[0].rpartition(".")
         if path.partition(".")[0] == "mint":
             path = f"mindspore.{path}"
         if importlib.util.find_spec(path.partition(".")[0]) is None:
             return None
-        if path.startswith("mindone."):
-            quick_imports.prepare()
         _originals[name] = getattr(importlib.import_module(path), attribute)
     return _originals[name]

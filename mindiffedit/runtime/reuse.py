@@ -57,13 +57,13 @@ def _values(parameter) -> np.ndarray:
 
 
 def places_of(model) -> list[Any]:
-    """All that a graph over a model is fixed to: its layers, their attention processors, its weights and where they lie."""
-    found: list[Any] = []
+    """All that a graph over a model is fixed to: layers, their attention processors, weights and where these lie."""
+    places: list[Any] = []
     for _, cell in model.cells_and_names():
-        found += [cell, getattr(cell, "processor", None)]
+        places += [cell, getattr(cell, "processor", None)]
     for parameter in model.get_parameters():
-        found += [parameter, parameter.data_ptr()]
-    return found
+        places += [parameter, parameter.data_ptr()]
+    return places
 
 
 def same_places(some: list[Any], others: list[Any]) -> bool:

@@ -1,4 +1,4 @@
-"""Layers of mindone's models on the library's operators: what `mindiffedit.runtime.kernels` puts in their place on a CPU.
+"""Layers of mindone's models on the library's operators: what `runtime.kernels` puts in their place on a CPU.
 
 Each stands in for the method or function of mindone or `mindspore.mint` that its comment names, with its arguments and
 results. What the operators do not cover (another type, a mask, an option that Stable Diffusion does not use) takes the
