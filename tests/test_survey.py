@@ -28,9 +28,6 @@ def no_building(monkeypatch):
     monkeypatch.setattr(models, "_construct", refuse)
 
 
-# --- damaged files: found before any model is built ------------------------------------------------
-
-
 def refusal(folder, match):
     """What is said of a folder that cannot be used, by loading it and, word for word, by checking it."""
     with pytest.raises(CheckpointError, match=match) as loading:
@@ -41,75 +38,49 @@ def refusal(folder, match):
     return str(loading.value)
 
 
-def truncate(path):
-    path.write_bytes(path.read_bytes()[:-100])
+# --- damaged files ---------------------------------------------------------------------------------
 
 
-def truncate_header(path):
-    path.write_bytes(path.read_bytes()[:200])
-
-
-def lengthen(path):
-    path.write_bytes(path.read_bytes() + b"\0" * 8)
-
-
-def garble_header(path):
-    content = path.read_bytes()
-    path.write_bytes(content[:40] + b"\xff\xfe{" + content[43:])
-
-
-def overlap(path):
+def with_header(size, **entries):
     header = json.dumps(
-        {
-            "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
-            "b": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]},
-        }
+        {name: {"dtype": "F32", "shape": [n], "data_offsets": at} for name, (n, at) in entries.items()}
     ).encode()
-    path.write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 12)
-
-
-def wrong_size(path):
-    header = json.dumps({"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}).encode()
-    path.write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 8)
+    return struct.pack("<Q", len(header)) + header + b"\0" * size
 
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 3438167540\n"
+DAMAGES = [
+    (lambda content: b"", "is empty"),
+    (lambda content: b"ab", "not a safetensors file"),
+    (lambda content: b"PK\x03\x04" + b"x" * 500, "not a safetensors file"),
+    (lambda content: b"{" + b" " * 500, "not a safetensors file"),
+    (lambda content: POINTER, "git lfs pull"),
+    (lambda content: content[:-100], "is truncated"),
+    (lambda content: content[:200], "is truncated"),
+    (lambda content: content + b"\0" * 8, "is corrupt"),
+    (lambda content: content[:40] + b"\xff\xfe{" + content[43:], "corrupt header"),
+    (lambda content: with_header(12, a=(2, [0, 8]), b=(2, [4, 12])), "corrupt header.*place of b is wrong"),
+    (lambda content: with_header(8, a=(3, [0, 8])), "corrupt header.*size of a is wrong"),
+]
 
 
 @pytest.mark.parametrize("name", ["vae", "unet", "text_encoder"])
-@pytest.mark.parametrize(
-    "damage, message",
-    [
-        (lambda path: path.write_bytes(b""), "is empty"),
-        (lambda path: path.write_bytes(b"ab"), "not a safetensors file"),
-        (lambda path: path.write_bytes(b"PK\x03\x04" + b"x" * 500), "not a safetensors file"),
-        (lambda path: path.write_bytes(b"{" + b" " * 500), "not a safetensors file"),
-        (lambda path: path.write_bytes(POINTER), "git lfs pull"),
-        (truncate, "is truncated"),
-        (truncate_header, "is truncated"),
-        (lengthen, "is corrupt"),
-        (garble_header, "corrupt header"),
-        (overlap, "corrupt header.*place of b is wrong"),
-        (wrong_size, "corrupt header.*size of a is wrong"),
-    ],
-)
-def test_damaged_weights(copy, no_building, name, damage, message):
+def test_damaged_weights(copy, no_building, name):
     path = copy / MODEL_FILES[name]
-    damage(path)
-    said = refusal(copy, message)
-    assert str(path) in said and "gain" in said
+    content = path.read_bytes()
+    for damage, message in DAMAGES:
+        path.write_bytes(damage(content))
+        said = refusal(copy, message)
+        assert str(path) in said and "gain" in said
 
 
-@pytest.mark.parametrize("ending", ["bin", "ckpt", "pt"])
-def test_pickle_weights_are_never_read(copy, no_building, ending):
+def test_pickle_weights_are_never_read(copy, no_building):
     path = copy / MODEL_FILES["unet"]
-    path.rename(path.parent / f"diffusion_pytorch_model.{ending}")
-    said = refusal(copy, rf"unet holds only pickle.*\.{ending}.*safe_serialization")
-    with pytest.raises(CheckpointError) as caught:
-        load_components(copy, use_safetensors=None)
-    assert str(caught.value) == said
-    with pytest.raises(CheckpointError, match="can run code"):
-        load_components(copy, use_safetensors=False)
+    for ending in ("bin", "ckpt", "pt"):
+        path = path.rename(path.parent / f"diffusion_pytorch_model.{ending}")
+        refusal(copy, rf"unet holds only pickle.*\.{ending}.*safe_serialization")
+    with pytest.raises(ValueError, match="use_safetensors.*can run code"):
+        mindiffedit.StableDiffusionDiffEditPipeline.from_pretrained(copy, use_safetensors=False)
 
 
 @pytest.mark.parametrize("name", ["vae", "unet", "text_encoder"])
@@ -125,19 +96,18 @@ def test_missing_weights_config_and_folder(copy, no_building, name):
 @pytest.mark.parametrize(
     "file", ["model_index.json", "unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"]
 )
-@pytest.mark.parametrize("content", ["", "{", "[1]", "\xff"])
-def test_damaged_json(copy, no_building, file, content):
-    (copy / file).write_bytes(content.encode("latin-1"))
-    assert str(copy / file) in refusal(copy, "JSON")
+def test_damaged_json(copy, no_building, file):
+    for content in ("", "{", "[1]", "\xff"):
+        (copy / file).write_bytes(content.encode("latin-1"))
+        assert str(copy / file) in refusal(copy, "JSON")
 
 
-@pytest.mark.parametrize("file", ["vocab.json", "merges.txt"])
-def test_incomplete_tokenizer(copy, no_building, file):
-    (copy / "tokenizer" / file).unlink()
-    refusal(copy, f"lacks {file}")
-
-
-def test_damaged_tokenizer(copy, no_building):
+def test_an_incomplete_and_a_damaged_tokenizer(copy, no_building):
+    for file in ("vocab.json", "merges.txt"):
+        content = (copy / "tokenizer" / file).read_bytes()
+        (copy / "tokenizer" / file).unlink()
+        refusal(copy, f"lacks {file}")
+        (copy / "tokenizer" / file).write_bytes(content)
     (copy / "tokenizer/vocab.json").write_text("{")
     with pytest.raises(CheckpointError, match="tokenizer cannot be read"):
         load_components(copy)
@@ -159,56 +129,52 @@ def test_missing_folder_and_folder_without_index(tmp_path):
     refusal(tmp_path, r"no model_index.json.*holds notes.txt")
 
 
-@pytest.mark.parametrize("name", ["vae", "text_encoder", "tokenizer", "unet", "scheduler"])
-@pytest.mark.parametrize("entry", [None, [None, None]])
-def test_required_components(copy, no_building, name, entry):
-    change_json(copy / "model_index.json", **{name: entry})
-    refusal(copy, rf"\(StableDiffusionPipeline\) has no {name}; .* lists ")
+OTHER_CLASSES = [
+    ({"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]}, "Stable Diffusion XL"),
+    ({"transformer": ["diffusers", "SD3Transformer2DModel"]}, "diffusion transformer"),
+    ({"unet": ["diffusers", "UNet3DConditionModel"]}, "unet is a UNet3DConditionModel, expected UNet2D"),
+    ({"vae": ["diffusers", "AutoencoderTiny"]}, "vae is a AutoencoderTiny, expected AutoencoderKL"),
+    ({"text_encoder": ["transformers", "T5EncoderModel"]}, "expected CLIPTextModel"),
+    ({"tokenizer": ["transformers", "T5Tokenizer"]}, "expected CLIPTokenizer or CLIPTokenizerFast"),
+    ({"unet": "UNet2DConditionModel"}, r"unet: expected \[library, class\]"),
+    ({"unet": ["diffusers"]}, r"unet: expected \[library, class\]"),
+]
+OTHER_CLASSES += [
+    ({name: entry}, rf"\(StableDiffusionPipeline\) has no {name}; .* lists ")
+    for name in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
+    for entry in (None, [None, None])
+]
 
 
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]}, "Stable Diffusion XL"),
-        ({"transformer": ["diffusers", "SD3Transformer2DModel"]}, "diffusion transformer"),
-        ({"unet": ["diffusers", "UNet3DConditionModel"]}, "unet is a UNet3DConditionModel, expected UNet2D"),
-        ({"vae": ["diffusers", "AutoencoderTiny"]}, "vae is a AutoencoderTiny, expected AutoencoderKL"),
-        ({"text_encoder": ["transformers", "T5EncoderModel"]}, "expected CLIPTextModel"),
-        ({"tokenizer": ["transformers", "T5Tokenizer"]}, "expected CLIPTokenizer or CLIPTokenizerFast"),
-        ({"unet": "UNet2DConditionModel"}, r"unet: expected \[library, class\]"),
-        ({"unet": ["diffusers"]}, r"unet: expected \[library, class\]"),
-    ],
-)
-def test_other_classes(copy, no_building, changes, message):
-    change_json(copy / "model_index.json", **changes)
-    refusal(copy, message)
+def test_other_classes(copy, no_building):
+    index = (copy / "model_index.json").read_bytes()
+    for changes, message in OTHER_CLASSES:
+        change_json(copy / "model_index.json", **changes)
+        refusal(copy, message)
+        (copy / "model_index.json").write_bytes(index)
 
 
-@pytest.mark.parametrize("name", ["NoSuchInverseScheduler", "UNet2DConditionModel"])
-def test_schedulers_that_mindone_has_not(copy, no_building, name):
+def test_schedulers_that_mindone_has_not(copy, no_building):
     """A solver of another name gives way to DDIM (W14); what is no solver does not."""
-    change_json(copy / "model_index.json", scheduler=["diffusers", name])
-    with pytest.raises(CheckpointError, match=f"no {name} can be made .* mindone has none of this name"):
-        load_components(copy)
-    check_folder(copy)  # that is for mindone to find out
+    for name in ("NoSuchInverseScheduler", "UNet2DConditionModel"):
+        change_json(copy / "model_index.json", scheduler=["diffusers", name])
+        with pytest.raises(CheckpointError, match=f"no {name} can be made .* mindone has none of this name"):
+            load_components(copy)
+        check_folder(copy)  # that is for mindone to find out
 
 
-@pytest.mark.parametrize(
-    "component, changes, message",
-    [
-        ("unet", {"in_channels": 9}, "takes 9 channels and gives 4"),
-        ("unet", {"in_channels": 8, "out_channels": 8}, "VAE has 4 latent channels, the UNet 8"),
-        ("unet", {"cross_attention_dim": 768}, "text encoder is 32 wide, the UNet takes 768"),
-        ("unet", {"addition_embed_type": "text_time"}, "needs more inputs"),
-        ("unet", {"num_class_embeds": 1000}, "needs more inputs"),
-    ],
-)
-def test_components_that_do_not_go_together(copy, no_building, component, changes, message):
-    change_json(copy / component / "config.json", **changes)
-    refusal(copy, message)
-
-
-def test_a_tokenizer_with_more_words_than_the_text_encoder(copy, no_building):
+def test_components_that_do_not_go_together(copy, no_building):
+    config = (copy / "unet/config.json").read_bytes()
+    for changes, message in (
+        ({"in_channels": 9}, "takes 9 channels and gives 4"),
+        ({"in_channels": 8, "out_channels": 8}, "VAE has 4 latent channels, the UNet 8"),
+        ({"cross_attention_dim": 768}, "text encoder is 32 wide, the UNet takes 768"),
+        ({"addition_embed_type": "text_time"}, "needs more inputs"),
+        ({"num_class_embeds": 1000}, "needs more inputs"),
+    ):
+        change_json(copy / "unet/config.json", **changes)
+        refusal(copy, message)
+        (copy / "unet/config.json").write_bytes(config)
     change_json(copy / "text_encoder/config.json", vocab_size=100)
     with pytest.raises(CheckpointError, match="tokenizer has ids up to 593, the text encoder knows 100"):
         load_components(copy)

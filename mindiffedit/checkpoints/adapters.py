@@ -8,7 +8,7 @@ from typing import Any
 
 from mindiffedit import options
 from mindiffedit.checkpoints import lora, textual_inversion
-from mindiffedit.checkpoints.components import PipelineComponents
+from mindiffedit.checkpoints.components import PipelineComponents, warn_of_unused
 from mindiffedit.checkpoints.hub import HubOptions
 from mindiffedit.errors import InputError, InputTypeError
 from mindiffedit.runtime import turns
@@ -58,16 +58,9 @@ class Adapters(PipelineComponents):
                 parameter="adapter_name",
                 name=adapter_name,
             )
-        listed = self.get_list_adapters()
-        known = {name for names in listed.values() for name in names}
-        if hotswap and adapter_name not in known:
-            raise InputError(
-                "There is no adapter {name!r} to put another in the place of; loaded are {known}.",
-                parameter="adapter_name",
-                name=adapter_name,
-                known=sorted(known),
-            )
-        if not hotswap and adapter_name in known:
+        if hotswap:
+            self._known_adapters(adapter_name, "adapter_name")
+        elif adapter_name in self._adapter_names():
             raise InputError(
                 "{parameter} {name!r} is taken; give another, or {hotswap=True}.",
                 parameter="adapter_name",
@@ -75,9 +68,9 @@ class Adapters(PipelineComponents):
             )
         tensors, metadata, what = lora.read(pretrained_model_name_or_path_or_dict, **place)
         targets = self._lora_models()
-        found = lora.parse(tensors, metadata, targets, what)
+        matrices = lora.parse(tensors, metadata, targets, what)
         for component, model in targets.items():
-            adapted, layers = lora.adapted(model), found.get(component)
+            adapted, layers = lora.adapted(model), matrices.get(component)
             if hotswap:
                 if layers is None:
                     adapted.delete(adapter_name)
@@ -198,15 +191,15 @@ class Adapters(PipelineComponents):
         """
         scale = options.check_scale(lora_scale, "lora_scale")
         names = None if adapter_names is None else self._known_adapters(adapter_names)
-        _warn_of_unused("fuse_lora", kwargs)
+        warn_of_unused("fuse_lora", kwargs)
         for model in self._chosen_models(components):
             self._fused |= lora.adapted(model).fuse(scale, names)
 
     @turns.turn()
     def unfuse_lora(
         self,
-        components: list[str] = ["unet", "text_encoder"],
-        **kwargs,  # noqa: B006 (as above)
+        components: list[str] = ["unet", "text_encoder"],  # noqa: B006 (as above)
+        **kwargs,
     ) -> None:
         """Takes fused LoRAs out of the weights again, exactly; they then count at their strengths.
 
@@ -214,7 +207,7 @@ class Adapters(PipelineComponents):
             components: "unet", "text_encoder".
             **kwargs: ignored with a warning.
         """
-        _warn_of_unused("unfuse_lora", kwargs)
+        warn_of_unused("unfuse_lora", kwargs)
         for model in self._chosen_models(components):
             self._fused -= lora.adapted(model).unfuse()
 
@@ -235,45 +228,46 @@ class Adapters(PipelineComponents):
 
     def get_list_adapters(self) -> dict[str, list[str]]:
         """Names of all LoRAs by component, of components that have any."""
-        listed = {name: list(lora.adapted(model).layers) for name, model in self._lora_models().items()}
-        return {component: names for component, names in listed.items() if names}
+        adapters = {name: lora.adapted(model) for name, model in self._lora_models().items()}
+        return {component: list(adapted.layers) for component, adapted in adapters.items() if adapted.layers}
+
+    def _adapter_names(self) -> set[str]:
+        return {name for names in self.get_list_adapters().values() for name in names}
 
     def _lora_models(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in lora.COMPONENTS if getattr(self, name) is not None}
 
     def _chosen_models(self, components) -> list[Any]:
-        given = [components] if isinstance(components, str) else list(components)
-        unknown = [name for name in given if name not in lora.COMPONENTS]
-        if unknown or not given:
+        names = [components] if isinstance(components, str) else list(components)
+        if not names or not set(names) <= set(lora.COMPONENTS):
             raise InputError(
                 "{parameter} has to name some of {known}, but is {given!r}.",
                 parameter="components",
                 known=list(lora.COMPONENTS),
                 given=components,
             )
-        targets = self._lora_models()
-        return [targets[name] for name in given if name in targets]
+        return [model for name, model in self._lora_models().items() if name in names]
 
-    def _known_adapters(self, adapter_names) -> list[str]:
+    def _known_adapters(self, adapter_names, parameter: str = "adapter_names") -> list[str]:
         """Names as a list, each of a loaded LoRA."""
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
             raise InputTypeError(
                 "{parameter} has to be a name or a list of names, but is {given!r}.",
-                parameter="adapter_names",
+                parameter=parameter,
                 given=adapter_names,
             )
-        loaded = {name for part in self.get_list_adapters().values() for name in part}
+        loaded = self._adapter_names()
         unknown = [name for name in names if name not in loaded]
         if unknown:
             raise InputError(
                 "There is no adapter {name!r}; loaded are {known}.",
-                parameter="adapter_names",
+                parameter=parameter,
                 name=unknown[0],
                 known=sorted(loaded),
             )
         if len(set(names)) < len(names):
-            raise InputError("{parameter} names an adapter twice: {names!r}.", parameter="adapter_names", names=names)
+            raise InputError("{parameter} names an adapter twice: {names!r}.", parameter=parameter, names=names)
         return list(names)
 
     # --- textual inversion ---------------------------------------------------------------------------------------
@@ -303,8 +297,7 @@ class Adapters(PipelineComponents):
             ValueError, TypeError: a file that is missing, pickled or of another model, or a word that is taken. Nothing
                 is loaded then.
         """
-        if "hf_token" in kwargs:
-            kwargs["token"] = kwargs.pop("hf_token")
+        kwargs["token"] = kwargs.pop("hf_token", None)
         place = _place("load_textual_inversion", kwargs)
         parts = self._with_words(tokenizer, text_encoder)
         sources = pretrained_model_name_or_path
@@ -353,43 +346,13 @@ class Adapters(PipelineComponents):
             return textual_inversion.expanded(prompt, tokenizer)
         return [textual_inversion.expanded(text, tokenizer) for text in prompt]
 
-    # --- saving --------------------------------------------------------------------------------------------------
-
-    @turns.turn()
-    def save_pretrained(self, save_directory, variant: str | None = None) -> None:
-        """Writes a folder that this class and diffusers load; safetensors, written whole or not at all.
-
-        Without LoRAs that are loaded and not fused (their file is the place for these), with textual inversions.
-
-        Args:
-            save_directory: the folder to write. A checkpoint that is there already is replaced.
-            variant: "fp16" writes ``*.fp16.safetensors``.
-
-        Raises:
-            ValueError: for a folder that holds something other than a checkpoint.
-        """
-        for model in self._lora_models().values():
-            lora.adapted(model).write(0.0)
-        super().save_pretrained(save_directory, variant)
-
 
 def _place(method: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Where to look for a file, of a loading method's further arguments."""
-    if kwargs.pop("use_safetensors", None) is False:
-        raise InputError(
-            "{use_safetensors=False} asks for pickled weights, which can run code when they are read; only safetensors "
-            "files are loaded. Leave it out, and give such a file.",
-            parameter="use_safetensors",
-        )
+    options = HubOptions.taken_from(kwargs)
     place = {name: kwargs.pop(name) for name in ("weight_name", "subfolder") if name in kwargs}
-    place["options"] = HubOptions.taken_from(kwargs)
-    _warn_of_unused(method, {name: value for name, value in kwargs.items() if name not in _UNUSED})
-    return place
-
-
-def _warn_of_unused(method: str, kwargs: dict[str, Any]) -> None:
-    if kwargs:
-        logger.warning("Ignored arguments of %s that mean nothing here: %s.", method, ", ".join(sorted(kwargs)))
+    warn_of_unused(method, {name: value for name, value in kwargs.items() if name not in _UNUSED})
+    return place | {"options": options}
 
 
 def _free_name(taken) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import logging
 from collections.abc import Callable
 from typing import Any
 
-from mindiffedit.checkpoints import hub, models, old_configs, saving, survey
+from mindiffedit.checkpoints import hub, lora, models, old_configs, saving, survey
+from mindiffedit.checkpoints.layout import COMPONENTS
 from mindiffedit.errors import InputError, Message
 from mindiffedit.images import tiling
 from mindiffedit.runtime import compile_cache as compile_caches
@@ -16,7 +16,6 @@ from mindiffedit.runtime import devices, turns
 from mindiffedit.runtime.notices import say_once
 
 logger = logging.getLogger(__name__)
-
 
 
 class PipelineComponents:
@@ -45,10 +44,7 @@ class PipelineComponents:
     ):
         from mindiffedit.runtime import graphs
 
-        if mode not in self.MODES:
-            raise InputError(
-                "{parameter} has to be one of {modes}, but is {mode!r}.", "mode", modes=self.MODES, mode=mode
-            )
+        self._check_mode(mode)
         if safety_checker is not None and feature_extractor is None:
             raise InputError(
                 "A safety checker needs a feature extractor, and none was given. Give {parameter}, or "
@@ -58,8 +54,8 @@ class PipelineComponents:
         if safety_checker is None and requires_safety_checker:
             say_once(
                 Message(
-                    "The safety checker is off ({safety_checker=None}): pictures are returned unfiltered. Keep it on where"
-                    " results are shown to the public; {requires_safety_checker=False} silences this notice."
+                    "The safety checker is off ({safety_checker=None}): pictures are returned unfiltered. Keep it on"
+                    " where results are shown to the public; {requires_safety_checker=False} silences this notice."
                 )
             )
         self.vae, self.text_encoder, self.tokenizer, self.unet = vae, text_encoder, tokenizer, unet
@@ -67,7 +63,11 @@ class PipelineComponents:
         changes = old_configs.unet_changes(getattr(unet, "config", {}))
         if changes:
             unet.register_to_config(**changes)  # as the reference does; a UNet's config is no part of its graph
-        self.scheduler, self.inverse_scheduler = self._outdated_options_mended(scheduler), inverse_scheduler
+        changes = old_configs.scheduler_changes(getattr(scheduler, "config", {}))
+        if changes:
+            scheduler = copy.copy(scheduler)  # the caller's own may serve other pipelines
+            scheduler.register_to_config(**changes)
+        self.scheduler, self.inverse_scheduler = scheduler, inverse_scheduler
         self.requires_safety_checker = requires_safety_checker
         self.mode = mode
         self._fitting: tuple = ()
@@ -81,10 +81,17 @@ class PipelineComponents:
         self._stages_built = None
         self._own_inverse = None
 
+    @classmethod
+    def _check_mode(cls, mode: str) -> None:
+        if mode not in cls.MODES:
+            raise InputError(
+                "{parameter} has to be one of {modes}, but is {mode!r}.", "mode", modes=cls.MODES, mode=mode
+            )
+
     @property
-    def vae_scale_factor(self) -> int:
-        """Pixels of a latent, along one side."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+    def components(self) -> dict[str, Any]:
+        """The parts by name; ``StableDiffusionDiffEditPipeline(**pipe.components)`` shares them."""
+        return {name: getattr(self, name) for name in COMPONENTS}
 
     def check_components(self) -> None:
         """ValueError where the components cannot work together; asked before every call, since each can be replaced."""
@@ -93,14 +100,15 @@ class PipelineComponents:
             survey.check_fit(self.components)
             self._fitting = parts
 
-    @staticmethod
-    def _outdated_options_mended(scheduler):
-        """The scheduler, or a copy of it without what first-generation checkpoints have wrong."""
-        changes = old_configs.scheduler_changes(getattr(scheduler, "config", {}))
-        if changes:
-            scheduler = copy.copy(scheduler)  # the caller's own may serve other pipelines
-            scheduler.register_to_config(**changes)
-        return scheduler
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels of a latent, along one side."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def dtype(self):
+        """dtype of the UNet."""
+        return self.unet.dtype
 
     # --- loading and saving --------------------------------------------------------------------------------------
 
@@ -113,14 +121,7 @@ class PipelineComponents:
         mode: str = "graph",
         compile_cache=None,
         mindspore_dtype=None,
-        use_safetensors: bool | None = None,
         variant: str | None = None,
-        cache_dir=None,
-        force_download: bool = False,
-        local_files_only: bool | None = None,
-        token=None,
-        revision: str | None = None,
-        proxies=None,
         **kwargs,
     ) -> PipelineComponents:
         """Loads a checkpoint in Stable Diffusion layout.
@@ -137,16 +138,12 @@ class PipelineComponents:
                 or a folder.
             mindspore_dtype: dtype of the models; None is ``mindspore.float32``. What the device cannot compute in
                 (float16 on a CPU) is loaded in float32, with one warning.
-            use_safetensors: None or True. Pickled weights are never read, since reading one can run code.
             variant: "fp16" picks ``*.fp16.safetensors`` where there is one.
-            cache_dir: as in huggingface_hub, whose environment variables count, too.
-            force_download: as in huggingface_hub.
-            local_files_only: as in huggingface_hub.
-            token: as in huggingface_hub.
-            revision: as in huggingface_hub.
-            proxies: as in huggingface_hub.
             **kwargs: components by name that are taken as given instead of being loaded (``safety_checker=None``,
-                ``scheduler=...``), and ``requires_safety_checker``. Others are ignored with a warning.
+                ``scheduler=...``), and ``requires_safety_checker``; ``cache_dir``, ``force_download``,
+                ``local_files_only``, ``token``, ``revision`` and ``proxies`` as in huggingface_hub, whose environment
+                variables count, too; ``use_safetensors``, which cannot be False: pickled weights are never read, since
+                reading one can run code. Others are ignored with a warning.
 
         Returns:
             The pipeline.
@@ -155,17 +152,10 @@ class PipelineComponents:
             ValueError: for a folder that is missing, incomplete or corrupt, or weights that do not fit
                 (``CheckpointError``, ``WeightsError``).
         """
-        if use_safetensors is False:
-            raise InputError(
-                "{use_safetensors=False} asks for pickled weights, which can run code when they are read; only "
-                "safetensors files are loaded. Leave the argument out and use a folder that holds them.",
-                parameter="use_safetensors",
-            )
-        overrides, own, dtype = cls._loading("from_pretrained", mode, mindspore_dtype, kwargs)
-        options = hub.HubOptions(cache_dir, force_download, local_files_only, token, revision, proxies)
+        options, overrides, dtype = cls._loading("from_pretrained", mode, mindspore_dtype, kwargs)
         folder = hub.resolve_folder(pretrained_model_name_or_path, options, variant=variant, skip=overrides)
-        parts = models.load_components(folder, overrides=overrides, dtype=dtype, variant=variant, use_safetensors=True)
-        return cls(**{**parts, **own}, mode=mode, compile_cache=compile_cache)
+        parts = models.load_components(folder, overrides=overrides, dtype=dtype, variant=variant)
+        return cls(**parts, mode=mode, compile_cache=compile_cache)
 
     @classmethod
     @turns.turn()
@@ -177,12 +167,6 @@ class PipelineComponents:
         mode: str = "graph",
         compile_cache=None,
         mindspore_dtype=None,
-        cache_dir=None,
-        force_download: bool = False,
-        local_files_only: bool | None = None,
-        token=None,
-        revision: str | None = None,
-        proxies=None,
         **kwargs,
     ) -> PipelineComponents:
         """Loads a checkpoint that is one ``.safetensors`` file in the original layout of Stable Diffusion 1.x or 2.x.
@@ -196,14 +180,8 @@ class PipelineComponents:
             mode: as for ``from_pretrained``.
             compile_cache: as for ``from_pretrained``.
             mindspore_dtype: as for ``from_pretrained``.
-            cache_dir: as for ``from_pretrained``.
-            force_download: as for ``from_pretrained``.
-            local_files_only: as for ``from_pretrained``.
-            token: as for ``from_pretrained``.
-            revision: of the file on the hub.
-            proxies: as for ``from_pretrained``.
-            **kwargs: components by name that are taken as given, and ``requires_safety_checker``. There is no safety
-                checker unless one is given.
+            **kwargs: as for ``from_pretrained``; ``revision`` is the file's. There is no safety checker unless one is
+                given.
 
         Raises:
             ValueError: a file that is missing, pickled, corrupt or of another kind, no configuration for it, or weights
@@ -215,37 +193,31 @@ class PipelineComponents:
                     "{parameter} is not read; give {config}, a folder or hub id in diffusers' layout, instead.",
                     parameter=name,
                 )
-        overrides, own, dtype = cls._loading("from_single_file", mode, mindspore_dtype, kwargs)
         from mindiffedit.checkpoints import single_file
 
+        options, overrides, dtype = cls._loading("from_single_file", mode, mindspore_dtype, kwargs)
         parts = single_file.load_components(
-            pretrained_model_link_or_path,
-            config=config,
-            overrides=overrides,
-            dtype=dtype,
-            options=hub.HubOptions(cache_dir, force_download, local_files_only, token, revision, proxies),
+            pretrained_model_link_or_path, config=config, overrides=overrides, dtype=dtype, options=options
         )
-        return cls(**{**parts, **own}, mode=mode, compile_cache=compile_cache)
+        return cls(**parts, mode=mode, compile_cache=compile_cache)
 
     @classmethod
     def _loading(cls, method: str, mode: str, mindspore_dtype, kwargs: dict[str, Any]) -> tuple:
-        """The checks that loading begins with: components given, other arguments given, and the dtype to load in."""
-        if mode not in cls.MODES:
-            raise InputError(
-                "{parameter} has to be one of {modes}, but is {mode!r}.", "mode", modes=cls.MODES, mode=mode
-            )
-        accepted = set(inspect.signature(cls.__init__).parameters) - {"self", "mode", "compile_cache"}
-        overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in accepted}
-        if kwargs:
-            logger.warning("Ignored arguments of %s that mean nothing here: %s.", method, ", ".join(sorted(kwargs)))
-        dtype = devices.loadable_dtype(mindspore_dtype)
-        requires_safety_checker = overrides.pop("requires_safety_checker", None)
-        own = {} if requires_safety_checker is None else {"requires_safety_checker": requires_safety_checker}
-        return overrides, own, dtype
+        """What loading begins with: how the hub is asked, the components that are given, and the dtype to load in."""
+        cls._check_mode(mode)
+        options = hub.HubOptions.taken_from(kwargs)
+        overrides = {name: kwargs.pop(name) for name in COMPONENTS if name in kwargs}
+        requires_safety_checker = kwargs.pop("requires_safety_checker", None)
+        if requires_safety_checker is not None:
+            overrides["requires_safety_checker"] = requires_safety_checker
+        warn_of_unused(method, kwargs)
+        return options, overrides, devices.loadable_dtype(mindspore_dtype)
 
     @turns.turn()
     def save_pretrained(self, save_directory, variant: str | None = None) -> None:
         """Writes a folder that this class and diffusers load; safetensors, written whole or not at all.
+
+        Without LoRAs that are loaded and not fused (their file is the place for these), with textual inversions.
 
         Args:
             save_directory: the folder to write. A checkpoint that is there already is replaced.
@@ -254,32 +226,11 @@ class PipelineComponents:
         Raises:
             ValueError: for a folder that holds something other than a checkpoint.
         """
-        saving.save_components(
-            save_directory,
-            self.components,
-            requires_safety_checker=self.requires_safety_checker,
-            variant=variant,
-        )
-
-    @property
-    def components(self) -> dict[str, Any]:
-        """The parts by name; ``StableDiffusionDiffEditPipeline(**pipe.components)`` shares them."""
-        names = (
-            "vae",
-            "text_encoder",
-            "tokenizer",
-            "unet",
-            "scheduler",
-            "safety_checker",
-            "feature_extractor",
-            "inverse_scheduler",
-        )
-        return {name: getattr(self, name) for name in names}
-
-    @property
-    def dtype(self):
-        """dtype of the UNet."""
-        return self.unet.dtype
+        for model in (self.unet, self.text_encoder):
+            if model is not None:
+                lora.adapted(model).write(0.0)
+        parts = self.components | {"requires_safety_checker": self.requires_safety_checker}
+        saving.save_components(save_directory, parts, variant)
 
     # --- switches that users of diffusers know --------------------------------------------------------------------
 
@@ -343,12 +294,12 @@ class PipelineComponents:
         Args:
             attention_op: not used.
         """
-        if devices.device_target() == "Ascend":
-            self.unet.enable_xformers_memory_efficient_attention()
-            if self._stages_built is not None:
-                self._stages_built.forget()
-        else:
+        if devices.device_target() != "Ascend":
             say_once("enable_xformers_memory_efficient_attention() changes nothing on this device.")
+            return
+        self.unet.enable_xformers_memory_efficient_attention()
+        if self._stages_built is not None:
+            self._stages_built.forget()
 
     def disable_xformers_memory_efficient_attention(self) -> None:
         """Back to plain attention."""
@@ -392,7 +343,7 @@ class PipelineComponents:
         self._progress_bar_config = kwargs
 
 
-
-
-
-
+def warn_of_unused(method: str, arguments: dict[str, Any]) -> None:
+    """Say which further arguments of a method are ignored, if any."""
+    if arguments:
+        logger.warning("Ignored arguments of %s that mean nothing here: %s.", method, ", ".join(sorted(arguments)))

@@ -18,15 +18,14 @@ from mindiffedit.checkpoints.layout import (
     INDEX_FILE,
     MODELS,
     CheckpointError,
+    held_by,
     named_class,
     read_index,
     small_files,
     some,
 )
 from mindiffedit.checkpoints.weight_files import PICKLES, find_weights, weight_patterns
-from mindiffedit.errors import InputTypeError, Message, first_line
-
-__all__ = ["HubOptions", "Repository", "folder_here", "resolve_file", "resolve_folder"]
+from mindiffedit.errors import InputError, InputTypeError, Message, first_line
 
 DEMO = "demo"
 """The name of the model that comes with the package."""
@@ -57,15 +56,27 @@ class HubOptions:
 
     @classmethod
     def taken_from(cls, arguments: dict[str, Any]) -> HubOptions:
-        """The options among a method's further arguments, which are left without them."""
+        """The options among a loading method's further arguments, which are left without them.
+
+        Raises:
+            InputError: `use_safetensors` is False.
+        """
+        if arguments.pop("use_safetensors", None) is False:
+            raise InputError(
+                "{use_safetensors=False} asks for pickled weights, which can run code when they are read; only "
+                "safetensors files are loaded. Leave it out, and give such a file, or a folder that holds them.",
+                parameter="use_safetensors",
+            )
         return cls(**{field.name: arguments.pop(field.name) for field in fields(cls) if field.name in arguments})
 
     def keywords(self) -> dict[str, Any]:
         """The arguments of a function of `huggingface_hub`."""
-        found = {field.name: getattr(self, field.name) for field in fields(self)}
-        found |= {name: bool(found[name]) for name in ("force_download", "local_files_only")}
-        proxies = found.pop("proxies")
-        return found if proxies is None else found | {"proxies": dict(proxies)}
+        options = vars(self) | {
+            "force_download": bool(self.force_download),
+            "local_files_only": bool(self.local_files_only),
+        }
+        proxies = options.pop("proxies")
+        return options if proxies is None else options | {"proxies": dict(proxies)}
 
 
 # --- folders ---------------------------------------------------------------------------------------
@@ -73,7 +84,7 @@ class HubOptions:
 
 def resolve_folder(
     name_or_path: str | os.PathLike,
-    options: HubOptions = HubOptions(),
+    options: HubOptions | None = None,
     *,
     variant: str | None = None,
     skip: Iterable[str] = (),
@@ -105,9 +116,9 @@ def resolve_folder(
         )
     index = read_index(folder)
     repository.pin(folder)
-    skip = set(skip)
-    wanted = [name for name in MODELS if name not in skip and named_class(index, folder, name) is not None]
-    return repository.fetch_weights({name: name for name in wanted}, variant) if wanted else folder
+    wanted = MODELS.keys() - set(skip)
+    places = {name: name for name in MODELS if name in wanted and named_class(index, folder, name) is not None}
+    return repository.fetch_weights(places, variant) if places else folder
 
 
 def folder_here(
@@ -148,7 +159,7 @@ def folder_here(
         return path
     if path.exists():
         raise CheckpointError(f"{name} is a file, expected {expected}.")
-    if not _is_hub_id(name, is_path=not isinstance(name_or_path, str)):
+    if not _is_hub_id(name_or_path):
         raise CheckpointError(
             f"{name}: there is no such folder (looked in {Path.cwd()}), and it is no hub id either. "
             f"Give a checkpoint folder, or an id such as {example}."
@@ -156,10 +167,10 @@ def folder_here(
     return None
 
 
-def _is_hub_id(name: str, *, is_path: bool) -> bool:
+def _is_hub_id(name: str | os.PathLike) -> bool:
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-    if is_path or name.startswith((".", "~", os.sep)) or "\\" in name or name.count("/") > 1:
+    if not isinstance(name, str) or name.startswith((".", "~", os.sep)) or "\\" in name or name.count("/") > 1:
         return False
     try:
         validate_repo_id(name)
@@ -173,7 +184,7 @@ def _is_hub_id(name: str, *, is_path: bool) -> bool:
 
 def resolve_file(
     name_or_path: str | os.PathLike,
-    options: HubOptions = HubOptions(),
+    options: HubOptions | None = None,
     *,
     default: str,
     weight_name: str | None = None,
@@ -209,7 +220,7 @@ def resolve_file(
     _refuse_pickle(path if weight_name is None else Path(weight_name))
     if path.is_file():
         return path
-    if path.suffix == ".safetensors" or not _is_hub_id(name, is_path=not isinstance(name_or_path, str)):
+    if path.suffix == ".safetensors" or not _is_hub_id(name_or_path):
         raise CheckpointError(
             "{name}: there is no such file or folder (looked in {here}). Give a safetensors file, a folder that holds"
             " one, or a hub id with {parameter}.",
@@ -230,8 +241,8 @@ def resolve_file(
 
 
 def _file_in(folder: Path, weight_name: str | None, default: str) -> Path:
-    held = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-    files = [name for name in held if name.endswith(".safetensors")]
+    names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    files = [name for name in names if name.endswith(".safetensors")]
     if weight_name is not None:
         _refuse_pickle(folder / weight_name)
     elif default in files or len(files) == 1:
@@ -244,10 +255,10 @@ def _file_in(folder: Path, weight_name: str | None, default: str) -> Path:
             files=some(files),
         )
     else:
-        for name in held:
+        for name in names:
             _refuse_pickle(folder / name)
     if weight_name is None or not (folder / weight_name).is_file():
-        raise CheckpointError(f"{folder} has no {weight_name or default}; it holds {some(held)}.")
+        raise CheckpointError(f"{folder} has no {weight_name or default}; it holds {held_by(folder)}.")
     return folder / weight_name
 
 
@@ -270,12 +281,12 @@ class Repository:
         offline: whether only the hub's cache is asked.
     """
 
-    def __init__(self, name: str, options: HubOptions) -> None:
+    def __init__(self, name: str, options: HubOptions | None = None) -> None:
         from huggingface_hub import constants
 
         self.name = name
-        self._options = options
-        self.offline = bool(options.local_files_only) or constants.HF_HUB_OFFLINE
+        self._options = options or HubOptions()
+        self.offline = bool(self._options.local_files_only) or constants.HF_HUB_OFFLINE
 
     def pin(self, folder: Path) -> None:
         """Take all further files from the commit `folder` is a snapshot of, even if the branch moves on."""
@@ -286,39 +297,44 @@ class Repository:
         """Download the files that match `patterns`; returns the snapshot folder."""
         from huggingface_hub import errors, snapshot_download
 
-        revision = self._options.revision
-        not_here = f"{self.name} is not a folder here (looked in {Path.cwd()})"
-        at = "" if revision is None else f" at revision {revision!r}"
         try:
             return Path(snapshot_download(self.name, allow_patterns=list(patterns), **self._options.keywords()))
-        except errors.GatedRepoError as error:
-            raise CheckpointError(
+        except (errors.HfHubHTTPError, OSError, ValueError) as error:
+            raise CheckpointError(self._refusal(error)) from error
+
+    def _refusal(self, error: Exception) -> str:
+        """What a failed download means, and what to do."""
+        from huggingface_hub import errors
+
+        revision = self._options.revision
+        not_here = f"{self.name} is not a folder here (looked in {Path.cwd()})"
+        log_in = "log in with `hf auth login` or set HF_TOKEN"
+        if isinstance(error, errors.GatedRepoError):
+            return (
                 f"{not_here}, and access to it on the hub is restricted: accept the model's terms on its "
-                f"page, then log in with `hf auth login` or set HF_TOKEN."
-            ) from error
-        except errors.RevisionNotFoundError as error:
-            raise CheckpointError(
+                f"page, then {log_in}."
+            )
+        if isinstance(error, errors.RevisionNotFoundError):
+            return (
                 f"{self.name}: the hub has no revision {revision!r} of it. "
                 f"Leave the revision out, or give one of its branches, tags or commits."
-            ) from error
-        except errors.RepositoryNotFoundError as error:
-            raise CheckpointError(
+            )
+        if isinstance(error, errors.RepositoryNotFoundError):
+            return (
                 f"{not_here}, and the hub has no such repository, or a private one. "
-                f"Check the spelling; for a private one log in with `hf auth login` or set HF_TOKEN."
-            ) from error
-        except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+                f"Check the spelling; for a private one {log_in}."
+            )
+        if isinstance(error, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)):
             # The hub's library says this also for a server that did not answer.
             why = "offline mode is on" if self.offline else "the hub could not be reached"
             do = "Go online once to download it" if self.offline else "Check the network"
-            raise CheckpointError(
-                f"{not_here}, not in the local cache of the hub{at}, and {why}. {do}, or give a checkpoint folder."
-            ) from error
-        except (errors.HfHubHTTPError, OSError, ValueError) as error:
-            # OSError: connections, certificates, a full disk. ValueError: a malformed revision or proxy.
-            raise CheckpointError(
-                f"{not_here}, and fetching it from the hub failed: {first_line(error)}. "
-                f"Check the network and the free disk space, or give a checkpoint folder."
-            ) from error
+            at = "" if revision is None else f" at revision {revision!r}"
+            return f"{not_here}, not in the local cache of the hub{at}, and {why}. {do}, or give a checkpoint folder."
+        # Connections, certificates, a full disk; a malformed revision or proxy.
+        return (
+            f"{not_here}, and fetching it from the hub failed: {first_line(error)}. "
+            f"Check the network and the free disk space, or give a checkpoint folder."
+        )
 
     def fetch_weights(self, places: Mapping[str, str], variant: str | None) -> Path:
         """Download the weights of components, of the variant where there is one; returns the snapshot folder.
@@ -333,12 +349,9 @@ class Repository:
         missing = list(places)
         for kind in dict.fromkeys((variant, None)):
             if missing:
-                folder = self.fetch(
-                    [pattern for name in missing for pattern in weight_patterns(MODELS[name].stem, kind, places[name])]
-                )
-                missing = [
-                    name for name in missing if find_weights(folder / places[name], MODELS[name].stem, kind) is None
-                ]
+                stems = {name: MODELS[name].stem for name in missing}
+                folder = self.fetch([p for name in missing for p in weight_patterns(stems[name], kind, places[name])])
+                missing = [name for name in missing if find_weights(folder / places[name], stems[name], kind) is None]
         if missing:
             raise self.without_weights(missing, variant)
         return folder
@@ -360,7 +373,8 @@ class Repository:
         else:
             where = "in what the hub gave"
             do = Message(
-                "Pickle weights are not read: look on the model's page for {look_for}. If the network was down, try again.",
+                "Pickle weights are not read: look on the model's page for {look_for}. If the network was down, try"
+                " again.",
                 look_for=look_for,
             )
         what = f"{self.name}: no safetensors weights{parts} {where}{kinds}"

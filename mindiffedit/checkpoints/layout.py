@@ -23,24 +23,6 @@ from typing import Any
 
 from mindiffedit.errors import InputError, first_line
 
-__all__ = [
-    "COMPONENTS",
-    "INDEX_FILE",
-    "MODELS",
-    "POSITION_IDS",
-    "REQUIRED",
-    "CheckpointError",
-    "ModelKind",
-    "WeightsError",
-    "class_names",
-    "named_class",
-    "read_index",
-    "read_json",
-    "read_processor",
-    "small_files",
-    "some",
-]
-
 
 class CheckpointError(InputError):
     """A checkpoint that is missing, incomplete, corrupt or of another kind. The message says what to do."""
@@ -50,12 +32,17 @@ class WeightsError(CheckpointError):
     """Weights that do not fit their model: missing, extra, misshapen, or not finite. All are listed."""
 
 
-def some(names: Sequence[str], most: int = 12) -> str:
+def some(names: Sequence[str], most: int = 12, separator: str = ", ") -> str:
     """The first ``most`` of some names for a message, and how many more there are."""
     if not names:
         return "nothing"
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return separator.join(names[:most]) + more
+
+
+def held_by(folder: Path) -> str:
+    """What lies in a folder, for a message."""
+    return some(sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else [])
 
 
 # --- the layout ------------------------------------------------------------------------------------
@@ -111,6 +98,14 @@ _FEATURE_EXTRACTORS = (
     "CLIPImageProcessorPil",
 )
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+_TOKENIZER_FILES = (
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 
 # Components that only other families of models have; the name of the family is for the message.
 _OTHER_FAMILIES = {
@@ -125,15 +120,6 @@ _OTHER_FAMILIES = {
     "image_normalizer": "unCLIP",
     "low_res_scheduler": "an upscaler",
 }
-
-_TOKENIZER_FILES = (
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
 
 
 def class_names(component: str) -> tuple[str, ...]:
@@ -156,11 +142,7 @@ def small_files(component: str) -> tuple[str, ...]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        CheckpointError: the file is missing, no JSON, or holds something else than an object.
-    """
+    """The object in a JSON file; CheckpointError where there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -175,11 +157,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_processor(folder: Path) -> dict[str, Any]:
-    """The config of a folder's image processor; transformers 5 writes it into that of the processor around it.
-
-    Raises:
-        CheckpointError: as for ``read_json``.
-    """
+    """The config of a folder's image processor; transformers 5 writes it into that of the processor around it."""
     file = next((folder / name for name in _PROCESSOR_FILES if (folder / name).is_file()), None)
     config = read_json(file or folder / _PROCESSOR_FILES[0])
     inner = config.get("image_processor")
@@ -196,9 +174,8 @@ def read_index(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} is not a folder. Give a checkpoint folder with a {INDEX_FILE}.")
     path = folder / INDEX_FILE
     if not path.is_file():
-        found = sorted(entry.name for entry in folder.iterdir())
         raise CheckpointError(
-            f"{folder} has no {INDEX_FILE}, so it is not a checkpoint folder; it holds {some(found)}. "
+            f"{folder} has no {INDEX_FILE}, so it is not a checkpoint folder; it holds {held_by(folder)}. "
             f"Expected a folder in diffusers' layout, as save_pretrained writes it."
         )
     index = read_json(path)

@@ -23,13 +23,11 @@ import numpy as np
 from mindiffedit import options
 from mindiffedit.arrays import to_numpy
 from mindiffedit.checkpoints.hub import resolve_file
-from mindiffedit.checkpoints.layout import CheckpointError, WeightsError
+from mindiffedit.checkpoints.layout import CheckpointError, WeightsError, some
 from mindiffedit.checkpoints.models import parameters_by_name
 from mindiffedit.checkpoints.weight_files import read_tensors
 from mindiffedit.runtime import devices, turns
 from mindiffedit.runtime.reuse import digest, same_places
-
-__all__ = ["COMPONENTS", "Adapted", "LowRank", "adapted", "parse", "read"]
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +72,7 @@ def read(source, **place) -> tuple[dict[str, np.ndarray], dict[str, Any] | None,
         tensors = {name: to_numpy(value) for name, value in source.items()}
         others = [f"{name} ({value.dtype})" for name, value in tensors.items() if value.dtype.kind not in "fiu"]
         if others:
-            raise CheckpointError(f"The given LoRA holds values that are no numbers: {_some(others)}.")
+            raise CheckpointError(f"The given LoRA holds values that are no numbers: {some(others)}.")
         return tensors, None, "the given LoRA"
     path = resolve_file(source, default=FILE_NAME, **place)
     tensors, notes = read_tensors(path)
@@ -131,14 +129,9 @@ def parse(
     if misfits:
         raise WeightsError(
             f"{what} does not fit this pipeline, and nothing of it was loaded; {len(misfits)} misfits:"
-            f" {_some(misfits)}. It was made for another model, or is of a kind that is not supported."
+            f" {some(misfits, 8, '; ')}. It was made for another model, or is of a kind that is not supported."
         )
     return found
-
-
-def _some(misfits: Sequence[str], most: int = 8) -> str:
-    more = f"; and {len(misfits) - most} more" if len(misfits) > most else ""
-    return "; ".join(misfits[:most]) + more
 
 
 def _diffusers_names(tensors: Mapping[str, np.ndarray], what: str):
@@ -162,7 +155,7 @@ def _diffusers_names(tensors: Mapping[str, np.ndarray], what: str):
     ]
     if bad:  # E15
         raise WeightsError(
-            f"{what} has alphas that are not one finite number each: {_some(bad)}. The file is damaged; use another."
+            f"{what} has alphas that are not one finite number each: {some(bad)}. The file is damaged; use another."
         )
     if tensors and all(name.startswith(("lora_te_", "lora_unet_", "lora_te1_", "lora_te2_")) for name in tensors):
         left, outer, outer_alphas = _without_outer(tensors)
@@ -172,13 +165,13 @@ def _diffusers_names(tensors: Mapping[str, np.ndarray], what: str):
         except (KeyError, ValueError) as error:  # what is left over cannot be converted
             missing = [str(error.args[0])] if isinstance(error, KeyError) else []
             raise WeightsError(
-                f"{what} has weights that belong to no plain LoRA ({_some(missing or sorted(left))}): of kohya's formats"
-                " lora_down, lora_up and alpha can be loaded; LoHa, LoKr and others have to be converted first."
+                f"{what} has weights that belong to no plain LoRA ({some(missing or sorted(left))}): of kohya's"
+                " formats lora_down, lora_up and alpha can be loaded; LoHa, LoKr and others have to be converted first."
             ) from error
     others = [name for name in tensors if "lora" not in name]
     if others or not tensors:
         raise WeightsError(
-            f"{what} is no LoRA: {_some(others) if others else 'it holds nothing'}. Expected weights such as"
+            f"{what} is no LoRA: {some(others) if others else 'it holds nothing'}. Expected weights such as"
             " unet.….lora_A.weight or lora_unet_….lora_down.weight."
         )
     return tensors, alphas
@@ -208,9 +201,8 @@ def _matrices(component, part, alphas, metadata, model, what) -> tuple[dict[str,
     weights = adapted(model).weights
     part = _peft_names(component, part, what)
     config = _config(component, part, alphas, metadata, weights)
-    modules = list(dict.fromkeys(name.partition(".lora_")[0] for name in part))
     matrices, problems, used = {}, [], set()
-    for module in modules:
+    for module in dict.fromkeys(name.partition(".lora_")[0] for name in part):
         down, up = (part.get(f"{module}.lora_{side}.weight") for side in "AB")
         if down is None or up is None:
             continue
@@ -224,11 +216,8 @@ def _matrices(component, part, alphas, metadata, model, what) -> tuple[dict[str,
         alpha = config["alpha_pattern"].get(get_pattern_key(config["alpha_pattern"].keys(), module))
         alpha = config["lora_alpha"] if alpha is None else alpha
         ratio = float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        matrices[module] = LowRank(
-            np.asarray(down, np.float32).reshape(rank, -1),
-            np.asarray(up, np.float32).reshape(-1, rank),
-            ratio,
-        )
+        down, up = np.asarray(down, np.float32), np.asarray(up, np.float32)
+        matrices[module] = LowRank(down.reshape(rank, -1), up.reshape(-1, rank), ratio)
     problems += [f"{name} has no counterpart, or is not supported" for name in part if name not in used]
     return matrices, problems
 
@@ -237,12 +226,8 @@ def _misfit(down: np.ndarray, up: np.ndarray, shape: tuple[int, ...] | None) -> 
     """What is wrong with a pair of matrices for a weight of this shape; empty where they fit."""
     if shape is None:
         return "is no linear or convolutional layer here"
-    if down.ndim != len(shape) or up.ndim != len(shape) or not down.size:
-        fits = False
-    else:
-        rank = len(down)
-        fits = down.shape == (rank, *shape[1:]) and up.shape == (shape[0], rank, *[1] * (len(shape) - 2))
-    if not fits:
+    rank = len(down) if down.size else 0
+    if not rank or down.shape != (rank, *shape[1:]) or up.shape != (shape[0], rank, *[1] * (len(shape) - 2)):
         return f"has matrices {down.shape} and {up.shape} for a weight {shape}"
     if not (np.isfinite(down).all() and np.isfinite(up).all()):
         return "has NaN or infinite values"
@@ -273,7 +258,7 @@ def _config(component, part, alphas, metadata, weights) -> dict[str, Any]:
         return {"alpha_pattern": {}, "lora_alpha": 8, **given}  # peft's defaults
     ups = {name: value.shape[1] for name, value in part.items() if "lora_B" in name and value.ndim > 1}
     if component == "text_encoder":
-        # In the model's order. D8: where ranks differ and there is no alpha, the first rank serves as all modules' alpha.
+        # In the model's order. D8: where ranks differ and there is no alpha, the first rank is all modules' alpha.
         ends = (".q_proj", ".k_proj", ".v_proj", ".out_proj", ".fc1", ".fc2")
         names = (f"{module}.lora_B.weight" for module in weights if module.endswith(ends))
         ranks = {name: ups[name] for name in names if name in ups}
@@ -298,6 +283,23 @@ def adapted(model) -> Adapted:
     return _ADAPTED[model]
 
 
+@dataclass
+class _Written:
+    """What is in one weight now.
+
+    Attributes:
+        original: the weight's values without any adapter.
+        terms: what was added to them; None where somebody has put another parameter or memory in its place.
+        digest: of the values that were written.
+        place: the parameter, and where its values lay.
+    """
+
+    original: np.ndarray
+    terms: tuple[_Term, ...] | None
+    digest: tuple
+    place: list
+
+
 class Adapted:
     """A model's adapters, which of them are in use and how strongly, and what of them is in its weights now.
 
@@ -317,10 +319,7 @@ class Adapted:
         self.enabled = True
         self.fused: dict[str, dict[str, _Term]] = {}
         self._strengths: dict[tuple[str, str], float] = {}
-        self._original: dict[str, np.ndarray] = {}
-        self._written: dict[str, tuple[_Term, ...] | None] = {}
-        self._digests: dict[str, tuple] = {}  # of the values written
-        self._places: dict[str, list] = {}  # the parameters written, and where they lay
+        self._written: dict[str, _Written] = {}
         self._changes = 0  # so often has something changed of what should be in the weights
         self._state: Any = None  # of the weights as they are; None where it has to be found out
 
@@ -393,29 +392,25 @@ class Adapted:
         """Forgets an adapter. Where it is fused, the weights stay as they are with all that is fused."""
         if name not in self.layers:
             return
-        self.write(0.0)
-        for module in [module for module, terms in self.fused.items() if name in terms]:
-            self._settle(module)
+        self._settle([module for module, terms in self.fused.items() if name in terms])
         del self.layers[name]
         if name in self.active:
             self.active = [other for other in self.active if other != name] or sorted(self.layers)[:1]
-        self._changed()
 
     def unload(self) -> None:
         """Forgets all adapters: the weights are the original ones, with what is fused."""
-        self.write(0.0)
-        for module in list(self.fused):
-            self._settle(module)
+        self._settle(list(self.fused))
         self.layers.clear()
         self._strengths.clear()
         self.active, self.enabled = [], True
-        self._changed()
 
-    def _settle(self, module: str) -> None:
-        """What is in a weight now is its own from now on."""
-        self.fused.pop(module, None)
-        self._original.pop(module, None)
-        self._written.pop(module, None)
+    def _settle(self, modules: Sequence[str]) -> None:
+        """What is fused in these weights is their own from now on; nothing but what is fused is in any weight."""
+        self.write(0.0)
+        for module in modules:
+            self.fused.pop(module)
+            self._written.pop(module, None)
+        self._changed()
 
     def _changed(self) -> None:
         self._changes, self._state = self._changes + 1, None
@@ -435,19 +430,18 @@ class Adapted:
         turns.once((Adapted.write, id(self)), self._look)
         if self._state == (self._changes, scale):
             return
-        weights = self.weights
-        changes = {}
+        weights, before, after = self.weights, {}, {}
         for module in dict.fromkeys([*self._written, *(m for layers in self.layers.values() for m in layers)]):
+            now = self._written[module].terms if module in self._written else ()
             terms = self._terms(module, scale)
-            if terms != self._written.get(module, ()):
-                changes[module] = terms
-        before = dict(self._written)
+            if terms != now:
+                before[module], after[module] = now or (), terms
         try:
-            for module, terms in changes.items():
+            for module, terms in after.items():
                 self._add(module, weights[module], terms)
         except options.NumericalError:
-            for module in changes:
-                self._add(module, weights[module], before.get(module) or ())
+            for module, terms in before.items():
+                self._add(module, weights[module], terms)
             raise
         self._state = (self._changes, scale)
 
@@ -459,9 +453,9 @@ class Adapted:
     def _look(self) -> None:
         """Weights that somebody has put in the place of those that were written have to be written as well."""
         weights = self.weights
-        for module, place in self._places.items():
-            if module in self._written and not same_places(place, [weights[module], weights[module].data_ptr()]):
-                self._written[module] = None  # what is in it is not known
+        for module, written in self._written.items():
+            if not same_places(written.place, [weights[module], weights[module].data_ptr()]):
+                written.terms = None  # what is in it is not known
                 self._changed()
 
     def _term(self, name: str, module: str, scale: float = 1.0) -> _Term:
@@ -482,20 +476,16 @@ class Adapted:
     def _add(self, module: str, parameter, terms: tuple[_Term, ...]) -> None:
         """Writes original + terms into a weight; the original itself, bit by bit, where there are none.
 
-        A weight that is not as it was written last has been given other values by somebody, which are then the original.
+        A weight that is not as it was written last has been given other values by somebody: they are the original now.
         """
-        if module in self._original:
-            values = _values(parameter)
-            if digest(values) != self._digests[module]:
-                self._original[module] = values
-        elif terms:
-            self._original[module] = _values(parameter)
+        written, original = self._written.get(module), _values(parameter)
+        if written is not None and digest(original) == written.digest:
+            original = written.original
         if not terms:
-            if module in self._original:
-                _put(parameter, self._original.pop(module))
-            self._written.pop(module, None)
+            if written is not None:
+                _put(parameter, original)
+                del self._written[module]
             return
-        original = self._original[module]
         total = original.astype(np.float32).reshape(len(original), -1)
         for factor, matrices in terms:
             total += (np.float32(factor) * matrices.up) @ matrices.down
@@ -506,9 +496,8 @@ class Adapted:
                 f"{module} and its LoRA add up to more than {parameter.dtype} can hold; lower the LoRA's scale, or load"
                 " the models in float32."
             )
-        _put(parameter, total)
-        self._written[module], self._digests[module] = terms, digest(_values(parameter))
-        self._places[module] = [parameter, parameter.data_ptr()]
+        values = _put(parameter, total)
+        self._written[module] = _Written(original, terms, digest(values), [parameter, parameter.data_ptr()])
 
 
 def _of_block(strengths: Mapping[str, float], module: str) -> float:
@@ -521,17 +510,15 @@ def _of_block(strengths: Mapping[str, float], module: str) -> float:
     return strengths.get(f"{parts[0]}.{parts[1]}.attentions.{parts[3]}", 1.0) if len(parts) > 3 else 1.0
 
 
-def _values(parameter) -> np.ndarray:
-    """A copy of a parameter's values: float32, or float16 where that is its dtype. bfloat16 becomes float32, exactly."""
+def _values(tensor) -> np.ndarray:
+    """A copy of a tensor's values: float32, or float16 where that is its dtype. bfloat16 becomes float32, exactly."""
     import mindspore
 
-    if parameter.dtype == mindspore.bfloat16:
-        parameter = parameter.astype(mindspore.float32)
-    return parameter.asnumpy().copy()
+    return (tensor.astype(mindspore.float32) if tensor.dtype == mindspore.bfloat16 else tensor).asnumpy().copy()
 
 
-def _put(parameter, values: np.ndarray) -> None:
-    """Writes values into a parameter's own memory.
+def _put(parameter, values: np.ndarray) -> np.ndarray:
+    """Writes values into a parameter's own memory; returns them as its dtype holds them.
 
     ``set_data`` gives the parameter other memory, of which a graph that has run knows nothing: it goes on with the old
     values, while eager code sees the new ones.
@@ -541,4 +528,8 @@ def _put(parameter, values: np.ndarray) -> None:
 
     tensor = mindspore.Tensor(values)
     with devices.eager():
-        ops.assign(parameter, tensor if tensor.dtype == parameter.dtype else tensor.astype(parameter.dtype))
+        if tensor.dtype != parameter.dtype:
+            tensor = tensor.astype(parameter.dtype)
+            values = _values(tensor)
+        ops.assign(parameter, tensor)
+    return values

@@ -11,7 +11,6 @@ are.
 from __future__ import annotations
 
 import functools
-import inspect
 import math
 import os
 import re
@@ -38,16 +37,6 @@ from mindiffedit.checkpoints.weight_files import FLOATS, Stored
 from mindiffedit.errors import InputError, InputTypeError, Message, first_line, whole
 from mindiffedit.runtime import devices
 from mindiffedit.runtime.notices import say_once
-from mindiffedit.solvers import schedules
-
-__all__ = [
-    "EAGER",
-    "build",
-    "give_weights",
-    "load_component",
-    "load_components",
-    "parameters_by_name",
-]
 
 
 def load_components(
@@ -56,18 +45,17 @@ def load_components(
     overrides: Mapping[str, Any] | None = None,
     dtype: Any = None,
     variant: str | None = None,
-    use_safetensors: bool | None = True,
     weights: Any = None,
 ) -> dict[str, Any]:
     """Read a Stable Diffusion 1.x or 2.x checkpoint folder.
 
     Args:
         folder: as `hub.resolve_folder` returns it.
-        overrides: components that are taken as given, None included, and neither read nor checked.
+        overrides: components that are taken as given, None included, and neither read nor checked; and
+            requires_safety_checker.
         dtype: mindspore dtype of the models' parameters; None is float32, whatever the file has. Values are the file's,
             exactly where `dtype` can hold them.
         variant: 'fp16' reads `….fp16.safetensors` where a component has it, the plain file elsewhere.
-        use_safetensors: True or None. Pickle weights are never read.
         weights: where the models' weights are instead of in the folder: an object with the attribute `file` (Path, for
             messages) and the method `tensors(component, config)`, which returns {parameter's name: where it is stored}.
 
@@ -82,32 +70,26 @@ def load_components(
         TypeError: an override that is no component.
         ValueError: another dtype.
     """
-    folder = Path(folder)
-    given = dict(overrides or {})
-    unknown = sorted(given.keys() - {*COMPONENTS, "requires_safety_checker"})
+    folder, overrides = Path(folder), dict(overrides or {})
+    require_known(overrides)
+    survey = Survey.of(folder, overrides, variant, weights)
+    components = dict.fromkeys(COMPONENTS) | overrides
+    for name in ("tokenizer", "feature_extractor"):
+        if name in survey.classes:
+            components[name] = _load_small(name, folder / name, survey.classes[name])
+    survey.check_together(overrides, components["tokenizer"])
+    for name in survey.schedulers:
+        components[name] = _load_small(name, folder / name, survey.classes[name])
+    components |= _load_models(survey.sources, dtype)
+    components.setdefault("requires_safety_checker", bool(survey.index.get("requires_safety_checker", True)))
+    return components
+
+
+def require_known(components: Mapping[str, Any]) -> None:
+    """TypeError for names that no component has."""
+    unknown = sorted(components.keys() - {*COMPONENTS, "requires_safety_checker"})
     if unknown:
         raise InputTypeError(f"components: {', '.join(unknown)} is none of {', '.join(COMPONENTS)}")
-    if use_safetensors is False:
-        raise CheckpointError(
-            "{parameter} is False, which asks for pickle weights; these are not read because a pickle can run code."
-            " Leave it out, and give a checkpoint with safetensors files.",
-            parameter="use_safetensors",
-        )
-
-    found = Survey.of(folder, given, variant, weights)
-    classes = found.classes
-    components: dict[str, Any] = {name: None for name in COMPONENTS} | given
-    if classes.get("tokenizer") is not None:
-        components["tokenizer"] = load_clip_tokenizer(folder / "tokenizer", classes["tokenizer"])
-    if classes.get("feature_extractor") is not None:
-        components["feature_extractor"] = _load_feature_extractor(folder / "feature_extractor")
-    found.check_together(given, components.get("tokenizer"))
-
-    for name, config in found.schedulers.items():
-        components[name] = _make_scheduler(folder / name, classes[name], config)
-    components |= _load_models(found.sources, dtype)
-    components.setdefault("requires_safety_checker", bool(found.index.get("requires_safety_checker", True)))
-    return components
 
 
 def load_component(
@@ -116,12 +98,7 @@ def load_component(
     *,
     mindspore_dtype: Any = None,
     variant: str | None = None,
-    cache_dir: str | os.PathLike | None = None,
-    force_download: bool = False,
-    local_files_only: bool | None = None,
-    token: str | bool | None = None,
-    revision: str | None = None,
-    proxies: Mapping[str, str] | None = None,
+    **hub_options: Any,
 ) -> Any:
     """One component of a checkpoint alone, to take the place of another's, read as strictly as a whole checkpoint.
 
@@ -132,12 +109,8 @@ def load_component(
             'feature_extractor'.
         mindspore_dtype: dtype of a model; None is float32. What the device has not becomes float32 with one warning.
         variant: 'fp16' picks ``*.fp16.safetensors`` where there is one.
-        cache_dir: as in huggingface_hub, whose environment variables count, too.
-        force_download: as in huggingface_hub.
-        local_files_only: as in huggingface_hub.
-        token: as in huggingface_hub.
-        revision: as in huggingface_hub.
-        proxies: as in huggingface_hub.
+        **hub_options: ``cache_dir``, ``force_download``, ``local_files_only``, ``token``, ``revision`` and ``proxies``
+            as in huggingface_hub, whose environment variables count, too.
 
     Returns:
         The component: ``from_pretrained(..., vae=load_component(folder, "vae"))``, or ``pipeline.vae = ...``.
@@ -146,6 +119,7 @@ def load_component(
         CheckpointError: nothing of that name and kind is there, or it is incomplete or corrupt; a ValueError.
         WeightsError: weights are missing, extra, misshapen or not finite: all of them are listed; a CheckpointError.
         ValueError: ``name`` is no component.
+        TypeError: an argument that is not known.
     """
     if name not in COMPONENTS:
         raise InputError(
@@ -154,14 +128,10 @@ def load_component(
             known=", ".join(COMPONENTS),
             value=name,
         )
-    options = hub.HubOptions(cache_dir, force_download, local_files_only, token, revision, proxies)
+    options = hub.HubOptions(**hub_options)
     place, class_name = _resolve_component(pretrained_model_name_or_path, name, options, variant)
-    if name == "tokenizer":
-        return load_clip_tokenizer(place, class_name)
-    if name == "feature_extractor":
-        return _load_feature_extractor(place)
     if name not in MODELS:
-        return _make_scheduler(place, class_name, read_json(place / "scheduler_config.json"))
+        return _load_small(name, place, class_name)
     sources = find_sources({name: place}, variant, place)
     return _load_models(sources, devices.loadable_dtype(mindspore_dtype))[name]
 
@@ -186,7 +156,12 @@ def _resolve_component(
 # --- what has no weights ---------------------------------------------------------------------------
 
 
-def _load_feature_extractor(folder: Path) -> Any:
+def _load_small(name: str, folder: Path, class_name: str) -> Any:
+    """A component without weights."""
+    if name == "tokenizer":
+        return load_clip_tokenizer(folder, class_name)
+    if name != "feature_extractor":
+        return _load_scheduler(folder, class_name)
     from transformers import CLIPImageProcessor
 
     config = read_processor(folder)
@@ -196,58 +171,29 @@ def _load_feature_extractor(folder: Path) -> Any:
         raise CheckpointError(f"{folder}: the feature extractor cannot be made: {first_line(error)}.") from error
 
 
-# These four have the reference's exact tables; other schedulers are mindone's.
-_OWN_SCHEDULERS = (
-    "DDIMScheduler",
-    "DDIMInverseScheduler",
-    "DPMSolverMultistepScheduler",
-    "DPMSolverMultistepInverseScheduler",
-)
+def _load_scheduler(folder: Path, class_name: str) -> Any:
+    from mindiffedit.solvers import schedulers
 
-
-def _make_scheduler(folder: Path, class_name: str, config: Mapping[str, Any]) -> Any:
-    if class_name in _OWN_SCHEDULERS:
-        from mindiffedit.solvers import schedulers
-
-        scheduler_class = getattr(schedulers, class_name)
-    else:
-        import mindone.diffusers.schedulers  # all of them; the package above leaves some out
-
-        scheduler_class = (
-            getattr(mindone.diffusers.schedulers, class_name, None) if class_name.endswith("Scheduler") else None
-        )
-    replaceable = class_name.endswith("Scheduler") and "Inverse" not in class_name and "beta_start" in config
+    config = read_json(folder / "scheduler_config.json")
     try:
-        if scheduler_class is None:
-            raise ValueError("mindone has none of this name")
-        with _portable_kernels():
-            scheduler = scheduler_class.from_config(old_configs.scheduler_names(config))
+        scheduler = schedulers.make(class_name, old_configs.scheduler_names(config))
     except Exception as error:  # whatever a broken config, or a kernel that this device has not, makes it raise
-        if class_name in _OWN_SCHEDULERS or not replaceable:
+        scheduler = schedulers.ddim_instead_of(class_name, config)
+        if scheduler is None:
             raise CheckpointError(
                 f"{folder}: no {class_name} can be made of its config: {first_line(error)}. Put a DDIMScheduler in its"
                 f" place, there and in {INDEX_FILE}."
             ) from error
-        from mindiffedit.solvers.schedulers import DDIMScheduler
-
-        options = schedules.suited("DDIMScheduler", config)
         say_once(
-            f"{folder}: no {class_name} can be made here ({first_line(error).rstrip('.')}), so DDIM is taken, with"
-            f" timestep_spacing={options['timestep_spacing']!r}."
+            f"{folder}: no {class_name} can be made here ({first_line(error)}), so DDIM is taken, with"
+            f" timestep_spacing={scheduler.config['timestep_spacing']!r}."
         )
-        known = inspect.signature(DDIMScheduler.__init__).parameters
-        return DDIMScheduler(**{name: value for name, value in config.items() if name in known} | options)
+        return scheduler
     # Not of an inverse: the reference takes that as it is.
     changes = {} if "Inverse" in class_name else old_configs.scheduler_changes(scheduler.config, loaded=True)
     if changes:
         scheduler.register_to_config(**changes)
     return scheduler
-
-
-def _portable_kernels():
-    from mindiffedit.runtime.kernels import portable_kernels
-
-    return portable_kernels()
 
 
 # --- models ----------------------------------------------------------------------------------------
@@ -273,9 +219,11 @@ def build(source: Source, construct: Callable[[str, Mapping[str, Any]], Any]) ->
     """
     from mindspore.nn.utils import no_init_parameters
 
+    from mindiffedit.runtime.kernels import portable_kernels
+
     try:
         # The values come from the file: making random ones first takes minutes for a large model.
-        with _portable_kernels(), no_init_parameters():
+        with portable_kernels(), no_init_parameters():
             return construct(source.name, source.config)
     except Exception as error:  # whatever a wrong config makes a model's constructor raise
         raise CheckpointError(

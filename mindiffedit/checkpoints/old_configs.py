@@ -12,8 +12,6 @@ from typing import Any
 
 from mindiffedit.runtime.notices import say_once
 
-__all__ = ["scheduler_changes", "scheduler_names", "unet_changes"]
-
 
 def unet_changes(config: Mapping[str, Any]) -> dict[str, Any]:
     """The right values of a UNet's outdated options; said once.

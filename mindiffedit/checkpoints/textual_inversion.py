@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from mindiffedit.arrays import is_tensor, to_numpy
 from mindiffedit.checkpoints.hub import resolve_file
+from mindiffedit.checkpoints.layout import some
 from mindiffedit.checkpoints.weight_files import read_tensors
 from mindiffedit.errors import InputError, InputTypeError, Message
-
-__all__ = ["add", "check", "check_ids", "expanded", "occurring", "read", "remove", "word_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +40,7 @@ def read(source, **place) -> tuple[Any, str]:
     path = resolve_file(source, default=FILE_NAME, **place)
     content = read_tensors(path)[0]
     if len(content) == 1 and set(content) <= set(NAMELESS):
-        content = {path.stem: value for value in content.values()}  # W15
+        content = dict(zip([path.stem], content.values()))  # W15
     return content, str(path)
 
 
@@ -64,13 +63,15 @@ def expanded(text: str, tokenizer) -> str:
     added = getattr(tokenizer, "added_tokens_decoder", {})
     words = {token.content for token in added.values() if not token.special}
 
-    def family(found: re.Match) -> str:
-        parts = [found[0]]
-        while f"{found[0]}_{len(parts)}" in words:
-            parts.append(f"{found[0]}_{len(parts)}")
-        return " ".join(parts)
+    return re.sub(_any_of(words), lambda match: " ".join(_family(match[0], words)), text) if words else text
 
-    return re.sub(_any_of(words), family, text) if words else text
+
+def _family(word: str, words: Container[str]) -> list[str]:
+    """A word and those of its further vectors, as far as they are among `words`."""
+    family = [word]
+    while f"{word}_{len(family)}" in words:
+        family.append(f"{word}_{len(family)}")
+    return family
 
 
 def _any_of(words) -> str:
@@ -131,8 +132,8 @@ def check(contents: Sequence[tuple[Any, str]], tokens: Sequence[Any], tokenizer,
         taken = [part for part in [*family, f"{name}_1"] if part in vocabulary or part in names]
         if taken:
             raise InputError(
-                "{what}: the token {name!r} is in the tokenizer already, as a part of words or as another embedding; give"
-                " another by {token}.",
+                "{what}: the token {name!r} is in the tokenizer already, as a part of words or as another embedding;"
+                " give another by {token}.",
                 parameter="token",
                 what=what,
                 name=taken[0],
@@ -153,8 +154,8 @@ def check_ids(ids, tokenizer, text_encoder) -> None:
     words = [token.content for i, token in sorted(tokenizer.added_tokens_decoder.items()) if i >= size]
     raise InputError(
         "The tokenizer has words that the text encoder has no embeddings for: {words!r}. Where another pipeline, which"
-        " shares the tokenizer and not the text encoder, has loaded them, unload them there, and give each a tokenizer of"
-        " its own by copy.deepcopy.",
+        " shares the tokenizer and not the text encoder, has loaded them, unload them there, and give each a tokenizer"
+        " of its own by copy.deepcopy.",
         words=words,
     )
 
@@ -168,11 +169,11 @@ def _named(content, what: str, token) -> tuple[str, Any]:
     elif isinstance(content.get("string_to_param"), Mapping) and "*" in content["string_to_param"]:
         own, embedding = content.get("name"), content["string_to_param"]["*"]
     else:
-        held = ", ".join(list(map(str, content))[:8]) or "nothing"
+        held = some(list(map(str, content)), 8)
         xl = {"clip_l", "clip_g"} <= set(content)
         raise InputError(
-            "{what} is no textual inversion for this pipeline: it holds {held}; expected a single embedding, named by its"
-            " token or emb_params.{kind}",
+            "{what} is no textual inversion for this pipeline: it holds {held}; expected a single embedding, named by"
+            " its token or emb_params.{kind}",
             parameter="pretrained_model_name_or_path",
             what=what,
             held=held,
@@ -218,13 +219,7 @@ def remove(tokens: Sequence[str] | None, tokenizer, text_encoder) -> None:
                 unknown=unknown,
                 known=list(added),
             )
-        chosen = set()
-        for token in tokens:
-            chosen.add(token)
-            number = 1
-            while f"{token}_{number}" in added:
-                chosen.add(f"{token}_{number}")
-                number += 1
+        chosen = {part for token in tokens for part in _family(token, added)}
     if not chosen:
         return
     if not hasattr(tokenizer, "_update_trie"):

@@ -12,8 +12,6 @@ from typing import Any
 from mindiffedit.checkpoints.layout import CheckpointError, read_json
 from mindiffedit.errors import first_line
 
-__all__ = ["check_tokenizer_files", "load_clip_tokenizer", "load_tokenizer"]
-
 _CONFIG = "tokenizer_config.json"
 _WHOLE = "tokenizer.json"
 _PARTS = ("vocab.json", "merges.txt")
@@ -28,6 +26,10 @@ def check_tokenizer_files(folder: Path) -> None:
         )
 
 
+def _read_config(folder: Path) -> dict[str, Any]:
+    return read_json(folder / _CONFIG) if (folder / _CONFIG).is_file() else {}
+
+
 def load_tokenizer(folder: Path, class_name: str) -> Any:
     """The tokenizer of transformers that a folder holds.
 
@@ -36,9 +38,7 @@ def load_tokenizer(folder: Path, class_name: str) -> Any:
     """
     import transformers
 
-    config = read_json(folder / _CONFIG) if (folder / _CONFIG).is_file() else {}
-    more = config.get("extra_special_tokens")
-    changes: dict[str, Any] = {}
+    more, changes = _read_config(folder).get("extra_special_tokens"), {}
     if isinstance(more, list):  # so does transformers 5 call what was additional_special_tokens before
         changes = {"extra_special_tokens": {}, "additional_special_tokens": more}
     try:
@@ -55,7 +55,7 @@ def load_clip_tokenizer(folder: Path, class_name: str) -> Any:
 
     Args:
         folder: with ``tokenizer.json``, or ``vocab.json`` and ``merges.txt``.
-        class_name: of those that ``checkpoints.class_names`` has for tokenizers.
+        class_name: of those that ``layout.class_names`` has for tokenizers.
 
     Raises:
         CheckpointError: its files are missing or cannot be read.
@@ -90,7 +90,7 @@ def _take_apart(folder: Path, place: Path) -> None:
         raise CheckpointError(f"{folder / _WHOLE} holds another kind of tokenizer than CLIP's.")
     (place / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
     (place / "merges.txt").write_text("\n".join(["#version: 0.2", *pairs, ""]), encoding="utf-8")
-    config = read_json(folder / _CONFIG) if (folder / _CONFIG).is_file() else {}
+    config = _read_config(folder)
     for token in added.values():
         token.pop("id")
     config.setdefault("added_tokens_decoder", added)

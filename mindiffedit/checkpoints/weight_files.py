@@ -16,22 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mindiffedit.checkpoints.layout import CheckpointError, WeightsError, read_json, some
+from mindiffedit.checkpoints.layout import CheckpointError, WeightsError, held_by, read_json, some
 from mindiffedit.errors import Message, first_line
-
-__all__ = [
-    "FLOATS",
-    "PICKLES",
-    "SIZES",
-    "Stored",
-    "file_name",
-    "find_weights",
-    "no_weights",
-    "read_header",
-    "read_headers",
-    "read_tensors",
-    "weight_patterns",
-]
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 """Endings of files that are never read, since reading a pickle can run code."""
@@ -39,13 +25,14 @@ PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "u1", "F8_E5M2": "u1"}
 """The types that weights can have, and what NumPy reads their bytes as."""
 
-_INTEGERS = {"I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1"}
+_NUMBERS = FLOATS | {
+    "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1"
+}  # fmt: skip
 
-SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4}
-SIZES |= {"U16": 2, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
+SIZES = {name: np.dtype(kind).itemsize for name, kind in _NUMBERS.items()} | {"BOOL": 1}
 """Bytes of one value, of all types that are known."""
 
-_LONGEST_HEADER = 100_000_000
+_MAX_HEADER = 100_000_000  # bytes
 
 
 # --- which files -----------------------------------------------------------------------------------
@@ -74,10 +61,8 @@ def weight_patterns(stem: str, variant: str | None = None, inside: str = "") -> 
 
 def find_weights(folder: Path, stem: str, variant: str | None = None) -> Path | None:
     """The weight file, or the index of its shards, that `folder` has for `variant`; None if it has none."""
-    for name in (file_name(stem, variant), *_index_names(stem, variant)):
-        if (folder / name).is_file():
-            return folder / name
-    return None
+    names = (file_name(stem, variant), *_index_names(stem, variant))
+    return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
 def no_weights(folder: Path, stem: str, variant: str | None, writer: str = "diffusers: pipeline") -> CheckpointError:
@@ -86,9 +71,8 @@ def no_weights(folder: Path, stem: str, variant: str | None, writer: str = "diff
     `writer` is whose save_pretrained writes safetensors files of such a model.
     """
     files = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-    tried = file_name(stem, variant)
-    variants = sorted({m[1] for f in files if (m := re.match(rf"{re.escape(stem)}\.([\w-]+?)[-.].*safetensors", f))})
-    variants = [name for name in variants if name != "safetensors"]
+    variants = {m[1] for f in files if (m := re.match(rf"{re.escape(stem)}\.([\w-]+?)[-.].*safetensors", f))}
+    variants = sorted(variants - {"safetensors"})
     pickles = [f for f in files if f.endswith(PICKLES)]
     if variants:
         what = f"holds only the variant{'s' if len(variants) > 1 else ''} {', '.join(variants)}"
@@ -97,7 +81,7 @@ def no_weights(folder: Path, stem: str, variant: str | None, writer: str = "diff
         what = f"holds only pickle weights ({some(pickles)}), which are not read because a pickle can run code"
         do = f"Convert them with {writer}.save_pretrained(folder, safe_serialization=True)."
     else:
-        what = f"has no weights; it holds {some(files)}"
+        what = f"has no weights; it holds {held_by(folder)}"
         do = "The checkpoint is incomplete: copy or download it again."
     return CheckpointError(
         "{folder} {what}. Expected {tried}. {do}",
@@ -105,7 +89,7 @@ def no_weights(folder: Path, stem: str, variant: str | None, writer: str = "diff
         parameter="variant" if variants else None,
         folder=folder,
         what=what,
-        tried=tried,
+        tried=file_name(stem, variant),
     )
 
 
@@ -123,8 +107,7 @@ class Stored:
 
     def read(self) -> np.ndarray:
         """Values as float32, float64 where the file has these, or integers; always exact."""
-        kind = (FLOATS | _INTEGERS)[self.dtype]
-        values = np.fromfile(self.file, kind, math.prod(self.shape), offset=self.offset)
+        values = np.fromfile(self.file, _NUMBERS[self.dtype], math.prod(self.shape), offset=self.offset)
         if self.dtype == "BF16":
             # A bfloat16 is the upper half of a float32.
             values = (values.astype(np.uint32) << 16).view(np.float32)
@@ -134,7 +117,7 @@ class Stored:
             # The upper half of a float16.
             values = (values.astype(np.uint16) << 8).view(np.float16).astype(np.float32)
         elif self.dtype == "F8_E4M3":
-            # An exponent of one bit less than a float16's, whose bias is greater by 8; all ones are NaN, none is infinite.
+            # An exponent of one bit less than a float16's, whose bias is greater by 8; all ones are NaN, none infinite.
             bits = values.astype(np.uint16)
             halves = ((bits & 0x80) << 8 | (bits & 0x7F) << 7).view(np.float16)
             values = np.where(bits & 0x7F == 0x7F, np.float32(np.nan), halves.astype(np.float32) * np.float32(256))
@@ -153,15 +136,14 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[s
         CheckpointError: the file cannot be read, is not a whole safetensors file, or holds a tensor that is not of
             numbers.
     """
-    notes: dict[str, str] = {}
-    stored = read_header(Path(path), notes)
-    numbers = (*FLOATS, *_INTEGERS)
-    others = [f"{name} ({entry.dtype})" for name, entry in stored.items() if entry.dtype not in numbers]
+    metadata: dict[str, str] = {}
+    stored = read_header(Path(path), metadata)
+    others = [f"{name} ({entry.dtype})" for name, entry in stored.items() if entry.dtype not in _NUMBERS]
     if others:
         raise CheckpointError(
-            f"{path} holds tensors of other types than {', '.join(numbers)}: {some(others)}. Convert them first."
+            f"{path} holds tensors of other types than {', '.join(_NUMBERS)}: {some(others)}. Convert them first."
         )
-    return {name: entry.read() for name, entry in stored.items()}, notes
+    return {name: entry.read() for name, entry in stored.items()}, metadata
 
 
 def read_header(path: Path, metadata: dict[str, str] | None = None) -> dict[str, Stored]:
@@ -177,32 +159,31 @@ def read_header(path: Path, metadata: dict[str, str] | None = None) -> dict[str,
         size = path.stat().st_size
         with path.open("rb") as file:
             start = file.read(64)
-            if size == 0:
-                raise CheckpointError(f"{path} is empty. {again}")
-            if start.startswith(b"version https://git-lfs"):
-                raise CheckpointError(
-                    f"{path} is a pointer of git-lfs, not the weights. Run `git lfs install` and "
-                    f"`git lfs pull` in the folder, or download it again."
-                )
             length = int.from_bytes(start[:8], "little")
-            if size < 8 or not 2 <= length <= _LONGEST_HEADER:
-                raise CheckpointError(f"{path} is not a safetensors file, or a corrupt one. {again}")
-            if length > size - 8:
-                raise CheckpointError(
-                    f"{path} is truncated, or not a safetensors file: its header should have {length} "
-                    f"bytes, the file has {size}. {again}"
-                )
             file.seek(8)
-            text = file.read(length)
+            text = file.read(length if length <= min(size, _MAX_HEADER) else 0)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {first_line(error)}.") from error
+    if size == 0:
+        raise CheckpointError(f"{path} is empty. {again}")
+    if start.startswith(b"version https://git-lfs"):
+        raise CheckpointError(
+            f"{path} is a pointer of git-lfs, not the weights. Run `git lfs install` and "
+            f"`git lfs pull` in the folder, or download it again."
+        )
+    if size < 8 or not 2 <= length <= _MAX_HEADER:
+        raise CheckpointError(f"{path} is not a safetensors file, or a corrupt one. {again}")
+    if length > size - 8:
+        raise CheckpointError(
+            f"{path} is truncated, or not a safetensors file: its header should have {length} "
+            f"bytes, the file has {size}. {again}"
+        )
+    tensors, end = {}, 0
     try:
         header = json.loads(text)
         notes = header.pop("__metadata__", None)
         if metadata is not None and notes is not None:
             metadata.update({str(key): str(value) for key, value in notes.items()})
-        tensors = {}
-        end = 0
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             shape = tuple(int(n) for n in entry["shape"])
             first, last = (int(n) for n in entry["data_offsets"])
@@ -231,8 +212,7 @@ def read_headers(path: Path) -> dict[str, Stored]:
     """
     if path.suffix != ".json":
         return read_header(path)
-    index = read_json(path)
-    places = index.get("weight_map")
+    places = read_json(path).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(file, str) for file in places.values()):
         raise CheckpointError(f"{path}: expected a weight_map from weight to file, got {type(places).__name__}")
     tensors: dict[str, Stored] = {}

@@ -323,17 +323,47 @@ def check_invertible(scheduler) -> None:
     )
 
 
+# --- by the names of classes, as files have them --------------------------------------------------------------------
+
+_OURS = {
+    cls.__name__: cls
+    for cls in (
+        DDIMScheduler,
+        DDIMInverseScheduler,
+        DPMSolverMultistepScheduler,
+        DPMSolverMultistepInverseScheduler,
+    )
+}
+
+
 def portable(scheduler):
     """The scheduler itself, or ours with the same configuration where mindone's own class of that name is given."""
-    ours = {
-        c.__name__: c
-        for c in (
-            DDIMScheduler,
-            DDIMInverseScheduler,
-            DPMSolverMultistepScheduler,
-            DPMSolverMultistepInverseScheduler,
-        )
-    }.get(type(scheduler).__name__)
-    if ours is None or isinstance(scheduler, ours):
-        return scheduler
-    return ours.from_config(scheduler.config)
+    ours = _OURS.get(type(scheduler).__name__)
+    return scheduler if ours is None or isinstance(scheduler, ours) else ours.from_config(scheduler.config)
+
+
+def make(class_name: str, config):
+    """The scheduler of a checkpoint's file: ours of that class, or else mindone's.
+
+    Raises:
+        ValueError: there is none of that name; or whatever a config that is none of its makes it raise.
+    """
+    scheduler = _OURS.get(class_name)
+    if scheduler is None and class_name.endswith("Scheduler"):
+        import mindone.diffusers.schedulers  # all of them; the package above leaves some out
+
+        scheduler = getattr(mindone.diffusers.schedulers, class_name, None)
+    if scheduler is None:
+        raise ValueError("mindone has none of this name")
+    with portable_kernels():
+        return scheduler.from_config(config)
+
+
+def ddim_instead_of(class_name: str, config):
+    """DDIM in place of a scheduler that cannot be made; None where that is one of ours, an inverse, or no solver."""
+    solver = class_name.endswith("Scheduler") and "Inverse" not in class_name and "beta_start" in config
+    if class_name in _OURS or not solver:
+        return None
+    known = inspect.signature(DDIMScheduler.__init__).parameters
+    options = {name: value for name, value in config.items() if name in known}
+    return DDIMScheduler(**options | schedules.suited("DDIMScheduler", config))
