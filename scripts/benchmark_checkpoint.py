@@ -80,8 +80,8 @@ def is_checkpoint(folder: Path) -> bool:
 def ensure(folder: Path, *, seed: int = SEED, unet=None, vae=None, text=None) -> Path:
     """Make the checkpoint in `folder` unless it is there; returns the folder.
 
-    It is built in a folder beside the wanted one, which is renamed when it is whole. Where two processes do so
-    at once, the first one's is kept.
+    It is built in a folder beside the wanted one, which is renamed when it is whole; what a killed process left there
+    is removed.
 
     Args:
         unet, vae, text: entries of `UNET`, `VAE` and `TEXT` to be changed, for small checkpoints.
@@ -92,36 +92,14 @@ def ensure(folder: Path, *, seed: int = SEED, unet=None, vae=None, text=None) ->
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is there, but is no checkpoint; name another folder, or empty this one.")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    building = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    building = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(building, ignore_errors=True)
     try:
         _write(building, seed, {**UNET, **(unet or {})}, {**VAE, **(vae or {})}, {**TEXT, **(text or {})})
-        try:
-            building.rename(folder)
-        except OSError:  # a folder with something in it is not replaced
-            if not is_checkpoint(folder):
-                raise
+        building.rename(folder)
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return folder
-
-
-def sweep(folder: Path) -> None:
-    """Remove what killed processes left of their attempts to make the checkpoint in `folder`."""
-    for left in Path(folder).parent.glob(f"{Path(folder).name}.partial-*"):
-        process = left.name.rpartition("-")[2]
-        if process.isdigit() and not _runs(int(process)):
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def _runs(process: int) -> bool:
-    try:
-        os.kill(process, 0)  # no signal, only the question
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's
-        pass
-    return True
 
 
 def _write(folder: Path, seed: int, unet: dict, vae: dict, text: dict) -> None:

@@ -26,7 +26,7 @@ for folder in (HERE, HERE.parent):
         sys.path.insert(0, str(folder))
 
 import demo_scenes as scenes  # noqa: E402
-from evaluate_editing import Edit, positive, sample_edit  # noqa: E402
+from editing_measures import Edit, natural, positive, sample_edit  # noqa: E402
 
 from mindiffedit import demo  # noqa: E402
 from mindiffedit.images.pictures import atomic_path, make_image_grid  # noqa: E402
@@ -123,7 +123,7 @@ def write(folder: Path, text: str, strips: dict[str, Image.Image]) -> None:
 def main(argv=None, load=load_pipeline) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--scenes", type=positive, default=8, metavar="N", help="how many (default: 8)")
-    parser.add_argument("--seed", type=int, default=11, metavar="N", help="of the scenes (default: 11)")
+    parser.add_argument("--seed", type=natural, default=11, metavar="N", help="of the scenes (default: 11)")
     parser.add_argument(
         "--output",
         type=Path,
@@ -133,8 +133,6 @@ def main(argv=None, load=load_pipeline) -> int:
     )
     parser.add_argument("--dry", action="store_true", help="print the page; load no model, write nothing")
     args = parser.parse_args(argv)
-    if args.seed < 0:
-        parser.error(f"--seed has to be at least 0, but is {args.seed}")
     if not args.output.is_dir():
         parser.error(f"--output has to be an existing folder, but {args.output} is none; create it first")
 

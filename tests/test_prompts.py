@@ -84,7 +84,7 @@ def their_texts(model, tokenizer, text):
 
 def our_logits(decoder, source, tokens):
     """Logits (tokens, vocabulary) of one text that is given, and so not chosen."""
-    pages = decoding._Pages(decoder, source, 1, len(tokens))
+    pages = decoding.Pages(decoder, source, 1, len(tokens))
     return np.concatenate([pages.advance(np.array([token])) for token in tokens])
 
 
@@ -98,11 +98,8 @@ def pictures(count=3):
     """Pictures of several sizes and modes, none of them even."""
     rng = np.random.default_rng(4)
     sizes, modes = [(32, 32), (48, 30), (21, 64)], ["RGB", "L", "RGBA"]
-    found = []
-    for i in range(count):
-        small = PIL.Image.fromarray(rng.integers(0, 256, (4, 5, 3), np.uint8), "RGB")
-        found.append(small.resize(sizes[i % 3], PIL.Image.BICUBIC).convert(modes[i % 3]))
-    return found
+    small = [PIL.Image.fromarray(rng.integers(0, 256, (4, 5, 3), np.uint8), "RGB") for _ in range(count)]
+    return [picture.resize(size, PIL.Image.BICUBIC).convert(mode) for picture, size, mode in zip(small, sizes, modes)]
 
 
 # --- T5 against transformers --------------------------------------------------------------------------------------
@@ -118,77 +115,55 @@ def t5_logits(folder, decoder, count, text=TEXTS[2]):
     return our_logits(decoder, decoder.encode(np.array(ids)), tokens), expected.numpy()
 
 
-def test_logits_are_transformers(writer, t5_folder):
-    """For a text beyond the largest distance that has a bucket of its own."""
-    got, expected = t5_logits(t5_folder, writer._decoder, 64)
-    assert error(got, expected) < CLOSE
-
-
-def test_logits_without_compilation_are_transformers(eager_writer, t5_folder):
-    got, expected = t5_logits(t5_folder, eager_writer._decoder, 4)
-    assert error(got, expected) < CLOSE
+def test_logits_are_transformers(writer, eager_writer, t5_folder):
+    """For a text beyond the largest distance that has a bucket of its own, and without compilation."""
+    for maker, count in ((writer, 64), (eager_writer, 4)):
+        logits, expected = t5_logits(t5_folder, maker._decoder, count)
+        assert error(logits, expected) < CLOSE
 
 
 def test_logits_of_the_first_t5(tmp_path):
     """With relu, and one table for both embeddings and logits, which are scaled."""
     folder = language_checkpoints.make_t5(tmp_path / "t5", flan=False)
     decoder = PromptGenerator.from_pretrained(folder, mode="pynative")._decoder
-    got, expected = t5_logits(folder, decoder, 4)
-    assert error(got, expected) < CLOSE
+    logits, expected = t5_logits(folder, decoder, 4)
+    assert error(logits, expected) < CLOSE
 
 
-DEFECTS = {
-    "no bias": lambda patch, own: patch.setattr(decoding.T5Decoder, "bias", decoding.Decoder.bias),
-    "a bias turned round": lambda patch, own: patch.setattr(
-        decoding.T5Decoder, "bias", lambda self, length: own(self, length).swapaxes(1, 2)
-    ),
-    "a bias one slot late": lambda patch, own: patch.setattr(
-        decoding.T5Decoder, "bias", lambda self, length: np.roll(own(self, length), 1, 2)
-    ),
-    "no mask": lambda patch, own: patch.setattr(decoding, "HIDDEN", np.float32(0)),
-}
-
-
-@pytest.mark.parametrize("defect", DEFECTS)
-def test_a_planted_defect_is_seen(writer, t5_folder, monkeypatch, defect):
-    DEFECTS[defect](monkeypatch, decoding.T5Decoder.bias)
-    got, expected = t5_logits(t5_folder, writer._decoder, 64)
-    assert error(got, expected) > 100 * CLOSE
-
-
-@pytest.mark.parametrize("scale", ["attention", "logits"])
-def test_a_wrong_scale_is_seen(eager_writer, t5_folder, monkeypatch, scale):
-    decoder = eager_writer._decoder
-    if scale == "logits":
-        monkeypatch.setattr(eager_writer.model.config, "tie_word_embeddings", True)
-        decoder = decoding.T5Decoder(eager_writer.model, "pynative")
-    else:
+def test_planted_defects_are_seen(writer, eager_writer, t5_folder):
+    right = decoding.T5Decoder.bias
+    biases = {
+        "none": decoding.Decoder.bias,
+        "turned round": lambda self, length: right(self, length).swapaxes(1, 2),
+        "one slot late": lambda self, length: np.roll(right(self, length), 1, 2),
+    }
+    for name, bias in biases.items():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(decoding.T5Decoder, "bias", bias)
+            assert error(*t5_logits(t5_folder, writer._decoder, 64)) > 100 * CLOSE, name
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoding, "HIDDEN", np.float32(0))
+        assert error(*t5_logits(t5_folder, writer._decoder, 64)) > 100 * CLOSE, "no mask"
+    with pytest.MonkeyPatch.context() as patch:
         attend = decoding._attend
-        monkeypatch.setattr(decoding, "_attend", lambda *arguments: attend(*arguments[:-1], 6**-0.5))
-    got, expected = t5_logits(t5_folder, decoder, 3)
-    assert error(got, expected) > 100 * CLOSE
+        patch.setattr(decoding, "_attend", lambda *arguments: attend(*arguments[:-1], 6**-0.5))
+        assert error(*t5_logits(t5_folder, eager_writer._decoder, 3)) > 100 * CLOSE, "a scale of attention"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(eager_writer.model.config, "tie_word_embeddings", True)
+        decoder = decoding.T5Decoder(eager_writer.model, "pynative")
+        assert error(*t5_logits(t5_folder, decoder, 3)) > 100 * CLOSE, "a scale of logits"
 
 
-@pytest.mark.parametrize("bidirectional", [True, False])
-@pytest.mark.parametrize("buckets, most", [(32, 128), (16, 100), (64, 256), (32, 20)])
-def test_distances_fall_into_transformers_buckets(bidirectional, buckets, most):
+def test_distances_fall_into_transformers_buckets():
     import mindspore
     from transformers.models.t5.modeling_t5 import T5Attention
 
     distances = np.arange(-3000, 3001).reshape(-1, 17)
-    expected = T5Attention._relative_position_bucket(torch.from_numpy(distances), bidirectional, buckets, most)
-    got = decoding.position_bucket(mindspore.Tensor(distances), bidirectional, buckets, most)
-    assert np.array_equal(got.asnumpy(), expected.numpy())
-
-
-def test_the_encoder_has_these_buckets(writer, t5_folder):
-    """A text of more than 16 tokens, from where on mindone's are others on a CPU."""
-    reference, tokenizer = their_t5(t5_folder)
-    ids = tokenizer(TEXTS[2]).input_ids
-    assert len(ids) > 33
-    with torch.no_grad():
-        expected = reference.encoder(torch.tensor([ids]))[0][0].numpy()
-    assert error(writer._decoder.encode(np.array(ids)), expected) < CLOSE
+    for bidirectional in (True, False):
+        for buckets, most in ((32, 128), (16, 100), (64, 256), (32, 20)):
+            expected = T5Attention._relative_position_bucket(torch.from_numpy(distances), bidirectional, buckets, most)
+            ours = decoding.position_bucket(mindspore.Tensor(distances), bidirectional, buckets, most)
+            assert np.array_equal(ours.asnumpy(), expected.numpy()), (bidirectional, buckets, most)
 
 
 def test_greedy_texts_are_transformers_token_by_token(writer, t5_folder):
@@ -210,22 +185,17 @@ def test_greedy_texts_are_transformers_token_by_token(writer, t5_folder):
     assert min(lengths) < MOST == max(lengths), "some end early, some are cut off"
 
 
-def test_the_next_process_reads_the_graph(t5_folder, tmp_path):
-    """Two writers with a folder for graphs: the second one finds what the first one has compiled."""
-    found = []
-    for _ in range(2):
-        made = PromptGenerator.from_pretrained(t5_folder, compile_cache=tmp_path)
-        text = made.generate("dog", do_sample=False, max_new_tokens=5)
-        found.append((text, made.compile_cache.stored, made.compile_cache.found, made.compile_cache.uncached))
-    assert found[0][0] == found[1][0]
-    assert found[0][1:] == (1, 0, 0) and found[1][1:] == (0, 1, 0)
-
-
-def test_without_a_folder_for_graphs_it_compiles(t5_folder, writer):
-    made = PromptGenerator.from_pretrained(t5_folder, compile_cache=False)
-    assert made.compile_cache is None
+def test_the_next_process_reads_the_graph(t5_folder, writer, tmp_path):
+    """Of two writers with a folder for graphs the second one finds what the first one has compiled; one has none."""
     arguments = dict(do_sample=False, max_new_tokens=5)
-    assert made.generate("dog", **arguments) == writer.generate("dog", **arguments)
+    text = writer.generate("dog", **arguments)
+    for counts in ((1, 0, 0), (0, 1, 0)):
+        other = PromptGenerator.from_pretrained(t5_folder, compile_cache=tmp_path)
+        assert other.generate("dog", **arguments) == text
+        cache = other.compile_cache
+        assert (cache.stored, cache.found, cache.uncached) == counts
+    other = PromptGenerator.from_pretrained(t5_folder, compile_cache=False)
+    assert other.compile_cache is None and other.generate("dog", **arguments) == text
 
 
 # --- sampling -----------------------------------------------------------------------------------------------------
@@ -252,7 +222,7 @@ def test_texts_side_by_side_do_not_touch_each_other(writer):
     decoder = writer._decoder
     source = decoder.encode(np.array(writer.tokenizer(TEXTS[0]).input_ids))
     tokens = np.random.default_rng(1).integers(0, 60, (6, 9))
-    pages = decoding._Pages(decoder, source, 6, 9)
+    pages = decoding.Pages(decoder, source, 6, 9)
     together = np.stack([pages.advance(tokens[:, i]) for i in range(9)], axis=1)
     for row in (0, 5):
         assert error(together[row], our_logits(decoder, source, tokens[row])) < CLOSE
@@ -264,20 +234,20 @@ def test_one_of_one_is_greedy(writer):
     assert writer.generate(TEXTS[0], num_prompts=6, top_k=1, max_new_tokens=12, generator=0) == greedy * 6
 
 
-@pytest.mark.parametrize("temperature, top_k", [(0.8, 10), (1.0, None), (2.5, 3), (0.3, 500), (1.0, 1)])
-def test_probabilities_are_transformers(temperature, top_k):
+def test_probabilities_are_transformers():
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper
 
     logits = np.random.default_rng(0).normal(0, 3, (5, 200)).astype(np.float32)
     logits[1, 7] = logits[1, 8] = logits[1].max() + 1  # equals
-    scores = TemperatureLogitsWarper(temperature)(None, torch.from_numpy(logits).double())
-    if top_k is not None:
-        scores = TopKLogitsWarper(top_k)(None, scores)
-    expected = torch.softmax(scores, -1).numpy()
-    got = decoding.Sampler(temperature, top_k, None).probabilities(logits)
-    assert np.allclose(got, expected, rtol=1e-12, atol=0)
-    if top_k is not None and top_k < 200:
-        assert ((got > 0).sum(-1) == [top_k, max(top_k, 2), top_k, top_k, top_k]).all()
+    for temperature, top_k in ((0.8, 10), (1.0, None), (2.5, 3), (0.3, 500), (1.0, 1)):
+        scores = TemperatureLogitsWarper(temperature)(None, torch.from_numpy(logits).double())
+        if top_k is not None:
+            scores = TopKLogitsWarper(top_k)(None, scores)
+        expected = torch.softmax(scores, -1).numpy()
+        ours = decoding.Sampler(temperature, top_k, None).probabilities(logits)
+        assert np.allclose(ours, expected, rtol=1e-12, atol=0)
+        if top_k is not None and top_k < 200:
+            assert ((ours > 0).sum(-1) == [top_k, max(top_k, 2), top_k, top_k, top_k]).all()
 
 
 def test_tokens_are_drawn_with_their_probabilities():
@@ -302,10 +272,10 @@ class Ends:
         raise AssertionError
 
 
-@pytest.mark.parametrize("end, expected", [(0, 1), (1, 3)])
-def test_the_ends_of_the_range_draw_tokens_that_can_be(end, expected):
+def test_the_ends_of_the_range_draw_tokens_that_can_be():
     logits = np.array([[-np.inf, 0.0, 1.0, 0.5, -np.inf]], np.float32)
-    assert decoding.Sampler(1.0, None, Ends(end))(logits) == [expected]
+    assert decoding.Sampler(1.0, None, Ends(0))(logits) == [1]
+    assert decoding.Sampler(1.0, None, Ends(1))(logits) == [3]
 
 
 def test_the_instruction_asks_for_the_concept(writer, monkeypatch):
@@ -351,21 +321,15 @@ def test_the_average_is_the_guides(pipeline, sd1_folder):
     assert error(alone, rows[2].numpy()) < CLOSE
 
 
-@pytest.mark.parametrize(
-    "given, kind, words",
-    [
+def test_bad_prompts_to_the_average_are_refused(pipeline):
+    for prompts_, kind, words in (
         ([], ValueError, "empty list"),
         (["a", 3], TypeError, r"prompts\[1\].*3"),
         (5, TypeError, "list of texts.*int"),
         (None, TypeError, "list of texts"),
-    ],
-)
-def test_bad_prompts_to_the_average_are_refused(pipeline, given, kind, words):
-    with pytest.raises(kind, match=words):
-        average_embeddings(pipeline, given)
-
-
-def test_the_average_needs_a_pipeline():
+    ):
+        with pytest.raises(kind, match=words):
+            average_embeddings(pipeline, prompts_)
     with pytest.raises(TypeError, match="StableDiffusionDiffEditPipeline.*str"):
         average_embeddings("pipeline", ["a dog"])
 
@@ -373,20 +337,16 @@ def test_the_average_needs_a_pipeline():
 # --- BLIP against transformers ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("maker, count", [("captioner", 40), ("eager_captioner", 4)])
-def test_logits_of_captions_are_transformers(blip_folder, request, maker, count):
+def test_logits_of_captions_are_transformers(blip_folder, captioner, eager_captioner):
     reference, processor = their_blip(blip_folder)
     picture = pictures()[1].convert("RGB")
-    tokens = [reference.decoder_input_ids, *np.random.default_rng(0).integers(5, 60, count - 1).tolist()]
-    with torch.no_grad():
-        expected = reference(
-            pixel_values=processor.image_processor(picture, return_tensors="pt").pixel_values,
-            input_ids=torch.tensor([tokens]),
-        ).logits[0]
-    captioner = request.getfixturevalue(maker)
-    decoder = captioner._decoder
-    got = our_logits(decoder, decoder.encode(captioner._pixels(picture)), tokens)
-    assert error(got, expected.numpy()) < CLOSE
+    pixels = processor.image_processor(picture, return_tensors="pt").pixel_values
+    for maker, count in ((captioner, 40), (eager_captioner, 4)):
+        tokens = [reference.decoder_input_ids, *np.random.default_rng(0).integers(5, 60, count - 1).tolist()]
+        with torch.no_grad():
+            expected = reference(pixel_values=pixels, input_ids=torch.tensor([tokens])).logits[0]
+        logits = our_logits(maker._decoder, maker._decoder.encode(maker._pixels(picture)), tokens)
+        assert error(logits, expected.numpy()) < CLOSE
 
 
 @pytest.mark.parametrize("text", [None, "a photograph of"])
@@ -427,21 +387,17 @@ def test_a_caption_ends_where_transformers_ends_it(captioner, blip_folder, monke
     assert written == [cut[2:]]
 
 
-@pytest.mark.parametrize("defect", ["a scale", "positions one late", "no picture"])
-def test_a_planted_defect_in_captions_is_seen(eager_captioner, monkeypatch, defect):
-    tokens, pixels = [60, 7, 9], eager_captioner._pixels(pictures()[0])
-    decoder = eager_captioner._decoder
-    source = decoder.encode(pixels)
-    right = our_logits(decoder, source, tokens)
-    if defect == "a scale":
-        attend = decoding._attend
-        monkeypatch.setattr(decoding, "_attend", lambda *arguments: attend(*arguments[:-1], 1.0))
-    elif defect == "positions one late":
-        step = decoder.step
-        monkeypatch.setattr(decoder, "step", lambda tokens, position, *rest: step(tokens, position + 1, *rest))
-    else:
-        source = source * 0
-    assert error(our_logits(decoder, source, tokens), right) > 100 * CLOSE
+def test_planted_defects_in_captions_are_seen(eager_captioner):
+    tokens, decoder = [60, 7, 9], eager_captioner._decoder
+    source = decoder.encode(eager_captioner._pixels(pictures()[0]))
+    right, step, attend = our_logits(decoder, source, tokens), decoder.step, decoding._attend
+    assert error(our_logits(decoder, source * 0, tokens), right) > 100 * CLOSE, "no picture"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoding, "_attend", lambda *arguments: attend(*arguments[:-1], 1.0))
+        assert error(our_logits(decoder, source, tokens), right) > 100 * CLOSE, "a scale"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoder, "step", lambda tokens, position, *rest: step(tokens, position + 1, *rest))
+        assert error(our_logits(decoder, source, tokens), right) > 100 * CLOSE, "positions one late"
 
 
 # --- loading ------------------------------------------------------------------------------------------------------
@@ -450,10 +406,10 @@ def test_a_planted_defect_in_captions_is_seen(eager_captioner, monkeypatch, defe
 def values_of(folder):
     from safetensors.numpy import load_file
 
-    found = {}
+    values = {}
     for file in folder.glob("*.safetensors"):
-        found |= load_file(file)
-    return found
+        values |= load_file(file)
+    return values
 
 
 def rewritten(folder, target, change):
@@ -467,17 +423,15 @@ def rewritten(folder, target, change):
     return target
 
 
-@pytest.mark.parametrize("kind", ["prompt model", "caption model"])
-def test_every_parameter_has_the_files_value(kind, t5_folder, blip_folder):
-    folder = t5_folder if kind == "prompt model" else blip_folder
-    model = language_models.load(language_models.find(kind, folder))
-    stored, names = values_of(folder), language_models._shared_names(model)
-    canonical = {names[name]: value for name, value in stored.items()}
-    parameters = dict(model.parameters_and_names())
-    assert parameters.keys() == canonical.keys()
-    for name, parameter in parameters.items():
-        assert np.array_equal(parameter.asnumpy(), canonical[name]), name
-    assert not model.training
+def test_every_parameter_has_the_files_value(t5_folder, blip_folder):
+    for kind, folder in (("prompt model", t5_folder), ("caption model", blip_folder)):
+        model = language_models.load(language_models.find(kind, folder))
+        names = language_models._shared_names(model)
+        stored = {names[name]: value for name, value in values_of(folder).items()}
+        parameters = dict(model.parameters_and_names())
+        assert parameters.keys() == stored.keys() and not model.training
+        for name, parameter in parameters.items():
+            assert np.array_equal(parameter.asnumpy(), stored[name]), name
 
 
 def test_shards_are_read(tmp_path, t5_folder, writer):
@@ -504,15 +458,6 @@ def test_a_shared_weight_may_have_any_of_its_names(tmp_path, t5_folder):
         assert np.array_equal(model.decoder.embed_tokens.weight.asnumpy(), expected)
 
 
-def test_names_of_one_weight_that_differ_are_refused(tmp_path, t5_folder):
-    def torn(values):
-        values["encoder.embed_tokens.weight"] = values["shared.weight"] + 1
-
-    folder = rewritten(t5_folder, tmp_path / "torn", torn)
-    with pytest.raises(WeightsError, match=r"encoder\.embed_tokens\.weight differs from shared\.weight"):
-        PromptGenerator.from_pretrained(folder)
-
-
 def test_misfits_are_listed(tmp_path, t5_folder, blip_folder):
     def change(values):
         values["extra.weight"] = np.ones(3, "f4")
@@ -522,12 +467,15 @@ def test_misfits_are_listed(tmp_path, t5_folder, blip_folder):
     folder = rewritten(t5_folder, tmp_path / "t5", change)
     with pytest.raises(WeightsError) as caught:
         PromptGenerator.from_pretrained(folder)
-    for words in (
-        "extra: extra.weight",
-        "missing: lm_head.weight",
-        "misshapen: decoder.final_layer_norm.weight",
-    ):
+    for words in ("extra: extra.weight", "missing: lm_head.weight", "misshapen: decoder.final_layer_norm.weight"):
         assert words in str(caught.value)
+
+    def torn(values):
+        values["encoder.embed_tokens.weight"] = values["shared.weight"] + 1
+
+    folder = rewritten(t5_folder, tmp_path / "torn", torn)
+    with pytest.raises(WeightsError, match=r"encoder\.embed_tokens\.weight differs from shared\.weight"):
+        PromptGenerator.from_pretrained(folder)
 
     def poison(values):
         values["vision_model.post_layernorm.bias"] = np.full(24, np.nan, "f4")
@@ -618,13 +566,12 @@ FOLDERS = {
 }
 
 
-@pytest.mark.parametrize("case", FOLDERS)
-def test_folders_that_cannot_be_read_are_refused(case, t5_folder, tmp_path):
-    change, words = FOLDERS[case]
-    folder = broken(t5_folder, tmp_path / "t5", change)
-    with pytest.raises(CheckpointError, match=words) as caught:
-        PromptGenerator.from_pretrained(folder)
-    assert "Traceback" not in str(caught.value)
+def test_folders_that_cannot_be_read_are_refused(t5_folder, tmp_path):
+    for case, (change, words) in FOLDERS.items():
+        folder = broken(t5_folder, tmp_path / case, change)
+        with pytest.raises(CheckpointError, match=words) as caught:
+            PromptGenerator.from_pretrained(folder)
+        assert "Traceback" not in str(caught.value)
 
 
 def test_each_loads_its_own_kind(t5_folder, blip_folder, tmp_path):
@@ -637,24 +584,17 @@ def test_each_loads_its_own_kind(t5_folder, blip_folder, tmp_path):
         Captioner.from_pretrained(folder)
 
 
-@pytest.mark.parametrize(
-    "name, kind, words",
-    [
+def test_names_of_nothing_are_refused(t5_folder):
+    for name, kind, words in (
         ("./nowhere", CheckpointError, "no such folder"),
         ("", CheckpointError, "name is empty"),
         (7, TypeError, "folder or a hub id, but is 7"),
         (None, TypeError, "folder or a hub id"),
-    ],
-)
-def test_names_of_nothing_are_refused(name, kind, words):
-    for cls in (PromptGenerator, Captioner):
-        with pytest.raises(kind, match=words):
-            cls.from_pretrained(name)
-
-
-def test_a_file_is_not_a_folder(t5_folder):
-    with pytest.raises(CheckpointError, match="is a file, expected a folder"):
-        PromptGenerator.from_pretrained(t5_folder / "model.safetensors")
+        (t5_folder / "model.safetensors", CheckpointError, "is a file, expected a folder"),
+    ):
+        for cls in (PromptGenerator, Captioner):
+            with pytest.raises(kind, match=words):
+                cls.from_pretrained(name)
 
 
 def test_a_hub_id_is_fetched_without_pickles(t5_folder, monkeypatch):
@@ -683,7 +623,7 @@ def test_a_hub_without_safetensors_is_refused_with_a_way_out(t5_folder, tmp_path
     folder = broken(t5_folder, tmp_path / "t5", lambda f: (f / "model.safetensors").unlink())
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(folder))
     with pytest.raises(CheckpointError, match="no safetensors weights.*revision"):
-        language_models.resolve_folder("prompt model", "google/flan-t5-large")
+        language_models.resolve_folder("prompt model", "google/flan-t5-large", HubOptions())
 
 
 def test_what_the_device_lacks_is_loaded_in_float32(t5_folder):
@@ -697,54 +637,42 @@ def test_what_the_device_lacks_is_loaded_in_float32(t5_folder):
 # --- bad input ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "arguments, kind, words",
-    [
+def test_bad_input_to_the_writer_is_refused_before_the_model_runs(writer, monkeypatch):
+    monkeypatch.setattr(decoding, "write", None)
+    for arguments, kind, words in (
         (dict(text=""), ValueError, "`text` is empty"),
         (dict(text="  \n"), ValueError, "`text` is empty"),
         (dict(text=["a"]), TypeError, "`text` has to be a string"),
         (dict(text="a " * 100), ValueError, "`text` has 102 tokens, but the model reads 64"),
         (dict(num_prompts=0), ValueError, "num_prompts"),
         (dict(num_prompts=True), ValueError, "num_prompts"),
-        (dict(num_prompts=2.0), ValueError, "num_prompts"),
         (dict(temperature=0), ValueError, "`temperature` has to be above 0.*do_sample=False"),
-        (dict(temperature=-1.0), ValueError, "temperature"),
         (dict(temperature=float("nan")), ValueError, "temperature"),
         (dict(temperature="hot"), TypeError, "temperature"),
-        (dict(temperature=True), TypeError, "temperature"),
         (dict(top_k=-1), ValueError, "top_k"),
         (dict(top_k=1.5), TypeError, "top_k"),
         (dict(max_new_tokens=0), ValueError, "max_new_tokens"),
         (dict(do_sample="no"), TypeError, "do_sample"),
         (dict(generator="seed"), TypeError, "generator"),
         (dict(generator=[1, 2]), TypeError, "`generator` is a list"),
-    ],
-)
-def test_bad_input_to_the_writer_is_refused_before_the_model_runs(writer, monkeypatch, arguments, kind, words):
-    monkeypatch.setattr(decoding, "write", None)
-    with pytest.raises(kind, match=words):
-        writer.generate(**{"text": "a dog", **arguments})
+    ):
+        with pytest.raises(kind, match=words):
+            writer.generate(**{"text": "a dog", **arguments})
 
 
-def test_advice_about_writing_works(writer):
+def test_a_concept_is_a_word_that_fits(writer):
+    for concept, kind in (("", ValueError), (None, TypeError), (["bowl"], TypeError)):
+        with pytest.raises(kind, match="`concept`"):
+            writer.prompts_for(concept)
     with pytest.raises(ValueError, match="`concept` has .* tokens, but the model reads .*; shorten it"):
         writer.prompts_for("bowl " * 1000)
-    with pytest.raises(ValueError, match="`do_sample=False` takes the likeliest token"):
-        writer.prompts_for("bowl", temperature=0)
-    assert len(writer.prompts_for("bowl", temperature=0, do_sample=False, max_new_tokens=2)) == 1
+    assert len(writer.prompts_for("bowl", temperature=0, do_sample=False, max_new_tokens=2)) == 1  # as the advice says
 
 
-@pytest.mark.parametrize("concept, kind", [("", ValueError), (None, TypeError), (["bowl"], TypeError)])
-def test_a_concept_is_a_word(writer, concept, kind):
-    with pytest.raises(kind, match="`concept`"):
-        writer.prompts_for(concept)
-
-
-@pytest.mark.parametrize(
-    "arguments, kind, words",
-    [
+def test_bad_input_to_the_captioner_is_refused_before_the_model_runs(captioner, monkeypatch):
+    monkeypatch.setattr(decoding, "write", None)
+    for arguments, kind, words in (
         (dict(image=np.zeros((4, 4, 3))), TypeError, "`image` has to be a PIL picture.*ndarray.*load_image"),
-        (dict(image="picture.png"), TypeError, "PIL picture"),
         (dict(image=None), TypeError, "PIL picture"),
         (dict(image=[]), ValueError, "empty list"),
         (dict(image=[PIL.Image.new("RGB", (4, 4)), 3]), TypeError, r"image\[1\]"),
@@ -753,12 +681,9 @@ def test_a_concept_is_a_word(writer, concept, kind):
         (dict(text=3), TypeError, "`text`"),
         (dict(max_new_tokens=0), ValueError, "max_new_tokens"),
         (dict(max_new_tokens=64, text="red"), ValueError, "more than the 64"),
-    ],
-)
-def test_bad_input_to_the_captioner_is_refused_before_the_model_runs(captioner, monkeypatch, arguments, kind, words):
-    monkeypatch.setattr(decoding, "write", None)
-    with pytest.raises(kind, match=words):
-        captioner.caption(**{"image": pictures(1)[0], **arguments})
+    ):
+        with pytest.raises(kind, match=words):
+            captioner.caption(**{"image": pictures(1)[0], **arguments})
 
 
 def test_the_longest_caption_fits(captioner):
@@ -802,7 +727,7 @@ def test_the_page_runs(t5_folder, blip_folder, pipeline, capsys, monkeypatch):
     monkeypatch.setattr(
         decoding,
         "write",
-        lambda decoder, source, prefix, most, *rest: write(decoder, source, prefix, min(most, 12), *rest),
+        lambda decoder, source, prefix, count, *rest: write(decoder, source, prefix, min(count, 12), *rest),
     )
     changes = {
         '"google/flan-t5-large"': repr(str(t5_folder)),

@@ -1,13 +1,13 @@
 """Text written by mindone's models, one token after another.
 
-What is read (a sentence by T5, a picture by BLIP) is encoded once, by mindone's encoder, operator by operator: a
-single pass does not repay a compilation. Writing is the same small step many times, so the step is one graph of
-fixed shapes. The keys and values of the tokens so far lie in slots of a memory of fixed length, those of what was
-read beside them; a mask hides the empty slots. Nothing compiles again as the text grows, nor for another text of
-about the same length. In mode "pynative" the same functions run operator by operator.
+Not by their ``generate()``, which lacks kernels on a CPU and has no door for a seed (docs/prompts.md). What is read (a
+sentence by T5, a picture by BLIP) is encoded once, by mindone's encoder, operator by operator. Writing is the same
+small step many times, so the step is one graph of fixed shapes: the keys and values of the tokens so far lie in slots
+of a memory of fixed length, those of what was read beside them, and a mask hides the empty slots. Nothing compiles
+again as the text grows, nor for another text of about the same length. In mode "pynative" the same functions run
+operator by operator.
 
-The steps are pure: tokens, masks, slots and memory come in, logits and the new memory go out. Tokens are chosen on
-the host, in NumPy, so a seed means the same on every device.
+The steps are pure; tokens are chosen on the host, in NumPy, so a seed means the same on every device.
 """
 
 from __future__ import annotations
@@ -29,10 +29,7 @@ CHUNK = 32
 """Lengths are rounded up to multiples of this: texts of about the same length share a graph."""
 
 HIDDEN = np.finfo(np.float32).min / 2
-"""Added to a score that must not count. Half of the least float32, so that a score below 0 does not make it infinite."""
-
-
-# --- choosing tokens -----------------------------------------------------------------------------------------------
+"""Added to a score that must not count; half of the least float32, so that a score below 0 leaves it finite."""
 
 
 def likeliest(logits: np.ndarray) -> np.ndarray:
@@ -46,16 +43,16 @@ class Sampler:
     Args:
         temperature: the logits are divided by it; above 0.
         top_k: all but so many of the largest logits of a row are left out (equals of the last are kept); None: none.
-        source: a noise source of ``randomness``. One uniform number is drawn for each row at each step.
+        rng: a noise source of ``randomness``. One uniform number is drawn for each row at each step.
     """
 
-    def __init__(self, temperature: float, top_k: int | None, source: randomness.NoiseSource):
-        self._temperature, self._top_k, self._source = temperature, top_k, source
+    def __init__(self, temperature: float, top_k: int | None, rng: randomness.NoiseSource):
+        self._temperature, self._top_k, self._rng = temperature, top_k, rng
 
     def __call__(self, logits: np.ndarray) -> np.ndarray:
         cumulative = np.cumsum(self.probabilities(logits), axis=-1)
-        drawn = randomness.uniform(len(logits), self._source)[:, None] * cumulative[:, -1:]
-        return (cumulative <= drawn).sum(axis=-1)
+        bounds = randomness.uniform(len(logits), self._rng)[:, None] * cumulative[:, -1:]
+        return (cumulative <= bounds).sum(axis=-1)
 
     def probabilities(self, logits: np.ndarray) -> np.ndarray:
         """float64 (rows, vocabulary) of the same shape; rows sum to 1."""
@@ -67,39 +64,37 @@ class Sampler:
         return weights / weights.sum(axis=-1, keepdims=True)
 
 
-# --- writing -------------------------------------------------------------------------------------------------------
-
-
 def write(
     decoder: Decoder,
     source: np.ndarray,
     prefix: Sequence[int],
-    most: int,
+    max_tokens: int,
     choose: Callable[[np.ndarray], np.ndarray] = likeliest,
     rows: int = 1,
 ) -> list[list[int]]:
-    """Texts written about one source, as token ids without the prefix; each ends with its end token, or cut off.
+    """Texts about one source, as token ids without the prefix; each ends with its end token, or is cut off.
 
     Args:
         decoder: of the model.
         source: what ``decoder.encode`` gave, (tokens, width) float32.
         prefix: the first tokens of every text; at least one.
-        most: largest number of tokens to write after the prefix.
+        max_tokens: largest number of tokens to write after the prefix.
         choose: logits (rows, vocabulary) float32 -> token ids (rows,).
         rows: number of texts, which are written side by side.
 
     Raises:
         options.NumericalError: for NaN or inf in the logits; ``step`` counts the tokens written before.
     """
-    pages = _Pages(decoder, source, rows, len(prefix) + most - 1)
+    pages = Pages(decoder, source, rows, len(prefix) + max_tokens - 1)
     for token in prefix:
         logits = pages.advance(np.full(rows, token))
     texts: list[list[int]] = [[] for _ in range(rows)]
     done = np.zeros(rows, bool)
-    for count in range(most):
+    for count in range(max_tokens):
         if not np.isfinite(logits[~done]).all():
             raise options.NumericalError(
-                f"The {decoder.name} gave NaN or infinite scores for token {count + 1}; load it in float32 or bfloat16.",
+                f"The {decoder.name} gave NaN or infinite scores for token {count + 1}; load it in float32 or "
+                f"bfloat16.",
                 decoder.name,
                 count,
             )
@@ -107,14 +102,19 @@ def write(
         for row in np.flatnonzero(~done):
             texts[row].append(int(tokens[row]))
         done |= np.isin(tokens, decoder.ends)
-        if done.all() or count == most - 1:
+        if done.all() or count == max_tokens - 1:
             break
         logits = pages.advance(np.where(done, decoder.pad, tokens))
     return texts
 
 
-class _Pages:
-    """Texts under way: the memory of what they hold, and how far they are."""
+class Pages:
+    """Texts under way: the memory of what they hold, and how far they are.
+
+    Args:
+        decoder, source, rows: as for ``write``.
+        length: largest number of tokens that each of the texts is given.
+    """
 
     def __init__(self, decoder: Decoder, source: np.ndarray, rows: int, length: int):
         length = -(-length // CHUNK) * CHUNK
@@ -123,32 +123,40 @@ class _Pages:
         self._bias = decoder.bias(length)
         self._hidden = np.where(np.tri(length, dtype=bool), 0, HIDDEN).astype(np.float32)
         empty = np.zeros((rows * decoder.heads, length, decoder.size), np.float32)
-        self._written = [ms.Tensor(empty).astype(decoder.dtype) for _ in range(2 * decoder.layers)]
-        read, mask = decoder.read(source)
-        self._read = [ms.Tensor(part).astype(decoder.dtype) for part in read]
+        self._memory = [ms.Tensor(empty).astype(decoder.dtype) for _ in range(2 * decoder.layers)]
+        parts, mask = decoder.read(source)
+        self._source = [ms.Tensor(part).astype(decoder.dtype) for part in parts]
         self._mask = ms.Tensor(mask)
 
     def advance(self, tokens: np.ndarray) -> np.ndarray:
         """Logits (rows, vocabulary) float32 for the tokens that follow these, (rows,)."""
         here = self._position
-        logits, *self._written = self._decoder.step(
+        logits, *self._memory = self._decoder.step(
             ms.Tensor(tokens.astype(np.int32)),
             ms.Tensor(np.array([here], np.int32)),
             ms.Tensor(np.stack([self._rows, np.full_like(self._rows, here)], axis=1)),
             ms.Tensor(self._bias[:, here] + self._hidden[here]),
             self._mask,
-            *self._written,
-            *self._read,
+            *self._memory,
+            *self._source,
         )
         self._position += 1
         return logits.astype(ms.float32).asnumpy()
 
 
-# --- the models ----------------------------------------------------------------------------------------------------
-
-
 class Decoder:
     """What writing needs to know of a model. Subclasses are for one class of model each.
+
+    ``step(tokens, position, slots, bias, mask, *memory)`` takes
+
+    - tokens (rows,) int32 and their place in the texts, from 0, position (1,) int32;
+    - slots (rows * heads, 2) int32, where in the memory their keys and values go;
+    - bias (heads or 1, length) float32, added to the scores of the texts' own tokens, which hides the empty slots; mask
+      (source slots,) float32, the same for the source's padding;
+    - memory: keys, then values, of every layer, (rows * heads, length, size), of the texts; keys, then values, (heads,
+      source slots, size), of the source;
+
+    and gives logits (rows, vocabulary), and the texts' memory with this token in it.
 
     Args:
         model: a model of mindone in inference mode.
@@ -158,15 +166,15 @@ class Decoder:
     Attributes:
         name: for messages.
         layers, heads, size: of the decoder's attention; size is that of one head.
-        ends: ids of the tokens that end a text. pad: id that follows an end.
+        start: id of the token that begins a text. ends: of those that end one. pad: of what follows an end.
         dtype: of the model's weights, and of the memory.
-        step: the step of this mode; see ``_step``.
     """
 
     name: str
     layers: int
     heads: int
     size: int
+    start: int
     ends: tuple[int, ...]
     pad: int
 
@@ -179,10 +187,10 @@ class Decoder:
             key = (type(self).__name__, self.layers, self.heads, self.size)
             self.step = Graphs(cache).compiled(step, key, model)
 
-    def encode(self, given: np.ndarray) -> np.ndarray:
+    def encode(self, content: np.ndarray) -> np.ndarray:
         """What is to be written about, (tokens, width) float32."""
         with eagerly():
-            return self._encode(given).astype(ms.float32).asnumpy()[0]
+            return self._encode(content).astype(ms.float32).asnumpy()[0]
 
     def read(self, source: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
         """Keys, then values, of every layer for an encoded source, (heads, slots, size) each, and the slots' mask."""
@@ -201,7 +209,7 @@ class Decoder:
         """What is added to the scores of a text's own tokens: (heads or 1, tokens, tokens before) float32."""
         return np.zeros((1, length, length), np.float32)
 
-    def _encode(self, given: np.ndarray) -> ms.Tensor:
+    def _encode(self, content: np.ndarray) -> ms.Tensor:
         raise NotImplementedError
 
     def _projections(self) -> list:
@@ -209,20 +217,7 @@ class Decoder:
         raise NotImplementedError
 
     def _step(self) -> Callable:
-        """The function ``step(tokens, position, slots, bias, mask, *memory)``.
-
-        Args:
-            tokens: (rows,) int32.
-            position: (1,) int32, the tokens' place in the texts, from 0.
-            slots: (rows * heads, 2) int32, where in the memory their keys and values go.
-            bias: (heads or 1, length) float32, added to the scores of the texts' own tokens; hides the empty slots.
-            mask: (source slots,) float32, added to the scores of the source; hides the padding.
-            memory: keys, then values, of every layer, (rows * heads, length, size), of the texts; keys, then values,
-                (heads, source slots, size), of the source.
-
-        Returns:
-            Logits (rows, vocabulary), and the first half of the memory with this token in it.
-        """
+        """The function ``step``."""
         raise NotImplementedError
 
 
@@ -297,8 +292,8 @@ class T5Decoder(Decoder):
         with eagerly():
             return first.compute_bias(length, length).astype(ms.float32).asnumpy()[0]
 
-    def _encode(self, given: np.ndarray) -> ms.Tensor:
-        return self.model.encoder(ms.Tensor(given[None], ms.int32), return_dict=False)[0]
+    def _encode(self, content: np.ndarray) -> ms.Tensor:
+        return self.model.encoder(ms.Tensor(content[None], ms.int32), return_dict=False)[0]
 
     def _projections(self) -> list:
         cross = [block.layer[1].EncDecAttention for block in self.model.decoder.block]
@@ -312,18 +307,18 @@ class T5Decoder(Decoder):
         def step(tokens, position, slots, bias, mask, *memory):
             # The residual stream is float32 in every dtype: T5's values outgrow float16.
             hidden = model.shared(tokens).astype(ms.float32)
-            written_keys, written_values = [], []
+            all_keys, all_values = [], []
             for i in range(layers):
                 layer = decoder.block[i].layer
-                own, cross = layer[0].SelfAttention, layer[1].EncDecAttention
+                attention, cross = layer[0].SelfAttention, layer[1].EncDecAttention
                 normed = layer[0].layer_norm(hidden)
-                keys = _remember(memory[i], own.k(normed), slots)
-                values = _remember(memory[layers + i], own.v(normed), slots)
-                written_keys.append(keys)
-                written_values.append(values)
+                keys = _remember(memory[i], attention.k(normed), slots)
+                values = _remember(memory[layers + i], attention.v(normed), slots)
+                all_keys.append(keys)
+                all_values.append(values)
                 # T5's weights were trained without a scale.
-                context = _attend(own.q(normed), keys, values, bias, heads, 1.0)
-                hidden = hidden + own.o(context).astype(ms.float32)
+                context = _attend(attention.q(normed), keys, values, bias, heads, 1.0)
+                hidden = hidden + attention.o(context).astype(ms.float32)
                 context = _attend_source(
                     cross.q(layer[1].layer_norm(hidden)),
                     memory[2 * layers + i],
@@ -335,7 +330,7 @@ class T5Decoder(Decoder):
                 hidden = hidden + cross.o(context).astype(ms.float32)
                 hidden = layer[2](hidden).astype(ms.float32)
             logits = model.lm_head(decoder.final_layer_norm(hidden) * scale)
-            return (logits, *written_keys, *written_values)
+            return (logits, *all_keys, *all_values)
 
         return step
 
@@ -357,8 +352,8 @@ class BlipDecoder(Decoder):
             )
         super().__init__(model, mode, cache)
 
-    def _encode(self, given: np.ndarray) -> ms.Tensor:
-        return self.model.vision_model(ms.Tensor(given[None]).astype(self.dtype), return_dict=False)[0]
+    def _encode(self, content: np.ndarray) -> ms.Tensor:
+        return self.model.vision_model(ms.Tensor(content[None]).astype(self.dtype), return_dict=False)[0]
 
     def _projections(self) -> list:
         cross = [layer.crossattention.self for layer in self.model.text_decoder.bert.encoder.layer]
@@ -372,15 +367,15 @@ class BlipDecoder(Decoder):
         def step(tokens, position, slots, bias, mask, *memory):
             hidden = embeddings.word_embeddings(tokens) + embeddings.position_embeddings(position)
             hidden = embeddings.LayerNorm(hidden)
-            written_keys, written_values = [], []
+            all_keys, all_values = [], []
             for i in range(layers):
                 layer = stack.layer[i]
-                own, cross = layer.attention.self, layer.crossattention.self
-                keys = _remember(memory[i], own.key(hidden), slots)
-                values = _remember(memory[layers + i], own.value(hidden), slots)
-                written_keys.append(keys)
-                written_values.append(values)
-                context = _attend(own.query(hidden), keys, values, bias, heads, scale)
+                attention, cross = layer.attention.self, layer.crossattention.self
+                keys = _remember(memory[i], attention.key(hidden), slots)
+                values = _remember(memory[layers + i], attention.value(hidden), slots)
+                all_keys.append(keys)
+                all_values.append(values)
+                context = _attend(attention.query(hidden), keys, values, bias, heads, scale)
                 hidden = layer.attention.output(context, hidden)
                 context = _attend_source(
                     cross.query(hidden),
@@ -392,6 +387,6 @@ class BlipDecoder(Decoder):
                 )
                 hidden = layer.crossattention.output(context, hidden)
                 hidden = layer.feed_forward_chunk(hidden)
-            return (text.cls(hidden), *written_keys, *written_values)
+            return (text.cls(hidden), *all_keys, *all_values)
 
         return step

@@ -69,21 +69,16 @@ _KINDS = {
     ),
 }
 
+_AS_WRITTEN = "as save_pretrained of transformers writes it"
+
 _SMALL_FILES = (
-    "config.json",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "spiece.model",
-    "vocab.txt",
+    *("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("spiece.model", "vocab.txt"),
 )
 
 
-def resolve_folder(kind: str, name_or_path: str | os.PathLike, options: HubOptions = HubOptions()) -> Path:
+def resolve_folder(kind: str, name_or_path: str | os.PathLike, options: HubOptions) -> Path:
     """Folder of the language model called `name_or_path`, downloaded from the hub where needed.
 
     Args:
@@ -96,10 +91,7 @@ def resolve_folder(kind: str, name_or_path: str | os.PathLike, options: HubOptio
         CheckpointError: neither a folder here nor to be had from the hub, or a repository of another kind of model.
     """
     known = _KINDS[kind]
-    expected = (
-        f"a folder with config.json and the weights of a {known.class_names[0]}, as save_pretrained of transformers "
-        f"writes it"
-    )
+    expected = f"a folder with config.json and the weights of a {known.class_names[0]}, {_AS_WRITTEN}"
     folder = folder_here(name_or_path, kind, expected=expected, example=known.example)
     if folder is not None:
         return folder
@@ -141,22 +133,18 @@ def _read_config(kind: str, folder: Path) -> dict[str, Any]:
     """config.json, checked to be of that kind, with the token ids that a generation_config.json beside it gives."""
     expected, model_type = _KINDS[kind].class_names[0], _KINDS[kind].model_type
     if not (folder / "config.json").is_file():
-        found = sorted(entry.name for entry in folder.iterdir())
-        what = "is a Stable Diffusion checkpoint" if INDEX_FILE in found else f"holds {some(found)}"
-        raise CheckpointError(
-            f"{folder} has no config.json and {what}. Expected a {expected}, as save_pretrained of "
-            f"transformers writes it."
-        )
+        names = sorted(entry.name for entry in folder.iterdir())
+        what = "is a Stable Diffusion checkpoint" if INDEX_FILE in names else f"holds {some(names)}"
+        raise CheckpointError(f"{folder} has no config.json and {what}. Expected a {expected}, {_AS_WRITTEN}.")
     config = read_json(folder / "config.json")
     classes = config.get("architectures") or []
     if config.get("model_type") != model_type or (classes and expected not in classes):
         what = " or ".join(map(str, classes)) or f"model of type {config.get('model_type')!r}"
         raise CheckpointError(f"{folder} holds a {what}, expected a {expected} as the {kind}.")
     if (folder / "generation_config.json").is_file():
-        given = read_json(folder / "generation_config.json")
-        for key in ("decoder_start_token_id", "eos_token_id", "pad_token_id"):
-            if given.get(key) is not None:
-                config[key] = given[key]
+        generation = read_json(folder / "generation_config.json")
+        keys = ("decoder_start_token_id", "eos_token_id", "pad_token_id")
+        config |= {key: generation[key] for key in keys if generation.get(key) is not None}
     return config
 
 
@@ -204,7 +192,7 @@ def _construct(kind: str, config: Mapping[str, Any]) -> Any:
 
 def _shared_names(model: Any) -> dict[str, str]:
     """{every name of a parameter: the one that the model has for it}; they differ where layers share weights."""
-    first: dict[int, str] = {}
+    first = {id(parameter): name for name, parameter in model.parameters_and_names()}
     names: dict[str, str] = {}
 
     def visit(cell: Any, path: str) -> None:
@@ -213,7 +201,5 @@ def _shared_names(model: Any) -> dict[str, str]:
         for name, child in cell.name_cells().items():
             visit(child, f"{path}{name}.")
 
-    for name, parameter in model.parameters_and_names():
-        first[id(parameter)] = name
     visit(model, "")
     return names

@@ -34,6 +34,11 @@ __all__ = ["Captioner", "PromptGenerator", "average_embeddings"]
 MODES = ("graph", "pynative")
 
 
+def _check_mode(mode) -> None:
+    if mode not in MODES:
+        raise InputError("{parameter} has to be one of {modes}, but is {mode!r}.", "mode", modes=MODES, mode=mode)
+
+
 class _Writer:
     """What both have: a model of mindone and a decoder over it, made when it is first used.
 
@@ -47,12 +52,12 @@ class _Writer:
     CLASS: str
 
     def __init__(self, model, mode: str, compile_cache):
-        if mode not in MODES:
-            raise InputError("{parameter} has to be one of {modes}, but is {given!r}.", "mode", modes=MODES, given=mode)
-        found = [base.__name__ for base in type(model).__mro__]
-        if self.CLASS not in found or not hasattr(model, "construct"):
+        _check_mode(mode)
+        classes = [base.__name__ for base in type(model).__mro__]
+        if self.CLASS not in classes or not hasattr(model, "construct"):
             raise InputTypeError(
-                "{parameter} has to be mindone's {wanted}, but is {module}.{kind}; {writer!t}.from_pretrained loads one.",
+                "{parameter} has to be mindone's {wanted}, but is {module}.{kind}; "
+                "{writer!t}.from_pretrained loads one.",
                 parameter="model",
                 wanted=self.CLASS,
                 module=type(model).__module__,
@@ -62,7 +67,7 @@ class _Writer:
         model.set_train(False)
         self.model, self.mode = model, mode
         self.compile_cache = compile_caches.open_cache(compile_cache) if mode == "graph" else None
-        self._made = None
+        self._made_decoder = None
 
     @classmethod
     def from_pretrained(
@@ -85,22 +90,15 @@ class _Writer:
                 with one warning.
             mode: "graph" or "pynative".
             compile_cache: as in the pipeline's ``from_pretrained``.
-            revision: as in huggingface_hub.
-            local_files_only: as in huggingface_hub.
-            cache_dir: as in huggingface_hub.
-            token: as in huggingface_hub.
+            revision, local_files_only, cache_dir, token: as in huggingface_hub.
 
         Raises:
             ValueError: a folder that is missing, incomplete, corrupt or of another kind of model; pickle weights;
                 weights that do not fit.
         """
-        if mode not in MODES:
-            raise InputError("{parameter} has to be one of {modes}, but is {given!r}.", "mode", modes=MODES, given=mode)
-        folder = language_models.resolve_folder(
-            cls.KIND,
-            path_or_id,
-            HubOptions(cache_dir, local_files_only=local_files_only, token=token, revision=revision),
-        )
+        _check_mode(mode)
+        hub = HubOptions(cache_dir, local_files_only=local_files_only, token=token, revision=revision)
+        folder = language_models.resolve_folder(cls.KIND, path_or_id, hub)
         source = language_models.find(cls.KIND, folder)
         preparation = cls._preparation(folder, source.config)
         model = language_models.load(source, dtype=devices.loadable_dtype(mindspore_dtype))
@@ -113,11 +111,11 @@ class _Writer:
 
     @property
     def _decoder(self):
-        if self._made is None:
+        if self._made_decoder is None:
             from mindiffedit.text import decoding
 
-            self._made = getattr(decoding, self.DECODER)(self.model, self.mode, self.compile_cache)
-        return self._made
+            self._made_decoder = getattr(decoding, self.DECODER)(self.model, self.mode, self.compile_cache)
+        return self._made_decoder
 
 
 def _tokenizer(folder: Path, class_name: str, size: int):
@@ -189,8 +187,8 @@ class PromptGenerator(_Writer):
             temperature = options.check_temperature(temperature)
         top_k = options.check_top_k(top_k)
         options.check_positive_int("max_new_tokens", max_new_tokens)
-        source = randomness.resolve(generator)
-        if isinstance(source, list):
+        rng = randomness.resolve(generator)
+        if isinstance(rng, list):
             raise InputTypeError(
                 "{parameter} is a list; give one seed or generator, from which all prompts are drawn.",
                 parameter="generator",
@@ -199,7 +197,7 @@ class PromptGenerator(_Writer):
         if len(ids) > self.tokenizer.model_max_length:
             raise InputError(
                 "{parameter} has {count} tokens, but the model reads {most}; shorten it.",
-                parameter="text",
+                "text",
                 count=len(ids),
                 most=self.tokenizer.model_max_length,
             )
@@ -207,15 +205,10 @@ class PromptGenerator(_Writer):
         from mindiffedit.text import decoding
 
         decoder = self._decoder
-        written = decoding.write(
-            decoder,
-            decoder.encode(ids),
-            [decoder.start],
-            max_new_tokens,
-            decoding.Sampler(temperature, top_k, source) if do_sample else decoding.likeliest,
-            num_prompts if do_sample else 1,
-        )
-        return self.tokenizer.batch_decode(written, skip_special_tokens=True)
+        choose = decoding.Sampler(temperature, top_k, rng) if do_sample else decoding.likeliest
+        rows = num_prompts if do_sample else 1
+        texts = decoding.write(decoder, decoder.encode(ids), [decoder.start], max_new_tokens, choose, rows)
+        return self.tokenizer.batch_decode(texts, skip_special_tokens=True)
 
     def prompts_for(self, concept: str, **options_) -> list[str]:
         """Prompts for pictures with a concept in them, such as "bowl".
@@ -264,23 +257,17 @@ def average_embeddings(pipeline, prompts: str | Sequence[str]):
             module=type(pipeline).__module__,
             kind=type(pipeline).__qualname__,
         )
-    if isinstance(prompts, str):
-        prompts = [prompts]
+    prompts = [prompts] if isinstance(prompts, str) else prompts
     if not isinstance(prompts, (list, tuple)):
         raise InputTypeError(
-            "{parameter} has to be a list of texts, but is of type {prompts!t}.",
-            parameter="prompts",
-            prompts=prompts,
+            "{parameter} has to be a list of texts, but is of type {prompts!t}.", "prompts", prompts=prompts
         )
-    if len(prompts) == 0:
-        raise InputError("{parameter} is an empty list; give at least one text.", parameter="prompts")
+    if not prompts:
+        raise InputError("{parameter} is an empty list; give at least one text.", "prompts")
     for i, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
             raise InputTypeError(
-                "{part} has to be a string, but is {text!r}.",
-                "prompts",
-                part=named(f"prompts[{i}]"),
-                text=prompt,
+                "{part} has to be a string, but is {text!r}.", "prompts", part=named(f"prompts[{i}]"), text=prompt
             )
     embeddings, _ = pipeline.encode_prompt(list(prompts), None, 1, False)
     mean = to_numpy(embeddings).mean(axis=0, keepdims=True, dtype=np.float64).astype(np.float32)
@@ -376,9 +363,9 @@ class Captioner(_Writer):
 
         captions, decoder = [], self._decoder
         for picture in images:
-            pixels = self._pixels(picture)
-            written = decoding.write(decoder, decoder.encode(pixels), [decoder.start, *words], max_new_tokens)[0]
-            captions.append(self.processor.tokenizer.decode([*words, *written], skip_special_tokens=True))
+            source = decoder.encode(self._pixels(picture))
+            tokens = decoding.write(decoder, source, [decoder.start, *words], max_new_tokens)[0]
+            captions.append(self.processor.tokenizer.decode([*words, *tokens], skip_special_tokens=True))
         return captions if several else captions[0]
 
     def _pixels(self, picture: PIL.Image.Image) -> np.ndarray:

@@ -1,0 +1,354 @@
+"""Measured runs as data, and the tables that the scripts print and the documentation shows. Imports no other script.
+
+    python scripts/reports.py
+
+`docs/benchmarks.json` is a list of runs, oldest first; `--write` of `benchmark.py` and of `evaluate_editing.py` adds
+one at its end. Every run has "kind", "date", "machine" and "versions", and "commit" and "command" where they are
+known. Kinds: "edit" and "step" (`benchmark.py`), "comparison" (`evaluate_editing.py --compare`), and "table" for what
+was measured by hand. The pages show the newest run of each scope, between two comments; this program writes those
+tables anew from the data.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+from datetime import date
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+DOCS = ROOT / "docs"
+DATA = "benchmarks.json"
+PAGES = ("performance.md", "quality.md")
+
+MAX_LINE = 300
+"""Characters of a line of the data; a row of a run has about 250."""
+
+PEERS = ("torch", "mindone")
+STAGES = ("load", "mask", "invert", "edit", "total", "first", "step")
+
+EXACT = 100.0
+"""PSNR in dB that stands for equal pictures, whose own is infinite; a 128 x 128 picture with one wrong bit has 95."""
+
+
+# --- runs -----------------------------------------------------------------------------------------
+
+
+def usable_cores() -> int:
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:
+        return os.cpu_count() or 1
+
+
+def heading(kind: str, command: str, versions: dict) -> dict:
+    """What every run says of itself; no names of machine, user or folders."""
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as info:
+        models = (line.partition(":")[2].strip() for line in info if line.startswith("model name"))
+        cpu = next(models, cpu)
+    memory = None
+    with contextlib.suppress(ValueError, OSError, AttributeError):
+        memory = round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9)
+    commit = None
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    return {
+        "kind": kind,
+        "date": date.today().isoformat(),
+        "commit": commit,
+        "machine": {"cpu": cpu, "cores": usable_cores(), "memory_gb": memory},
+        "versions": versions,
+        "command": command,
+    }
+
+
+def load_runs(folder: Path = DOCS) -> list[dict]:
+    return json.loads((folder / DATA).read_text(encoding="utf-8"))
+
+
+def add_run(run: dict, folder: Path = DOCS) -> None:
+    """Put a run at the end of the data, and the pages' tables in accord with it."""
+    write_whole(folder / DATA, data_text([*load_runs(folder), run]) + "\n")
+    write_pages(folder)
+
+
+def data_text(value, indent: int = 0) -> str:
+    """JSON in which everything that is short stands on one line."""
+    line = json.dumps(value, ensure_ascii=False)
+    if not isinstance(value, (dict, list)) or len(line) <= MAX_LINE:
+        return line
+    if isinstance(value, dict):
+        items = [f"{json.dumps(name)}: {data_text(item, indent + 1)}" for name, item in value.items()]
+    else:
+        items = [data_text(item, indent + 1) for item in value]
+    first, last = "{}" if isinstance(value, dict) else "[]"
+    inner = ",\n".join(" " * (indent + 1) + item for item in items)
+    return f"{first}\n{inner}\n{' ' * indent}{last}"
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    from mindiffedit.images.pictures import atomic_path
+
+    with atomic_path(path) as draft:
+        Path(draft).write_text(text, encoding="utf-8")
+
+
+# --- ratios ---------------------------------------------------------------------------------------
+
+
+def ratio(ours: float | None, theirs: float | None) -> float | None:
+    """How many times as long we take; None where one is not known."""
+    return None if ours is None or not theirs else ours / theirs
+
+
+def ratios_of(rows: list[dict]) -> list[dict]:
+    """Ours over each other party, stage by stage: the median over the runs of the ratios within a run.
+
+    Runs of one number are next to each other in time, so what slows the machine down slows both sides. Other parties
+    keep nothing between processes: their first edit stands against both of ours.
+    """
+    ratios = []
+    timed = [row for row in rows if "seconds" in row]
+    for peer in PEERS:
+        for maps in sorted({row["maps"] for row in timed}):
+            for what in ("cold", "warm", "second process", "step"):
+                counterpart = "cold" if what == "second process" else what
+                pairs = [
+                    (ours, theirs)
+                    for ours in timed
+                    for theirs in timed
+                    if (ours["party"], ours["what"], ours["maps"]) == ("ours", what, maps)
+                    if (theirs["party"], theirs["what"], theirs["maps"]) == (peer, counterpart, maps)
+                    if ours["run"] == theirs["run"]
+                ]
+                if not pairs:
+                    continue
+                medians = {}
+                for stage in STAGES:
+                    known = [ratio(a["seconds"].get(stage), b["seconds"].get(stage)) for a, b in pairs]
+                    if None not in known:
+                        medians[stage] = statistics.median(known)
+                ratios.append(
+                    {"party": f"ours / {peer}", "maps": maps, "run": len(pairs), "what": what, "ratios": medians}
+                )
+    return ratios
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def show(value, pattern: str = "{:.2f}") -> str:
+    return "-" if value is None else pattern.format(value)
+
+
+def markdown_table(cells: list[list[str]]) -> str:
+    lines = ["|" + "".join(f" {cell} |" if cell else " |" for cell in line) for line in cells]
+    lines.insert(1, "|" + "---|" * len(cells[0]))
+    return "\n".join(lines)
+
+
+def text_table(cells: list[list[str]]) -> str:
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in cells]
+    lines.insert(1, "-" * len(max(lines, key=len)))
+    return "\n".join(lines)
+
+
+def benchmark_cells(rows: list[dict]) -> list[list[str]]:
+    """Header and cells of what `benchmark.py` prints: its rows, then their ratios."""
+    steps = any(row["what"] == "step" for row in rows)
+    stages = ("load", "first", "step") if steps else STAGES[:5]
+    costs = {"peak_gb": "{:.2f}", "graphs": "{}"}
+    if not steps:
+        costs = {"peak_gb": "{:.2f}", "stages_gb": "{:.2f}", "unet_calls": "{}", "samples": "{}", "graphs": "{}"}
+    names = {"peak_gb": "peak GB", "stages_gb": "stages GB", "unet_calls": "UNet calls"}
+    header = ["party", "maps", "run", "what", *(f"{stage} s" for stage in stages), *(names.get(c, c) for c in costs)]
+    cells = [header]
+    for row in [*rows, *ratios_of(rows)]:
+        times, pattern = ("ratios", "{:.2f} x") if "ratios" in row else ("seconds", "{:.2f}")
+        run = f"of {row['run']}" if "ratios" in row else str(row["run"])
+        line = [row["party"], "-" if steps else str(row["maps"]), run, row["what"]]
+        line += [show(row.get(times, {}).get(stage), pattern) for stage in stages]
+        cells.append(line + [show(row.get(name), pattern) for name, pattern in costs.items()])
+    return cells
+
+
+def benchmark_notes(run: dict) -> list[str]:
+    """What has to be said below that table, one sentence to a line."""
+    notes = []
+    if run["kind"] == "edit":
+        notes.append(
+            "Cold: the first edit of a process. Warm: a second edit in the same process, of another picture with "
+            "other prompts of the same sizes, so that no stored result serves it."
+        )
+    if any(row["what"] == "second process" for row in run["rows"]):
+        notes.append(
+            "Cold edits of ours begin with an empty compile cache; 'second process' is the first edit of another "
+            "process that finds it filled."
+        )
+    for pair in run["agreement"]:
+        notes.append(
+            f"Same work, run {pair['run']}, {pair['maps']} maps: {pair['mask_pixels']} of {pair['of']} mask values "
+            f"differ between ours and torch, pictures by at most {pair['levels']} of 255 levels."
+        )
+    notes += [f"{row['party']}, run {row['run']}, failed: {row['reason']}" for row in run["rows"] if "reason" in row]
+    return notes
+
+
+WHEN = {"cold": "first edit", "warm": "second edit", "second process": "first edit, compiled before"}
+
+
+def scope_of(run: dict, entry: dict) -> str:
+    """What a ratio is about, in words: runs of one scope replace each other."""
+    settings = run["settings"]
+    words = [f"{settings['size']} x {settings['size']}"]
+    if run["kind"] == "step":
+        words.append("one guided step")
+    else:
+        words.append(f"{settings['steps']} steps at strength {settings['strength']:g}")
+        words.append(f"{entry['maps']} map{'s' if entry['maps'] > 1 else ''}")
+        words.append(WHEN[entry["what"]])
+    if settings["batch"] > 1:
+        words.append(f"{settings['batch']} pictures")
+    if settings["model"]:
+        words.append(f"{settings['model']} model")
+    return ", ".join(words)
+
+
+def speed_table(runs: list[dict]) -> str:
+    """Ours against the other parties: the newest run of each scope, one line for each; below it, where they ran."""
+    newest: dict[tuple, tuple] = {}
+    for run in runs:
+        if run["kind"] in ("edit", "step"):
+            for entry in ratios_of(run["rows"]):
+                newest[scope_of(run, entry), entry["party"]] = (run, entry)
+    cells = [["scope", "ratio", "whole", "mask", "inversion", "edit", "peak GB of the two", "date"]]
+    places: dict[tuple, set] = {}
+    for (scope, party), (run, entry) in newest.items():
+        counterpart = "cold" if entry["what"] == "second process" else entry["what"]
+        sides = (("ours", entry["what"]), (party.removeprefix("ours / "), counterpart))
+        peaks = [peak_of(run["rows"], side, entry["maps"], what) for side, what in sides]
+        times = {"total": entry["ratios"].get("step"), **entry["ratios"]}
+        line = [scope, party, *(show(times.get(stage)) for stage in ("total", "mask", "invert", "edit"))]
+        cells.append([*line, " / ".join(map(show, peaks)), run["date"]])
+        places.setdefault((run["date"], machine_of(run)), set()).update(run["versions"].items())
+    where = [f"{day}: {machine}; {versions_text(versions)}." for (day, machine), versions in places.items()]
+    return "\n\n".join([markdown_table(cells), *where])
+
+
+def peak_of(rows: list[dict], party: str, maps: int, what: str) -> float | None:
+    """The highest peak of a party's runs."""
+    peaks = [row["peak_gb"] for row in rows if (row["party"], row["maps"], row["what"]) == (party, maps, what)]
+    return max(peaks, default=None)
+
+
+def machine_of(run: dict) -> str:
+    machine = run["machine"]
+    return f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB of memory"
+
+
+def versions_text(versions) -> str:
+    return ", ".join(f"{name} {version}" for name, version in sorted(versions))
+
+
+QUALITY = (
+    ("mask IoU", "mask_iou", "{:.3f}"),
+    ("target seen", "target_seen", "{:.1%}"),
+    ("kind seen", "kind_seen", "{:.1%}"),
+    ("colour seen", "colour_seen", "{:.1%}"),
+    ("PSNR outside object, dB", "psnr_outside", "{:.2f}"),
+    ("PSNR outside mask, dB", "psnr_outside_mask", "{:.2f}"),
+)
+
+
+def comparison_tables(results: dict) -> dict[str, str]:
+    """The tables of `evaluate_editing.py --compare`, as Markdown, by name."""
+
+    def quality(parties: dict) -> str:
+        cells = [["", *(label for label, _, _ in QUALITY)]]
+        for party, means in parties.items():
+            cells.append([party])
+            for _, name, pattern in QUALITY:
+                exact = name.startswith("psnr") and means[name] == EXACT
+                cells[-1].append("exact" if exact else pattern.format(means[name]))
+        return markdown_table(cells)
+
+    def two_columns(header: list[str], values: dict, pattern: str) -> str:
+        return markdown_table([header, *([name, pattern.format(value)] for name, value in values.items())])
+
+    tables = {"parties": quality(results["parties"])}
+    if results["ablation"]:
+        tables["ablation"] = quality(results["ablation"])
+    if "reconstruction" in results:
+        header = ["inversion and denoising of the whole picture", "PSNR, dB"]
+        tables["reconstruction"] = two_columns(header, results["reconstruction"], "{:.2f}")
+    if "seconds" in results:
+        tables["seconds"] = two_columns(["seconds of one edit, median", ""], results["seconds"], "{:.3f}")
+    cells = [["goal", "wanted", "reached", ""]]
+    for name, goal in results["goals"].items():
+        cells.append([name, goal["wanted"], goal["reached"], "passed" if goal["passed"] else "missed"])
+    tables["goals"] = markdown_table(cells)
+    return tables
+
+
+# --- pages ----------------------------------------------------------------------------------------
+
+
+def blocks(runs: list[dict]) -> dict[str, str]:
+    """What the pages show of the data, by the name in the comment before it."""
+    whole = {"reconstruction", "seconds"}
+    comparison = [r for r in runs if r["kind"] == "comparison" and whole <= r.keys() and r["ablation"]][-1]
+    tables = comparison_tables(comparison)
+    scope = (
+        f"Measured on {comparison['date']} with the demo checkpoint, on drawn scenes ({machine_of(comparison)}; "
+        f"{versions_text(comparison['versions'].items())}):"
+    )
+    rebuilt = ", ".join(f"{name} {value:.2f} dB" for name, value in comparison["reconstruction"].items())
+    taken = ", ".join(f"{name} {value:.2f} s" for name, value in comparison["seconds"].items())
+    reached = [f"{name} ({goal['wanted']})" for name, goal in comparison["goals"].items() if goal["passed"]]
+    summary = (
+        f"Inversion and denoising of whole pictures, PSNR: {rebuilt}. One edit, median: {taken}. Goals reached: "
+        f"{len(reached)} of {len(comparison['goals'])} ({'; '.join(reached)})."
+    )
+    return {
+        "speed": speed_table(runs),
+        "scope": f"{scope}\n\n```bash\n{comparison['command']}\n```",
+        "parties": tables["parties"],
+        "ablation": tables["ablation"],
+        "summary": summary,
+    }
+
+
+def page_with(text: str, contents: dict[str, str]) -> str:
+    """A page whose blocks, `<!-- data: NAME -->` to `<!-- end -->`, hold what `contents` has for them."""
+
+    def filled(match: re.Match) -> str:
+        return f"{match[1]}\n{contents[match[2]]}\n{match[3]}"
+
+    return re.sub(r"(<!-- data: (\w+) -->)\n.*?(<!-- end -->)", filled, text, flags=re.DOTALL)
+
+
+def write_pages(folder: Path = DOCS) -> None:
+    """Every page's blocks anew; pages that are in accord with the data stay untouched."""
+    contents = blocks(load_runs(folder))
+    for page in PAGES:
+        before = (folder / page).read_text(encoding="utf-8")
+        after = page_with(before, contents)
+        if after != before:
+            write_whole(folder / page, after)
+
+
+if __name__ == "__main__":
+    write_pages()
