@@ -161,7 +161,6 @@ def test_the_key_is_the_same_for_the_same():
         dict(models=("layer",)),
         dict(extra=("kernels.so", 1, 2)),
     ],
-    ids=str,
 )
 def test_the_key_changes_with_the_arguments(change):
     if change.get("models") == ("layer",):
