@@ -182,7 +182,7 @@ def test_weights_are_looked_at_once_in_a_call(ours, monkeypatch):
     monkeypatch.setattr(devices, "device_target", lambda: "Ascend")
     read.clear()
     with turns.turn():
-        tokens = ours._tokens([SOURCE], 77).input_ids
+        tokens = ours.tokenizer([SOURCE], padding="max_length", max_length=77, return_tensors="np").input_ids
         calls = ours._stages.calls["text"]
         for _ in range(2):
             ours._stages.encode_text(tokens, None, None)
