@@ -31,7 +31,7 @@ of a latent's surroundings have to differ. So a few maps do what ten do without.
 edges. Chosen on drawn scenes, see ``docs/quality.md``.
 """
 
-MOST_FEATHER = 10000  # pixels
+MAX_FEATHER = 10000  # pixels
 
 LARGE_ERROR = 1.0
 """Inversion error from which a report warns. The demo model, whose inversions lead back at 33 dB, has 0.2 to 0.4."""
@@ -161,7 +161,7 @@ class Editing:
         options.check_eta(eta)
         options.check_output_type(output_type, ("pil", "np", "latent"))
         options.check_output_type(inversion, INVERSIONS, "inversion")
-        options.check_count(inversion_iterations, "inversion_iterations", options.MOST_ITERATIONS)
+        options.check_count(inversion_iterations, "inversion_iterations", options.MAX_ITERATIONS)
         options.check_output_type(mask_combination, masks.COMBINATIONS, "mask_combination")
         for name, flag in (
             ("aligned_background", aligned_background),
@@ -175,7 +175,7 @@ class Editing:
         options.check_viewer(debug_callback)
         mask_options = EDIT_MASK if mask_options is None else masks.checked_options(mask_options)
         feather = (
-            self.vae_scale_factor if feather is None else options.check_at_least_zero(feather, "feather", MOST_FEATHER)
+            self.vae_scale_factor if feather is None else options.check_at_least_zero(feather, "feather", MAX_FEATHER)
         )
         _check_inversion(inversion, inversion_iterations, image_latents, measure_reconstruction)
         randomness.resolve(generator)

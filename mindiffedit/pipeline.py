@@ -426,7 +426,7 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
             options.check_output_type(output_type, ("pil", "np"))
         options.check_callback(callback, callback_steps)
         options.check_regularisation(lambda_auto_corr, lambda_kl, num_reg_steps, num_auto_corr_rolls)
-        options.check_count(inversion_iterations, "inversion_iterations", options.MOST_ITERATIONS)
+        options.check_count(inversion_iterations, "inversion_iterations", options.MAX_ITERATIONS)
         tensor_inputs = options.check_step_callback(
             callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs
         )
@@ -935,7 +935,7 @@ class StableDiffusionDiffEditPipeline(Editing, Preparation):
         scheduler = self._ready_scheduler()
 
         # 4. Preprocess mask (before the prompts are encoded, so that bad input fails first)
-        mask = pictures.preprocess_mask(mask_image, batch, soft=soft_mask)
+        mask = masks.preprocess_mask(mask_image, batch, soft=soft_mask)
         array = self._latents_array(image_latents)
         latent_shape = (self.vae.config.latent_channels, *array.shape[-2:])
         if array.ndim >= 4 and mask.shape[-2:] != array.shape[-2:]:

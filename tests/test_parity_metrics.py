@@ -263,7 +263,7 @@ def test_masks_hold_zeros_and_ones_even_where_they_are_excepted():
 def test_a_margin_that_excepts_nearly_all_pixels_shows_nothing():
     _, _, mask = mask_case()
     one = compare_masks(mask, mask, margin=0.3)
-    assert "too near" in reason(one) and one.counts["excepted"] > 9 * metrics.MOST_EXCEPTED
+    assert "too near" in reason(one) and one.counts["excepted"] > 9 * metrics.MAX_EXCEPTED
 
 
 # --- stacked by step -------------------------------------------------------------------------------

@@ -306,9 +306,9 @@ def test_bad_arguments(tmp_path):
 def panels(monkeypatch, comparison, ours, theirs):
     """(captions, tiles) that would be put side by side."""
     caught = []
-    original = report.pictures.labelled_grid
+    original = report.sheets.labelled_grid
     monkeypatch.setattr(
-        report.pictures,
+        report.sheets,
         "labelled_grid",
         lambda items, **options: caught.append(items) or original(items, **options),
     )

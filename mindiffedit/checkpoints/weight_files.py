@@ -45,7 +45,7 @@ SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, 
 SIZES |= {"U16": 2, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
 """Bytes of one value, of all types that are known."""
 
-_LONGEST_HEADER = 100_000_000
+_MAX_HEADER = 100_000_000
 
 
 # --- which files -----------------------------------------------------------------------------------
@@ -185,7 +185,7 @@ def read_header(path: Path, metadata: dict[str, str] | None = None) -> dict[str,
                     f"`git lfs pull` in the folder, or download it again."
                 )
             length = int.from_bytes(start[:8], "little")
-            if size < 8 or not 2 <= length <= _LONGEST_HEADER:
+            if size < 8 or not 2 <= length <= _MAX_HEADER:
                 raise CheckpointError(f"{path} is not a safetensors file, or a corrupt one. {again}")
             if length > size - 8:
                 raise CheckpointError(

@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 BAD_INPUT = 2  # exit code
-_LONGEST_PART = 150  # characters from either end of what argparse says
+_MAX_PART = 150  # characters from either end of what argparse says
 
 # The reference's defaults. Those of the demo model are in `demo.SETTINGS`, for `edit()` in `demo.EDIT_SETTINGS`.
 DEFAULTS = {
@@ -210,8 +210,8 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         """One sentence in place of argparse's page of usage."""
         message = on_one_line(message)
-        if len(message) > 2 * _LONGEST_PART:  # a long value is in its middle
-            message = f"{message[:_LONGEST_PART]}... {message[-_LONGEST_PART:]}"
+        if len(message) > 2 * _MAX_PART:  # a long value is in its middle
+            message = f"{message[:_MAX_PART]}... {message[-_MAX_PART:]}"
         print(f"{self.prog}: error: {message} (see {self.prog} --help)", file=sys.stderr)
         sys.exit(BAD_INPUT)
 

@@ -28,8 +28,8 @@ from mindiffedit.cli.arguments import BAD_INPUT, MASK_FIELDS, MASK_NUMBERS, buil
 from mindiffedit.cli.jobs import Job
 from mindiffedit.cli.latents_file import write_latents
 from mindiffedit.cli.runs import Edited
-from mindiffedit.errors import LONGEST_TEXT, InputError, InputTypeError, cut
-from mindiffedit.images import pictures, strips
+from mindiffedit.errors import MAX_TEXT_LENGTH, InputError, InputTypeError, cut
+from mindiffedit.images import strips, writing
 from mindiffedit.options import NumericalError
 
 OK, FAILED, INTERRUPTED = 0, 1, 130
@@ -67,7 +67,7 @@ def _report(error: Exception, command: str) -> int:
     if isinstance(error, (InputError, InputTypeError, NumericalError)):
         print(f"mindiffedit: error: {told(error.message, command)}", file=sys.stderr)
         return BAD_INPUT
-    what = cut(on_one_line(f"{type(error).__name__}: {error}").rstrip(": ."), 2 * LONGEST_TEXT)
+    what = cut(on_one_line(f"{type(error).__name__}: {error}").rstrip(": ."), 2 * MAX_TEXT_LENGTH)
     if isinstance(error, (OSError, MemoryError)):  # of the surroundings: a full disk
         print(f"mindiffedit: failed: {what}.", file=sys.stderr)
         return FAILED
@@ -99,7 +99,7 @@ class _Notes(logging.Handler):
 @contextlib.contextmanager
 def _warnings_as_notes(args):
     """Warnings of this package, which are for Python's users, in the command line's words; none with --quiet."""
-    logger, handler = logging.getLogger(__package__), (logging.NullHandler() if args.quiet else _Notes(args.command))
+    logger, handler = logging.getLogger("mindiffedit"), (logging.NullHandler() if args.quiet else _Notes(args.command))
     logger.addHandler(handler)
     try:
         yield
@@ -134,7 +134,7 @@ def _edit(args):
             files[args.overlay] = masks.overlay(job.picture, done.mask)
     if sweep is not None:
         files[args.sweep] = sweeps.edit_sheet(job, pipe, sweep, None if done is None else done.grid_mask)
-    pictures.save_images_atomically(files)
+    writing.save_images_atomically(files)
     files_of = {name: getattr(args, name) for name in ("grid", "overlay", "strip")}
     return _edit_result(job, done, sweep, **files_of)
 
@@ -159,7 +159,7 @@ def _demo(args):
         ) from error
     jobs.check_outputs(job, names)
     done = _whole_edit(job, jobs.load(job))
-    pictures.save_images_atomically(
+    writing.save_images_atomically(
         {
             names["edit"]: done.grid(job),
             names["original"]: done.original,
@@ -228,7 +228,7 @@ def _report_of(report, losses: list[str], command: str) -> dict[str, Any]:
 def _mask(args):
     job = jobs.begin(
         args,
-        {"output": pictures.LOSSLESS_EXTENSIONS},
+        {"output": writing.LOSSLESS_EXTENSIONS},
         output=args.output,
         overlay=args.overlay,
         map=args.map,
@@ -253,7 +253,7 @@ def _mask(args):
             files[args.map] = runs.mask_picture(job, np.clip(seen / clamp, 0, 1))
     if sweep is not None:
         files[args.sweep] = sweeps.mask_sheet(job, pipe, sweep, known)
-    pictures.save_images_atomically(files)
+    writing.save_images_atomically(files)
     result = _common_result(job)
     result.update(source=job.source, target=job.target, guidance=job.settings["guidance"], mask_share=share)
     result.update(_mask_settings(job), overlay=args.overlay, map=args.map)

@@ -32,7 +32,7 @@ from mindiffedit.checkpoints import hub, survey, textual_inversion
 from mindiffedit.cli.arguments import CORRECTIONS, MASK_FIELDS, MASK_NUMBERS, SCHEDULERS, defaults_of, option, told
 from mindiffedit.cli.latents_file import read_latents
 from mindiffedit.errors import InputError, InputTypeError, Message
-from mindiffedit.images import colours, pictures
+from mindiffedit.images import colours, pictures, reading, writing
 from mindiffedit.noise.generator import check_seed
 from mindiffedit.outputs import DiffEditInversionPipelineOutput
 from mindiffedit.runtime import devices
@@ -214,8 +214,8 @@ def check_numbers(values: dict[str, Any]) -> None:
         "mask_threshold": options.check_ratio,
         "maps": lambda value, name: options.check_steps(value, name, MAX_SAMPLES),
         "size": lambda value, name: options.check_steps(value, name, MAX_SIZE),
-        "iterations": lambda value, name: options.check_count(value, name, options.MOST_ITERATIONS),
-        "feather": lambda value, name: options.check_at_least_zero(value, name, editing.MOST_FEATHER),
+        "iterations": lambda value, name: options.check_count(value, name, options.MAX_ITERATIONS),
+        "feather": lambda value, name: options.check_at_least_zero(value, name, editing.MAX_FEATHER),
         "outliers": lambda value, name: options.check_quantile(None if value == "none" else value, name),
     }
     for name, check in checks.items():
@@ -362,7 +362,7 @@ def check_outputs(job: Job, outputs: dict[str, Any], extensions=None) -> None:
         if path is None:
             continue
         with _as_option("path", name):
-            pictures.check_output_path(path, (extensions or {}).get(name))
+            writing.check_output_path(path, (extensions or {}).get(name))
         real = os.path.realpath(path)
         if real in seen:
             raise InputError(
@@ -454,11 +454,11 @@ def read_pictures(job: Job) -> None:
     """The picture and --mask, and what can be said about them without the model."""
     args = job.args
     # Not made RGB on the way: the result has the picture's own mode and colours.
-    job.picture = pictures.load_image(args.picture, convert_method=lambda picture: picture)
+    job.picture = reading.load_image(args.picture, convert_method=lambda picture: picture)
     job.original = colours.Original(job.picture)
     if args.command == "edit" and args.output is not None:
         result = job.original.rewritten(job.original.shown)
-        job.losses = job.original.losses + colours.fit_format(result, pictures.format_of(args.output))[1]
+        job.losses = job.original.losses + colours.fit_format(result, writing.format_of(args.output))[1]
         for loss in job.losses:
             job.note(loss)
     if job.made is not None and job.made["picture_sha256"] != fingerprint(job.original.shown):
@@ -471,9 +471,9 @@ def read_pictures(job: Job) -> None:
     if given(args, "mask"):
         # No conversion to RGB on the way: transparency and the luminance of wide greyscale are kept.
         with _as_option("image", "mask"):
-            job.mask = pictures.load_image(args.mask, convert_method=lambda mask: mask)
+            job.mask = reading.load_image(args.mask, convert_method=lambda mask: mask)
         if args.reference:
-            pictures.preprocess_mask(job.mask)
+            masks.preprocess_mask(job.mask)
         else:
             _user_mask(job, (1, 1))
 
@@ -603,7 +603,7 @@ def _fit(job: Job) -> None:
 def _on_grid(job: Job, grid: tuple[int, int]) -> np.ndarray:
     """--mask as it goes to the edit: (1, h, w), of 0 and 1 unless masks are soft."""
     if job.args.reference:
-        return pictures.fit_mask(job.mask, job.picture.size, grid, job.factor)[:, 0]
+        return masks.fit_mask(job.mask, job.picture.size, grid, job.factor)[:, 0]
     # Its shape is judged by the picture's, which the grid may cut by some pixels.
     width, height = job.picture.size
     if abs(job.mask.width * height / job.mask.height - width) > 1 + 0.05 * width:

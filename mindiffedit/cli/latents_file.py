@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from mindiffedit import options
 from mindiffedit.errors import InputError
-from mindiffedit.images import pictures
+from mindiffedit.images import writing
 
 FORMAT = "mindiffedit-latents"
 VERSION = "2"
@@ -42,7 +42,7 @@ def write_latents(path, latents: np.ndarray, clean: np.ndarray, made: dict[str, 
     metadata = {"format": FORMAT, "format_version": VERSION}
     metadata.update({name: str(value) for name, value in made.items()})
     tensors = {TENSOR: np.ascontiguousarray(latents), CLEAN: np.ascontiguousarray(clean)}
-    with pictures.atomic_path(path) as draft:
+    with writing.atomic_path(path) as draft:
         save_file(tensors, str(draft), metadata=metadata)
 
 

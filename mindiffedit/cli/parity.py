@@ -27,7 +27,7 @@ from mindiffedit.cli import jobs
 from mindiffedit.cli.arguments import CASE_DEFAULTS, CASE_OPTIONS, SCHEDULERS, defaults_of, option
 from mindiffedit.cli.command import FAILED, OK
 from mindiffedit.errors import InputError
-from mindiffedit.images import pictures
+from mindiffedit.images import colours, pictures, reading, writing
 from mindiffedit.noise.generator import check_seed
 from mindiffedit.parity import golden, metrics, report, tolerances
 from mindiffedit.parity.case import Case
@@ -46,7 +46,7 @@ def record(args: Namespace):
     """Runs the reference on a case and writes the golden file; returns (line, result)."""
     jobs.check_names(args)
     settings = _settings(args)
-    pictures.check_output_path(args.output, (".safetensors",))
+    writing.check_output_path(args.output, (".safetensors",))
     if settings["dtype"] != "float32" and args.no_floors:
         raise InputError(
             "--dtype {dtype} needs floors: the tolerances without them are float32's; leave --no-floors out.",
@@ -249,7 +249,7 @@ def _fitted(args: Namespace, settings: dict[str, Any], configs) -> list[PIL.Imag
     """The pictures at the size that the models work at, all the same."""
     fitted = []
     for path in settings["image"]:
-        picture = pictures.to_srgb(pictures.load_image(path))  # B12: both sides are to see the same
+        picture = colours.to_srgb(reading.load_image(path))  # B12: both sides are to see the same
         picture, notice = pictures.fit_picture(picture, *jobs.working_limits(configs, settings["size"]))
         if notice is not None:
             _say(args, f"{path}: {notice}")
@@ -449,7 +449,7 @@ def _check_output_folder(folder: Path) -> None:
             folder=folder,
             there=there,
         )
-    pictures.check_writable(there, f"--save-diff {folder}")
+    writing.check_writable(there, f"--save-diff {folder}")
 
 
 def _alone(given: dict[str, Any]) -> dict[str, Any]:

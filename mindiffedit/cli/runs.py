@@ -13,8 +13,8 @@ import PIL.Image
 from mindiffedit import masks
 from mindiffedit.arrays import to_numpy
 from mindiffedit.cli.jobs import Job
-from mindiffedit.editing import MOST_FEATHER, change_outside
-from mindiffedit.images import pictures
+from mindiffedit.editing import MAX_FEATHER, change_outside
+from mindiffedit.images import pictures, sheets
 from mindiffedit.outputs import DiffEditInversionPipelineOutput, EditReport
 
 __all__ = [
@@ -52,7 +52,7 @@ class Edited:
 
     def grid(self, job: Job) -> PIL.Image.Image:
         """Original, mask and edited picture side by side."""
-        return pictures.labelled_grid(
+        return sheets.labelled_grid(
             [
                 (f"original: {job.source}", self.original),
                 ("mask", self.mask),
@@ -239,7 +239,7 @@ def _at_own_size(job: Job, done, flagged: bool) -> PIL.Image.Image:
     """
     edited = pictures.restore_size(done.images[0], job.picture.size)
     feather = job.factor if job.settings["feather"] is None else job.settings["feather"]
-    feather = min(feather * job.picture.width / job.fitted.width, MOST_FEATHER)
+    feather = min(feather * job.picture.width / job.fitted.width, MAX_FEATHER)
     weights = masks.feathered(done.mask_image, (job.picture.height, job.picture.width), feather)
     original, result = (np.asarray(picture)[None] for picture in (job.original.shown, edited))
     change = change_outside(result.astype(np.float32) / 255, original.astype(np.float32) / 255, weights)

@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 
 from mindiffedit import options
 from mindiffedit.errors import InputError
-from mindiffedit.images import pictures
+from mindiffedit.images import writing
 
 FORMAT = "mindiffedit-parity"
 VERSION = 1
@@ -37,7 +37,7 @@ _VOCABULARY = ("vocab.json", "merges.txt", "tokenizer.json")
 _SAVING = ("transformers_version", "torch_dtype", "dtype")
 
 _BLOCK = 2**20  # bytes that are hashed at a time
-_MOST_NAMED = 3  # files or arguments that one message names
+_MAX_NAMED = 3  # files or arguments that one message names
 
 # Every dtype that a trace may have, with safetensors' name of it.
 _DTYPES = {
@@ -129,7 +129,7 @@ def write_golden(path, trace: Mapping[str, np.ndarray], manifest: Mapping[str, A
         "manifest": text,
         "manifest_sha256": _hash_text(text),
     }
-    with pictures.atomic_path(path) as draft:
+    with writing.atomic_path(path) as draft:
         save_file(arrays, str(draft), metadata=metadata)
 
 
@@ -397,8 +397,8 @@ def check_files(folder, expected: Mapping[str, str]) -> None:
 
 def _some(names: Sequence[str]) -> str:
     """The first few of several names."""
-    more = len(names) - _MOST_NAMED
-    return ", ".join(names[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+    more = len(names) - _MAX_NAMED
+    return ", ".join(names[:_MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _hash_file(path: Path) -> str:

@@ -26,13 +26,13 @@ KINDS = {
 }
 
 # Where more than this share of a mask's pixels is excepted, the rest says nothing about the mask.
-MOST_EXCEPTED = 0.25
+MAX_EXCEPTED = 0.25
 
 _FAMILIES = {"f": "floating-point numbers", "i": "integers", "u": "integers", "b": "booleans"}
 
 __all__ = [
     "KINDS",
-    "MOST_EXCEPTED",
+    "MAX_EXCEPTED",
     "Comparison",
     "Limit",
     "compare",
@@ -320,7 +320,7 @@ def _problem_of_mask(ours, theirs, counts: dict[str, int]) -> str | None:
         other = int(np.count_nonzero((mask != 0) & (mask != 1)))
         if other:
             return f"{other} of {mask.size} values of {side} are neither 0 nor 1"
-    if counts.get("excepted", 0) > MOST_EXCEPTED * counts["total"]:
+    if counts.get("excepted", 0) > MAX_EXCEPTED * counts["total"]:
         return (
             f"{counts['excepted']} of {counts['total']} pixels are too near the threshold to be judged, "
             f"which leaves too few to tell"

@@ -16,7 +16,7 @@ import PIL.Image
 
 from mindiffedit import options
 from mindiffedit.errors import InputError
-from mindiffedit.images import pictures
+from mindiffedit.images import sheets, writing
 from mindiffedit.parity.metrics import Comparison, first_failure, passed
 
 # Extensions of reports, with the kind that `render` knows.
@@ -27,8 +27,8 @@ _NUMBERS = (2, 3, 4)  # columns that are aligned to the right
 
 _SHOWN_SIDE = 512  # small tensors are enlarged to about this many pixels
 _LEAST_SIDE = 64
-_MOST_WIDTH = 2048  # channels that are wider than this side by side are shown as their mean
-_MOST_CHANNELS = 8
+_MAX_WIDTH = 2048  # channels that are wider than this side by side are shown as their mean
+_MAX_CHANNELS = 8
 
 # Colour maps: RGB at evenly spaced values, lowest first.
 _VALUES = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
@@ -140,16 +140,16 @@ def check_report_path(path) -> Path:
     """Check that a report can be written at `path`, before the long work that will fill it.
 
     Raises:
-        ValueError: as `pictures.check_output_path`; the extension has to be one of `REPORT_KINDS`.
+        ValueError: as `writing.check_output_path`; the extension has to be one of `REPORT_KINDS`.
     """
-    return pictures.check_output_path(path, tuple(REPORT_KINDS))
+    return writing.check_output_path(path, tuple(REPORT_KINDS))
 
 
 def write_report(path, comparisons: Sequence[Comparison], context: Mapping[str, Any]) -> None:
     """Write a report, whole or not at all; the extension of `path` says its kind. ValueErrors as above."""
     path = check_report_path(path)
     text = render(comparisons, context, REPORT_KINDS[path.suffix.lower()])
-    with pictures.atomic_path(path) as draft:
+    with writing.atomic_path(path) as draft:
         draft.write_text(text, encoding="utf-8")
 
 
@@ -343,7 +343,7 @@ def save_diff(
             stage = re.sub(r"[^A-Za-z0-9._-]+", "-", one.name).strip("-.") or "stage"
             step = "" if one.step is None else f"-step{one.step + 1}"
             drawn[folder / f"{len(drawn) + 1:02d}-{stage}{step}.png"] = picture
-    pictures.save_images_atomically(drawn)
+    writing.save_images_atomically(drawn)
     return list(drawn)
 
 
@@ -369,7 +369,7 @@ def _drawing(one: Comparison, ours, theirs) -> PIL.Image.Image | None:
         place += f", {len(ours)} channels" if _fits(ours.shape) else f", mean of {len(ours)} channels"
     captions = _captions(place, one, ours, theirs, difference)
     tiles = _tiles(ours, theirs, difference, coloured)
-    return pictures.labelled_grid(
+    return sheets.labelled_grid(
         [(caption, _enlarged(tile)) for caption, tile in zip(captions, tiles)], smallest_side=1
     )
 
@@ -434,7 +434,7 @@ def _matrix(array: np.ndarray) -> np.ndarray:
 
 def _fits(shape: tuple[int, ...]) -> bool:
     """Whether channels (C, h, w) are few and narrow enough to be shown side by side."""
-    return shape[0] <= _MOST_CHANNELS and shape[0] * shape[2] <= _MOST_WIDTH
+    return shape[0] <= _MAX_CHANNELS and shape[0] * shape[2] <= _MAX_WIDTH
 
 
 def _span(matrix: np.ndarray) -> tuple[float, float]:

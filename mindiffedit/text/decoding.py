@@ -46,10 +46,10 @@ class Sampler:
     Args:
         temperature: the logits are divided by it; above 0.
         top_k: all but so many of the largest logits of a row are left out (equals of the last are kept); None: none.
-        source: a noise source of ``randomness``. One uniform number is drawn for each row at each step.
+        source: a random stream. One uniform number is drawn for each row at each step.
     """
 
-    def __init__(self, temperature: float, top_k: int | None, source: randomness.NoiseSource):
+    def __init__(self, temperature: float, top_k: int | None, source: randomness.RandomStream):
         self._temperature, self._top_k, self._source = temperature, top_k, source
 
     def __call__(self, logits: np.ndarray) -> np.ndarray:
