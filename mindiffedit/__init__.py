@@ -28,7 +28,7 @@ _HOMES = {
     "Captioner": "text.prompts",
     "average_embeddings": "text.prompts",
     "load_image": "images.reading",
-    "make_image_grid": "images.pictures",
+    "make_image_grid": "images.sheets",
 }
 
 __all__ = [*_HOMES, "__version__"]

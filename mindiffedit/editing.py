@@ -203,7 +203,7 @@ def edit(
         backgrounds = [*noisy[1:], clean] if aligned_background else noisy
         decoded = flags = None
         with _timed(seconds, "edit"):
-            region = pictures.preprocess_mask(mask, batch, soft=mask_options.soft)
+            region = masks.preprocess_mask(mask, batch, soft=mask_options.soft)
             edited, first_prediction = pipeline._denoised(edit_inputs, region, noisy[0], backgrounds)
             if output_type != "latent":
                 decoded, flags = pipeline.run_safety_checker(pipeline._decoded(host(edited)))
@@ -350,7 +350,7 @@ def _scaled(image, size) -> list[Image]:
             "working_size",
         )
     pictures.check_sizes(listed)
-    return [pictures.restore_size(pictures.to_srgb(picture), size) for picture in listed]
+    return [pictures.restore_size(colours.to_srgb(picture), size) for picture in listed]
 
 
 def _finished(decoded, flags, originals, mask, feather, paste_back, report, as_pictures):

@@ -11,8 +11,8 @@ import string
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-LONGEST_VALUE = 100  # characters of a value's repr in a message
-LONGEST_TEXT = 250  # of a text in a message that is shown without quotes, such as a path
+MAX_VALUE_LENGTH = 100  # characters of a value's repr in a message
+MAX_TEXT_LENGTH = 250  # of a text in a message that is shown without quotes, such as a path
 
 __all__ = ["InputError", "InputTypeError", "Message", "cut", "first_line", "named", "shown", "whole"]
 
@@ -24,7 +24,7 @@ def cut(text: str, longest: int) -> str:
 
 def shown(value: Any) -> str:
     """A value's repr for a message; a long one is cut, with its length."""
-    return cut(repr(value), LONGEST_VALUE)
+    return cut(repr(value), MAX_VALUE_LENGTH)
 
 
 def first_line(error: BaseException | str) -> str:
@@ -106,7 +106,7 @@ def _parts(template: str, parameter: str | None, values: dict) -> Iterator[str]:
         elif conversion == "r":
             yield shown(values[field])
         else:
-            yield cut(format(values[field], form), LONGEST_TEXT)
+            yield cut(format(values[field], form), MAX_TEXT_LENGTH)
 
 
 class _AboutInput:

@@ -325,7 +325,7 @@ class InvertInputs:
         callbacks: Callbacks = Callbacks(),
     ) -> InvertInputs:
         """What is checked by itself comes so: prompts, pixels, schedule, guidance scale, regularisation, callbacks."""
-        options.check_count(inversion_iterations, "inversion_iterations", options.MOST_ITERATIONS)
+        options.check_count(inversion_iterations, "inversion_iterations", options.MAX_ITERATIONS)
         if inversion_iterations > 0 and regularisation.num_reg_steps > 0:
             raise InputError(
                 "{parameter} and {num_reg_steps} exclude each other; set one of the two to 0.",

@@ -18,7 +18,7 @@ from mindiffedit.arrays import to_numpy
 from mindiffedit.errors import InputError, InputTypeError, Message, named, shown
 
 MAX_STEPS = 1000
-MOST_ITERATIONS = 100  # of one step of an inversion; two or three are of use
+MAX_ITERATIONS = 100  # of one step of an inversion; two or three are of use
 
 __all__ = [
     "MAX_STEPS",

@@ -679,7 +679,7 @@ class StableDiffusionDiffEditPipeline(Adapters):
             raise InputError(
                 "{parameter} is missing; `invert` computes them from a picture.", parameter="image_latents"
             )
-        mask = pictures.preprocess_mask(mask_image, batch, soft=soft)
+        mask = masks.preprocess_mask(mask_image, batch, soft=soft)
         array = _joined_latents(image_latents)
         shape = (self.vae.config.latent_channels, *array.shape[-2:])
         if array.ndim >= 4 and mask.shape[-2:] != array.shape[-2:]:

@@ -29,7 +29,8 @@ import demo_scenes as scenes  # noqa: E402
 from editing_measures import Edit, natural, positive, sample_edit  # noqa: E402
 
 from mindiffedit import demo  # noqa: E402
-from mindiffedit.images.pictures import atomic_path, make_image_grid  # noqa: E402
+from mindiffedit.images.sheets import make_image_grid  # noqa: E402
+from mindiffedit.images.writing import atomic_path
 
 OPTIONS = {
     "num_inference_steps": demo.EDIT_SETTINGS["steps"],

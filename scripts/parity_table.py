@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mindiffedit.images import pictures
+from mindiffedit.images import writing
 from mindiffedit.parity import tolerances
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
@@ -44,7 +44,7 @@ def main(argv=None) -> int:
         if not rest or not after:
             print(f"{page} has no lines {BEGIN} and {END} to write between.", file=sys.stderr)
             return 1
-        with pictures.atomic_path(page) as draft:
+        with writing.atomic_path(page) as draft:
             draft.write_text(f"{before}{BEGIN}\n{text}{END}{after}", encoding="utf-8")
     return 0
 

@@ -99,7 +99,7 @@ def data_text(value, indent: int = 0) -> str:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
-    from mindiffedit.images.pictures import atomic_path
+    from mindiffedit.images.writing import atomic_path
 
     with atomic_path(path) as draft:
         Path(draft).write_text(text, encoding="utf-8")

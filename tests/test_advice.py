@@ -24,7 +24,7 @@ from mindiffedit.cli.arguments import build_parser
 from mindiffedit.cli.latents_file import read_latents
 from mindiffedit.cli.wording import OPTIONS
 from mindiffedit.editing import _warnings
-from mindiffedit.errors import LONGEST_TEXT, Message
+from mindiffedit.errors import MAX_TEXT_LENGTH, Message
 from mindiffedit.noise.generator import Generator
 from mindiffedit.outputs import EditReport
 
@@ -368,7 +368,7 @@ def test_hostile_values_of_every_option(work, capsys, monkeypatch, command):  # 
         lines = [line for line in err.splitlines() if not line.startswith("note: ") and "prints" not in line]
         assert code in (0, 2) and "Traceback" not in err, (argv, err)
         assert len(lines) == (code == 2) and (out == "") == (code == 2), (argv, err)
-        assert all(len(line) < 3 * LONGEST_TEXT for line in err.splitlines()), (argv, err)
+        assert all(len(line) < 3 * MAX_TEXT_LENGTH for line in err.splitlines()), (argv, err)
         assert not re.search(python, err.replace("`prompt`", "") if "`prompt`" in value else err), (argv, err)
 
 

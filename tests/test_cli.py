@@ -1484,7 +1484,7 @@ def test_the_reference_s_edit_by_a_real_model_is_the_pipeline_s_own(sd2_folder, 
     result = pipe(TARGET, mask, inverted, negative_prompt=SOURCE, **same).images[0]
     np.testing.assert_array_equal(whole, np.asarray(result))
     assert 0 < np.asarray(mask).mean() < 1
-    written = pictures.preprocess_mask(PIL.Image.open("mask.png").resize((9, 7), PIL.Image.Resampling.BOX))
+    written = masks.preprocess_mask(PIL.Image.open("mask.png").resize((9, 7), PIL.Image.Resampling.BOX))
     np.testing.assert_array_equal(written[0, 0], mask[0])
 
 
@@ -1493,7 +1493,7 @@ def test_the_parts_of_an_edit_are_the_whole(tmp_path, monkeypatch, capfd):
     these wrote, gives the same pixels as `edit` alone; and so does a cell of a sheet with the same settings."""
     monkeypatch.chdir(tmp_path)
     sheets = []
-    original = pictures.contact_sheet
+    original = sheets.contact_sheet
     monkeypatch.setattr(pictures, "contact_sheet", lambda rows, *rest, **more: sheets.append(rows) or original(
         rows, *rest, **more))  # fmt: skip
     PIL.Image.open(demo.sample_picture()).convert("RGB").resize((150, 131)).save("p.png")

@@ -13,7 +13,7 @@ from test_cli import ran, work  # noqa: F401 (a fixture)
 from test_pipeline import SOURCE, TARGET, our_pipeline
 
 from mindiffedit import MaskOptions, load_image, masks
-from mindiffedit.images import colours, pictures
+from mindiffedit.images import colours, pictures, sheets, writing
 from mindiffedit.images.colours import Original
 
 SRGB = PIL.ImageCms.ImageCmsProfile(PIL.ImageCms.createProfile("sRGB"))
@@ -197,17 +197,17 @@ def test_a_cmyk_profile_is_used_both_ways(tmp_path):
     picture = with_info(photo().convert("CMYK"), icc_profile=data)
     original = Original(picture)
     profile = PIL.ImageCms.ImageCmsProfile(io.BytesIO(data))
-    expected = PIL.ImageCms.profileToProfile(picture, profile, SRGB, PIL.ImageCms.Intent.RELATIVE_COLORIMETRIC, "RGB",
-                                             flags=0x2000)  # fmt: skip
+    intent = PIL.ImageCms.Intent.RELATIVE_COLORIMETRIC
+    expected = PIL.ImageCms.profileToProfile(picture, profile, SRGB, intent, "RGB", flags=0x2000)
     assert original.losses == [] and np.array_equal(original.shown, expected)
     assert np.abs(shown(picture) - np.asarray(picture.convert("RGB")).astype(int)).mean() > 10
     assert np.array_equal(load_image(picture), expected)
     result = original.rewritten(PIL.Image.new("RGB", picture.size, DRAWN), WEIGHTS)
-    expected = PIL.ImageCms.profileToProfile(PIL.Image.new("RGB", (1, 1), DRAWN), SRGB, profile,
-                                             PIL.ImageCms.Intent.RELATIVE_COLORIMETRIC, "CMYK", flags=0x2000)  # fmt: skip
+    dot = PIL.Image.new("RGB", (1, 1), DRAWN)
+    expected = PIL.ImageCms.profileToProfile(dot, SRGB, profile, intent, "CMYK", flags=0x2000)
     assert result.mode == "CMYK" and result.getpixel((10, 10)) == expected.getpixel((0, 0))
     for name in ("a.tif", "a.jpg"):
-        pictures.save_image_atomically(result, tmp_path / name)
+        writing.save_image_atomically(result, tmp_path / name)
         written = PIL.Image.open(tmp_path / name)
         assert written.mode == "CMYK" and written.info["icc_profile"] == data
         off = np.abs(np.asarray(written).astype(int) - np.asarray(picture))[WEIGHTS == 0]
@@ -232,24 +232,21 @@ def test_a_profile_that_cannot_be_written_with(monkeypatch):
     assert any("cannot be written with" in loss for loss in original.losses)
 
 
-def test_a_profile_that_says_srgb_changes_no_number():
+def test_a_profile_that_cannot_be_used_is_told_once_and_kept():
+    picture = with_info(photo(), icc_profile=b"no profile")
+    original = Original(picture)
+    assert len(original.losses) == 1 and "cannot be used" in original.losses[0]
+    assert Original(original.shown).losses == []
+    result = original.rewritten(PIL.Image.new("RGB", picture.size, DRAWN), np.zeros((32, 40)))
+    assert np.array_equal(np.asarray(result), np.asarray(picture)) and result.info["icc_profile"] == b"no profile"
+    # One that says sRGB changes no number.
     picture = KINDS["sRGB"][0]
     assert Original(picture).plain and np.array_equal(shown(picture), np.asarray(picture))
 
 
-def test_a_profile_that_cannot_be_used_is_told_once_and_kept():
-    picture = photo(16, 16)
-    picture.info["icc_profile"] = b"no profile"
-    original = Original(picture)
-    assert len(original.losses) == 1 and "cannot be used" in original.losses[0]
-    assert Original(original.shown).losses == []
-    result = original.rewritten(PIL.Image.new("RGB", picture.size, DRAWN), np.zeros((16, 16)))
-    assert np.array_equal(np.asarray(result), np.asarray(picture)) and result.info["icc_profile"] == b"no profile"
-
-
 def test_a_jpeg_is_nearly_what_was_written(tmp_path):
     picture = photo(64, 64)
-    pictures.save_image_atomically(picture, tmp_path / "p.jpg")
+    writing.save_image_atomically(picture, tmp_path / "p.jpg")
     assert np.abs(np.asarray(PIL.Image.open(tmp_path / "p.jpg")).astype(int) - np.asarray(picture)).max() <= 4
 
 
@@ -272,6 +269,12 @@ def test_models_see_the_colours_that_a_profile_means():
     pixels = pictures.preprocess_image(picture, 8)
     assert np.array_equal(pixels, pictures.preprocess_image(colours.to_srgb(picture), 8))
     assert np.abs(pixels - pictures.preprocess_image(photo(), 8)).max() > 0.1
+    # So do pictures of several: they have no profile.
+    expected = np.asarray(colours.to_srgb(picture))
+    assert np.array_equal(masks.overlay(picture, np.zeros((4, 5))), expected)
+    grid = np.asarray(sheets.labelled_grid([("a", picture)], smallest_side=1))
+    places = [(y, x) for y in range(grid.shape[0] - 31) for x in range(grid.shape[1] - 39)]
+    assert any(np.array_equal(grid[y : y + 32, x : x + 40], expected) for y, x in places)
 
 
 # --- files -----------------------------------------------------------------------------------------
@@ -282,11 +285,11 @@ HOLDS_ALL = {"PNG": ("RGB", "RGBA", "L", "LA", "I;16"), "TIFF": ("RGB", "RGBA", 
 
 @pytest.mark.parametrize("name", ["a.png", "a.tif", "a.webp", "a.jpg", "a.bmp"])
 def test_files_show_the_same_colours_and_say_what_they_cannot_hold(tmp_path, name):
-    format = pictures.format_of(name)
+    format = writing.format_of(name)
     for kind, (picture, mode, _) in KINDS.items():
         result = Original(picture).rewritten(Original(picture).shown, WEIGHTS)
         _, losses = colours.fit_format(result, format)
-        pictures.save_image_atomically(result, tmp_path / name)
+        writing.save_image_atomically(result, tmp_path / name)
         with PIL.Image.open(tmp_path / name) as written:
             written.load()
         assert np.abs(shown(written) - shown(result)).mean() < (10 if format == "JPEG" else 1.5), kind
@@ -303,8 +306,8 @@ def test_files_show_the_same_colours_and_say_what_they_cannot_hold(tmp_path, nam
 
 
 def test_an_opaque_alpha_channel_is_no_loss():
-    opaque = photo().convert("RGBA")
-    assert colours.fit_format(opaque, "JPEG")[1] == [] and colours.fit_format(opaque, "JPEG")[0].mode == "RGB"
+    picture, losses = colours.fit_format(photo().convert("RGBA"), "JPEG")
+    assert picture.mode == "RGB" and losses == []
 
 
 def test_a_side_that_a_format_cannot_have_is_refused_before_the_work(work, capsys):  # noqa: F811
@@ -334,7 +337,7 @@ def test_metadata_goes_with_a_result_but_its_old_preview_and_orientation(tmp_pat
     picture = load_image(tmp_path / "in.jpg", convert_method=lambda picture: picture)
     assert picture.size == (32, 40)
     result = Original(picture).rewritten(Original(picture).shown)
-    pictures.save_image_atomically(result, tmp_path / name)
+    writing.save_image_atomically(result, tmp_path / name)
     with PIL.Image.open(tmp_path / name) as written:
         exif = written.getexif()
         assert written.size == (32, 40) and written.info["icc_profile"] == wide_profile()
@@ -348,20 +351,7 @@ def test_metadata_goes_with_a_result_but_its_old_preview_and_orientation(tmp_pat
 def test_odd_metadata_keeps_no_file_from_being_written(tmp_path, info):
     for name in ("a.png", "a.jpg", "a.tif", "a.webp", "a.bmp"):
         result = Original(with_info(photo(), **info)).rewritten(photo())
-        pictures.save_image_atomically(result, tmp_path / name)
-
-
-def test_composites_are_in_srgb():
-    picture = KINDS["wide"][0]
-    expected = np.asarray(colours.to_srgb(picture))
-    grid = np.asarray(pictures.labelled_grid([("a", picture)], smallest_side=1))
-    sheet = np.asarray(pictures.contact_sheet([[picture]], ["a"], ["b"], smallest_side=1))
-    over = masks.overlay(picture, np.zeros((4, 5)))
-    assert np.array_equal(over, expected)
-    for composite in (grid, sheet):
-        rows = range(composite.shape[0] - 31)
-        assert any((composite[i : i + 32, j : j + 40] == expected).all()
-                   for i in rows for j in range(composite.shape[1] - 39))  # fmt: skip
+        writing.save_image_atomically(result, tmp_path / name)
 
 
 # --- edits -----------------------------------------------------------------------------------------

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 
 from mindiffedit import masks
+from mindiffedit.errors import InputError
 from mindiffedit.images import edges
 from mindiffedit.masks import MaskOptions
+from mindiffedit.options import NumericalError
 
 
 def defined(share, guide, radius, contrast):
@@ -17,10 +19,7 @@ def defined(share, guide, radius, contrast):
     fits = {}
     for row in range(height):
         for column in range(width):
-            window = (
-                slice(row + radius, row + 3 * radius + 1),
-                slice(column + radius, column + 3 * radius + 1),
-            )
+            window = (slice(row + radius, row + 3 * radius + 1), slice(column + radius, column + 3 * radius + 1))
             x, y = wide_guide[window].reshape(-1, channels), wide[window].ravel()
             # The penalty as further rows; the offset is free.
             weight = np.sqrt(len(y)) * contrast
@@ -107,20 +106,16 @@ def test_one_guide_serves_all_maps_and_each_has_its_own():
     assert not np.array_equal(both[1], turned[1])
 
 
-@pytest.mark.parametrize("guides, words", [
-    (None, "guides_of"),
-    (np.ones((1, 8, 8, 3)), "(1, 8, 8, 3)"),
-    (np.ones((2, 32, 32, 3)), "(1, 32, 32, C)"),
-    (np.ones((32, 32, 3)), "(32, 32, 3)"),
-])  # fmt: skip
-def test_guides_that_do_not_fit(guides, words):
-    maps = scene()[2]
-    with pytest.raises(ValueError) as caught:
-        masks.mask_of(maps, options=MaskOptions(edges=4), guides=guides)
-    assert words in str(caught.value) and "`guides`" in str(caught.value)
-
-
-def test_guides_with_nan_are_refused():
-    guides = np.full((1, 32, 32, 3), np.nan)
-    with pytest.raises(masks.NumericalError, match="guide"):
-        masks.mask_of(scene()[2], options=MaskOptions(edges=4), guides=guides)
+def test_guides_that_do_not_fit():
+    maps, chosen = scene()[2], MaskOptions(edges=4)
+    for guides, words in (
+        (None, "guides_of"),
+        (np.ones((1, 8, 8, 3)), "(1, 8, 8, 3)"),
+        (np.ones((2, 32, 32, 3)), "(1, 32, 32, C)"),
+        (np.ones((32, 32, 3)), "(32, 32, 3)"),
+    ):
+        with pytest.raises(InputError) as caught:
+            masks.mask_of(maps, options=chosen, guides=guides)
+        assert words in str(caught.value) and "`guides`" in str(caught.value)
+    with pytest.raises(NumericalError, match="guide"):
+        masks.mask_of(maps, options=chosen, guides=np.full((1, 32, 32, 3), np.nan))

@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 
-from mindiffedit.errors import LONGEST_VALUE, InputError, InputTypeError, Message
+from mindiffedit.errors import MAX_VALUE_LENGTH, InputError, InputTypeError, Message
 
 
 def test_a_message_names_parameters_as_each_interface_does():
@@ -28,7 +28,7 @@ def test_values_are_never_taken_for_names_or_fields():
 
 def test_long_values_are_cut_and_their_length_is_said():
     said = str(InputError("{parameter} is {value!r}.", parameter="prompt", value="x" * 5000))
-    assert len(said) < LONGEST_VALUE + 60 and "5002 characters" in said
+    assert len(said) < MAX_VALUE_LENGTH + 60 and "5002 characters" in said
 
 
 def test_errors_are_value_and_type_errors_and_survive_a_process_boundary():

@@ -23,7 +23,6 @@ from test_cli import (  # noqa: F401  (work is a fixture)
 from mindiffedit import masks
 from mindiffedit.cli import command as cli
 from mindiffedit.cli import sweeps
-from mindiffedit.images import pictures
 
 MASK = ["mask", "p.png", "--source", SOURCE, "--target", TARGET, "--model", "model", "--mask-threshold", "3",
         "--mask-level", "0.5", "--mask-smoothing", "0", "--mask-edges", "0", "--no-soft-mask"]  # fmt: skip
@@ -39,13 +38,13 @@ def folder(request):
 def sheets(monkeypatch):
     """The arguments of every contact sheet that is drawn."""
     drawn = []
-    original = pictures.contact_sheet
+    original = masks.contact_sheet
 
     def contact_sheet(rows, *labels, **texts):
         drawn.append((rows, *labels, texts))
         return original(rows, *labels, **texts)
 
-    monkeypatch.setattr(pictures, "contact_sheet", contact_sheet)
+    monkeypatch.setattr("mindiffedit.images.sheets.contact_sheet", contact_sheet)
     return drawn
 
 

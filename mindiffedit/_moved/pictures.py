@@ -1,3 +1,3 @@
-from mindiffedit.images.pictures import make_image_grid
+from mindiffedit.images.sheets import make_image_grid
 
 __all__ = ["make_image_grid"]

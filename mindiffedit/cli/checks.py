@@ -16,7 +16,7 @@ from mindiffedit import inputs, masks, options
 from mindiffedit.cli.arguments import CORRECTIONS, MASK_NUMBERS
 from mindiffedit.cli.wording import MASK_FIELDS, about, option
 from mindiffedit.errors import InputError
-from mindiffedit.images import pictures
+from mindiffedit.images import writing
 
 # Far above what any model works at, and what anyone waits for.
 MAX_SIZE = 2**16
@@ -70,7 +70,7 @@ _NUMBERS = {
     "mask_threshold": options.check_ratio,
     "maps": lambda value, name: options.check_steps(value, name, MAX_SAMPLES),
     "size": lambda value, name: options.check_steps(value, name, MAX_SIZE),
-    "iterations": lambda value, name: options.check_count(value, name, options.MOST_ITERATIONS),
+    "iterations": lambda value, name: options.check_count(value, name, options.MAX_ITERATIONS),
     "feather": lambda value, name: options.check_at_least_zero(value, name, inputs.MAX_FEATHER),
     "outliers": lambda value, name: options.check_quantile(None if value == "none" else value, name),
 }
@@ -208,7 +208,7 @@ def check_outputs(
     for name, path in outputs.items():
         if path is None:
             continue
-        pictures.check_output_path(path, (extensions or {}).get(name))
+        writing.check_output_path(path, (extensions or {}).get(name))
         real = os.path.realpath(path)
         if real in seen:
             raise InputError(

@@ -29,7 +29,7 @@ from mindiffedit.cli.loading import load
 from mindiffedit.cli.runs import Edited
 from mindiffedit.cli.wording import BAD_INPUT, INTERRUPTED, MASK_FIELDS, OK, notes, printable, report, told
 from mindiffedit.errors import InputError
-from mindiffedit.images import pictures, strips
+from mindiffedit.images import strips, writing
 
 # Frames of --strip for each way, about: every frame takes two decodings.
 STRIP_FRAMES = 20
@@ -75,7 +75,7 @@ def _edit(args):
             written[args.overlay] = masks.overlay(job.picture, runs.mask_picture(job, edited.mask))
     if sweep is not None:
         written[args.sweep] = sweeps.edit_sheet(job, pipe, sweep, None if edited is None else edited.mask)
-    pictures.save_images_atomically(written)
+    writing.save_images_atomically(written)
     return _edit_result(job, edited, sweep, **files)
 
 
@@ -96,7 +96,7 @@ def _demo(args):
     check_outputs(files, job.inputs)
     edited = _whole_edit(job, load(job))
     contents = (edited.grid(job), job.picture, runs.mask_picture(job, edited.mask), edited.picture)
-    pictures.save_images_atomically(dict(zip(files.values(), contents)))
+    writing.save_images_atomically(dict(zip(files.values(), contents)))
     args.output = str(files["edit"])
     return _edit_result(job, edited)
 
@@ -157,7 +157,7 @@ def _report_of(of_edit, job: Job) -> dict[str, Any]:
 
 def _mask(args):
     files = {name: getattr(args, name) for name in ("overlay", "map")}
-    lossless = {"output": pictures.LOSSLESS_EXTENSIONS}
+    lossless = {"output": writing.LOSSLESS_EXTENSIONS}
     job = begin(args, lossless, output=args.output, sweep=args.sweep, **files)
     sweep = sweeps.settled(job)
     pipe = load(job)
@@ -176,7 +176,7 @@ def _mask(args):
             written[args.map] = runs.mask_picture(job, np.clip(map_ / clamp, 0, 1))
     if sweep is not None:
         written[args.sweep] = sweeps.mask_sheet(job, pipe, sweep, maps)
-    pictures.save_images_atomically(written)
+    writing.save_images_atomically(written)
     result = _common_result(job)
     result.update(source=job.source, target=job.target, guidance=job.settings["guidance"], mask_share=share)
     result.update(_mask_settings(job), **files)

@@ -28,7 +28,7 @@ from mindiffedit.cli.checks import is_given
 from mindiffedit.cli.latents_file import read_latents
 from mindiffedit.cli.wording import about, note, option
 from mindiffedit.errors import InputError, Message
-from mindiffedit.images import colours, pictures
+from mindiffedit.images import colours, pictures, reading, writing
 from mindiffedit.noise.generator import check_seed
 from mindiffedit.outputs import DiffEditInversionPipelineOutput
 
@@ -212,7 +212,7 @@ def read_pictures(job: Job) -> None:
     job.original = colours.Original(job.picture)
     if args.command == "edit" and args.output is not None:
         result = job.original.rewritten(job.original.shown)
-        job.losses = job.original.losses + colours.fit_format(result, pictures.format_of(args.output))[1]
+        job.losses = job.original.losses + colours.fit_format(result, writing.format_of(args.output))[1]
         for loss in job.losses:
             note(loss)
     if job.recipe is not None and job.recipe["picture_sha256"] != fingerprint(job.original.shown):
@@ -226,14 +226,14 @@ def read_pictures(job: Job) -> None:
         with about("mask", "image"):
             job.mask = _picture(args.mask)
         if args.reference:
-            pictures.preprocess_mask(job.mask)
+            masks.preprocess_mask(job.mask)
         else:
             _user_mask(job, (1, 1))
 
 
 def _picture(path: str) -> PIL.Image.Image:
     """A picture that is not made RGB on the way: with its mode, profile, transparency and wide greyscale."""
-    return pictures.load_image(path, convert_method=lambda picture: picture)
+    return reading.load_image(path, convert_method=lambda picture: picture)
 
 
 def fingerprint(picture: PIL.Image.Image) -> str:
@@ -272,7 +272,7 @@ def fit(job: Job) -> None:
 def _mask_on_grid(job: Job, grid: tuple[int, int]) -> np.ndarray:
     """--mask as it goes to the edit: (1, h, w), of 0 and 1 unless masks are soft."""
     if job.args.reference:
-        return pictures.fit_mask(job.mask, job.picture.size, grid, job.factor)[:, 0]
+        return masks.fit_mask(job.mask, job.picture.size, grid, job.factor)[:, 0]
     # Its shape is judged by the picture's, which the grid may cut by some pixels.
     width, height = job.picture.size
     if abs(job.mask.width * height / job.mask.height - width) > 1 + 0.05 * width:

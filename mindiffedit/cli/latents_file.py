@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from mindiffedit import options
 from mindiffedit.errors import InputError
-from mindiffedit.images import pictures
+from mindiffedit.images import writing
 from mindiffedit.solvers import SOLVERS
 
 FORMAT = "mindiffedit-latents"
@@ -41,7 +41,7 @@ def write_latents(path, latents: np.ndarray, clean: np.ndarray, recipe: dict[str
     metadata = {"format": FORMAT, "format_version": VERSION}
     metadata.update({name: str(value) for name, value in recipe.items()})
     tensors = {TENSOR: np.ascontiguousarray(latents), CLEAN: np.ascontiguousarray(clean)}
-    with pictures.atomic_path(path) as draft:
+    with writing.atomic_path(path) as draft:
         save_file(tensors, str(draft), metadata=metadata)
 
 

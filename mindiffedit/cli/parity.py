@@ -29,7 +29,7 @@ from mindiffedit.cli.job import working_limits
 from mindiffedit.cli.loading import hushed, require_device
 from mindiffedit.cli.wording import FAILED, OK, option
 from mindiffedit.errors import InputError
-from mindiffedit.images import pictures
+from mindiffedit.images import colours, pictures, reading, writing
 from mindiffedit.noise.generator import check_seed
 from mindiffedit.parity import golden, metrics, report, tolerances
 from mindiffedit.parity.case import Case
@@ -47,7 +47,7 @@ def record(args: Namespace):
     """Runs the reference on a case and writes the golden file; returns (line, result)."""
     checks.check_names(args)
     settings = _settings(args)
-    pictures.check_output_path(args.output, (".safetensors",))
+    writing.check_output_path(args.output, (".safetensors",))
     if settings["dtype"] != "float32" and args.no_floors:
         raise InputError(
             "--dtype {dtype} needs floors: the tolerances without them are float32's; leave --no-floors out.",
@@ -228,7 +228,7 @@ def _fitted(args: Namespace, settings: dict[str, Any], configs) -> list[PIL.Imag
     """The pictures at the size that the models work at, all the same."""
     fitted = []
     for path in settings["image"]:
-        picture = pictures.to_srgb(pictures.load_image(path))  # B12: both sides are to see the same
+        picture = colours.to_srgb(reading.load_image(path))  # B12: both sides are to see the same
         picture, notice = pictures.fit_picture(picture, *working_limits(configs, settings["size"]))
         if notice is not None:
             _say(args, f"{path}: {notice}")
@@ -421,7 +421,7 @@ def _check_outputs(args: Namespace) -> None:
                 folder=folder,
                 there=there,
             )
-        pictures.check_writable(there, f"--save-diff {folder}")
+        writing.check_writable(there, f"--save-diff {folder}")
 
 
 def _alone(given: dict[str, Any]) -> dict[str, Any]:

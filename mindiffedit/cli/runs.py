@@ -14,7 +14,7 @@ from mindiffedit import masks
 from mindiffedit.arrays import to_numpy
 from mindiffedit.cli.job import Job
 from mindiffedit.cli.wording import note
-from mindiffedit.images import pictures
+from mindiffedit.images import pictures, sheets
 from mindiffedit.inputs import MAX_FEATHER
 from mindiffedit.outputs import DiffEditInversionPipelineOutput, EditReport
 
@@ -39,7 +39,7 @@ class Edited:
 
     def grid(self, job: Job) -> PIL.Image.Image:
         """Original, mask and edited picture side by side."""
-        return pictures.labelled_grid(
+        return sheets.labelled_grid(
             [
                 (f"original: {job.source}", job.picture),
                 ("mask", mask_picture(job, self.mask)),

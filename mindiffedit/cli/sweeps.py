@@ -10,7 +10,7 @@ import PIL.Image
 from mindiffedit import masks, options
 from mindiffedit.cli import runs
 from mindiffedit.cli.job import Job
-from mindiffedit.images import edges, pictures
+from mindiffedit.images import edges, pictures, sheets
 
 CELL = 384
 """Pixels of a cell's longer side."""
@@ -106,7 +106,7 @@ def edit_sheet(job: Job, pipe, sweep: Sweep, mask: np.ndarray | None = None) -> 
 
 
 def _cell(picture: PIL.Image.Image) -> PIL.Image.Image:
-    picture = pictures.to_srgb(picture)
+    picture = colours.to_srgb(picture)
     factor = CELL / max(picture.size)
     if factor >= 1:
         return picture
@@ -114,7 +114,7 @@ def _cell(picture: PIL.Image.Image) -> PIL.Image.Image:
 
 
 def _sheet(job: Job, sweep: Sweep, rows, down: str, across: str) -> PIL.Image.Image:
-    return pictures.contact_sheet(
+    return sheets.contact_sheet(
         rows,
         [f"{strength:g}" for strength in sweep.strengths],
         [f"{other:g}" for other in sweep.others],

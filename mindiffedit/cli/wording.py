@@ -11,7 +11,7 @@ from argparse import Namespace
 from collections.abc import Callable
 
 from mindiffedit import __version__
-from mindiffedit.errors import LONGEST_TEXT, InputError, InputTypeError, Message, cut
+from mindiffedit.errors import MAX_TEXT_LENGTH, InputError, InputTypeError, Message, cut
 from mindiffedit.options import NumericalError
 
 OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -171,7 +171,7 @@ def report(error: Exception, command: str) -> int:
     if isinstance(error, (InputError, InputTypeError, NumericalError)):
         print(f"mindiffedit: error: {told(error.message, command)}", file=sys.stderr)
         return BAD_INPUT
-    what = cut(on_one_line(f"{type(error).__name__}: {error}").rstrip(": ."), 2 * LONGEST_TEXT)
+    what = cut(on_one_line(f"{type(error).__name__}: {error}").rstrip(": ."), 2 * MAX_TEXT_LENGTH)
     if isinstance(error, (OSError, MemoryError)):  # of the surroundings: a full disk
         print(f"mindiffedit: failed: {what}.", file=sys.stderr)
         return FAILED

@@ -17,7 +17,7 @@ import PIL.ImageCms
 
 from mindiffedit.errors import InputError, first_line
 
-__all__ = ["Original", "fit_format", "grey_levels", "to_rgb", "to_srgb"]
+__all__ = ["Original", "blend", "fit_format", "grey_levels", "to_rgb", "to_srgb"]
 
 # Of `PIL.Image.Image.info`, what is kept: it goes on being true of a picture with other pixels.
 _KEPT_INFO = ("icc_profile", "gamma", "srgb", "exif", "dpi")
@@ -31,7 +31,7 @@ _SRGB_GAMMA, _GAMMA_TOLERANCE = 0.45455, 0.01
 
 # What each format cannot hold, by Pillow's name.
 _OPAQUE_FORMATS = ("JPEG", "BMP")
-_LONGEST_SIDE = {"JPEG": 65535, "WEBP": 16383}
+_MAX_SIDE = {"JPEG": 65535, "WEBP": 16383}
 _FORMAT_MODES = {
     "PNG": ("1", "L", "LA", "RGB", "RGBA", "P", "I", "I;16"),
     "TIFF": ("1", "L", "LA", "RGB", "RGBA", "P", "I", "I;16", "CMYK", "LAB"),
@@ -131,7 +131,10 @@ class Original:
         if self._wide:
             drawn = PIL.Image.fromarray(np.asarray(drawn).astype(np.uint16) * 257)
         if weights is not None:
-            drawn = _blended(self._pixels, drawn, weights)
+            numbers = np.asarray(self._pixels)
+            weights = weights[..., None] if numbers.ndim == 3 else weights
+            blended = blend(numbers, np.asarray(drawn), weights)
+            drawn = PIL.Image.frombytes(self._pixels.mode, self._pixels.size, blended.tobytes())
         if drawn is edited:
             drawn = edited.copy()
         if self._alpha is not None:
@@ -166,6 +169,20 @@ def to_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
     return _converted(picture)
 
 
+def blend(before: np.ndarray, after: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The values before where the weights are 0, those after where they are 1, their mean between.
+
+    Args:
+        before: of any dtype, which the result has; whole numbers are rounded to the nearest.
+        after: of the same shape and dtype.
+        weights: in [0, 1], of a shape that broadcasts.
+    """
+    mean = before + weights * (after.astype(np.float32) - before)
+    if before.dtype.kind != "f":
+        mean = np.rint(mean)
+    return np.where(weights == 0, before, mean).astype(before.dtype)
+
+
 def grey_levels(picture: PIL.Image.Image) -> np.ndarray:
     """The luminance of a PIL picture of any mode but F, uint8 (H, W)."""
     return np.asarray(_eight_bits(picture).convert("L"))
@@ -182,13 +199,13 @@ def fit_format(picture: PIL.Image.Image, format: str) -> tuple[PIL.Image.Image, 
         InputError: the format cannot hold a picture of this size.
     """
     losses = []
-    if max(picture.size) > _LONGEST_SIDE.get(format, max(picture.size)):
+    if max(picture.size) > _MAX_SIDE.get(format, max(picture.size)):
         raise InputError(
             "a {format} file has at most {most} pixels on a side, and the picture is {width} x {height}; give the "
             "output a name that ends in .png.",
             "output",
             format=format,
-            most=_LONGEST_SIDE[format],
+            most=_MAX_SIDE[format],
             width=picture.width,
             height=picture.height,
         )
@@ -317,12 +334,7 @@ def _profile_of(mode: str, data: bytes | None) -> tuple[Any, str | None]:
 def _transform(source, target, source_mode: str, target_mode: str) -> _Conversion:
     # Colours that both can show stay what they are, white stays white and black black, as photo editors do it.
     transform = PIL.ImageCms.buildTransform(
-        source,
-        target,
-        source_mode,
-        target_mode,
-        PIL.ImageCms.Intent.RELATIVE_COLORIMETRIC,
-        _BLACK_POINT_COMPENSATION,
+        source, target, source_mode, target_mode, PIL.ImageCms.Intent.RELATIVE_COLORIMETRIC, _BLACK_POINT_COMPENSATION
     )
     return lambda picture: PIL.ImageCms.applyTransform(picture, transform)
 
@@ -345,12 +357,3 @@ def _light_of_srgb(values: np.ndarray) -> np.ndarray:
 
 def _table(values: np.ndarray, channels: int) -> list[int]:
     return np.rint(values * 255).astype(int).tolist() * channels
-
-
-def _blended(own: PIL.Image.Image, drawn: PIL.Image.Image, weights: np.ndarray) -> PIL.Image.Image:
-    """The numbers of `own` where the weights are 0, those of `drawn` where they are 1, the rounded mean between."""
-    numbers, others = np.asarray(own), np.asarray(drawn)
-    weights = weights[..., None] if numbers.ndim == 3 else weights
-    blend = np.rint(numbers + weights * (others.astype(np.float32) - numbers))
-    result = np.where(weights == 0, numbers, blend).astype(numbers.dtype)
-    return PIL.Image.frombytes(own.mode, own.size, result.tobytes())

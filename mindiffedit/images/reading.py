@@ -20,7 +20,7 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 
-from mindiffedit.errors import InputError, cut, first_line
+from mindiffedit.errors import InputError, cut
 from mindiffedit.images.colours import to_rgb
 
 # A header may promise any size; nothing is decoded above this many pixels (8192 × 8192; 192 MiB as RGB).
@@ -37,9 +37,9 @@ _STILL_FORMATS = ("MPO", "PSD")
 _REFUSED_FORMATS = ("EPS", "WMF")
 # Rows at the lower end that a JPEG may lack: one row of its largest blocks, and the row above, whose colours are
 # smoothed with theirs; no more than a tenth of the picture.
-_MOST_ROWS_LOST = 17
+_MAX_ROWS_LOST = 17
 _MAX_PROFILE = 64 * 2**20
-_LONGEST_NAME = 200  # characters of a path or URL in a message
+_MAX_NAME = 200  # characters of a path or URL in a message
 
 __all__ = ["DamagedPicture", "MAX_DOWNLOAD", "MAX_PIXELS", "load_image"]
 
@@ -71,9 +71,7 @@ def load_image(
         picture = _from_name(os.fspath(image))
     else:
         raise InputError(
-            "a picture has to be a path, a URL or a PIL picture, but is {kind}.",
-            "image",
-            kind=type(image).__name__,
+            "a picture has to be a path, a URL or a PIL picture, but is {kind}.", "image", kind=type(image).__name__
         )
     return to_rgb(picture) if convert_method is None else convert_method(picture)
 
@@ -101,7 +99,7 @@ def _of_local_address(address: str) -> PIL.Image.Image:
         parts = urllib.parse.urlsplit(address)
         if parts.netloc not in ("", "localhost"):
             raise InputError(
-                "{name} is on another machine; give the path of a file.", "image", name=cut(address, _LONGEST_NAME)
+                "{name} is on another machine; give the path of a file.", "image", name=cut(address, _MAX_NAME)
             )
         return _load_file(urllib.request.url2pathname(parts.path))
     kind, comma, content = address.partition(",")
@@ -117,13 +115,13 @@ def _of_local_address(address: str) -> PIL.Image.Image:
             "{name} is no data URL ({why}); it begins as data:image/png;base64, and the data follow.",
             "image",
             name=cut(address, 40),
-            why=first_line(error),
+            why=_sentence(error),
         ) from error
     return _decode(io.BytesIO(data), cut(address, 40))
 
 
 def _load_file(path) -> PIL.Image.Image:
-    name = cut(os.fsdecode(path), _LONGEST_NAME)
+    name = cut(os.fsdecode(path), _MAX_NAME)
     if os.path.isdir(path):
         raise InputError("{name} is a folder; give the path of one picture.", "image", name=name)
     if "\0" in os.fsdecode(path) or not os.path.isfile(path):
@@ -131,7 +129,9 @@ def _load_file(path) -> PIL.Image.Image:
     try:
         stream = open(path, "rb")
     except OSError as error:
-        raise InputError("{name} cannot be opened: {why}.", "image", name=name, why=first_line(error)) from error
+        raise InputError(
+            "{name} cannot be opened: {why}.", "image", name=name, why=error.strerror or str(error)
+        ) from error
     with stream:
         return _decode(stream, name)
 
@@ -192,7 +192,7 @@ def _decoded(stream, name: str) -> PIL.Image.Image:
         ) from error
     except Exception as error:  # a damaged header makes Pillow raise nearly anything
         raise DamagedPicture(
-            "{name} cannot be read as a picture: {why}.", "image", name=name, why=first_line(error)
+            "{name} cannot be read as a picture: {why}.", "image", name=name, why=_sentence(error)
         ) from error
     _check_header(picture, name)
     bits = _bits_of(picture)
@@ -203,7 +203,7 @@ def _decoded(stream, name: str) -> PIL.Image.Image:
 
 
 def _damaged(name: str, error: Exception) -> DamagedPicture:
-    return DamagedPicture("{name} is truncated or damaged: {why}.", "image", name=name, why=first_line(error))
+    return DamagedPicture("{name} is truncated or damaged: {why}.", "image", name=name, why=_sentence(error))
 
 
 def _load(picture: PIL.Image.Image, name: str) -> None:
@@ -322,7 +322,7 @@ def _ended_jpeg(data: bytes, name: str) -> PIL.Image.Image:
     # What the lost bytes would say is seen where other bytes in their place make a difference.
     other = _decoded(io.BytesIO(data + bytes(range(1, 255)) * 8 + end), name)
     differs = (np.asarray(picture) != np.asarray(other)).reshape(picture.height, -1).any(axis=1)
-    lost = differs[: picture.height - min(_MOST_ROWS_LOST, picture.height // 10)].any()
+    lost = differs[: picture.height - min(_MAX_ROWS_LOST, picture.height // 10)].any()
     if lost or "progressive" in picture.info:
         raise DamagedPicture("{name} is truncated or damaged: a part of it is missing.", "image", name=name)
     return picture
@@ -403,9 +403,15 @@ def _reason(error: BaseException) -> str:
     text = error.strerror if isinstance(error, OSError) and error.strerror else str((error.args or [error])[0])
     text = re.sub(r"//[^/?#\s]*@", "//", text)
     # Some begin with the Python object that they are about.
-    return first_line(re.sub(r"^.*?<[^>]*>[):]*\s*", "", text) or type(error).__name__)
+    return _sentence(re.sub(r"^.*?<[^>]*>[):]*\s*", "", text) or type(error).__name__)
 
 
 def _shown_address(url: str) -> str:
     """A URL for messages: without name and password, and not at any length."""
-    return cut(re.sub(r"^(\w+://)[^/?#]*@", r"\1", url), _LONGEST_NAME)
+    return cut(re.sub(r"^(\w+://)[^/?#]*@", r"\1", url), _MAX_NAME)
+
+
+def _sentence(error) -> str:
+    """What an error says, on one line and without a full stop."""
+    text = " ".join(str(error).split())
+    return text.rstrip(".")[:300] or type(error).__name__

@@ -10,11 +10,11 @@ import PIL.Image
 
 from mindiffedit import options
 from mindiffedit.errors import InputError, InputTypeError
-from mindiffedit.images import pictures
+from mindiffedit.images import pictures, sheets, writing
 
 EXTENSIONS = (".gif", ".png", ".webp")
-MOST_MILLISECONDS = 60000
-LARGEST_TILE = 256  # pixels of a tile's longer side
+MAX_MILLISECONDS = 60000
+MAX_TILE = 256  # pixels of a tile's longer side
 
 _LOOPS = {"inverted_latents": "inversion", "edited_latents": "edit"}
 
@@ -59,20 +59,11 @@ class AnimatedStrip:
     def __init__(self, pipeline, path, *, every: int = 1, milliseconds: int = 200, decode: bool = True):
         if not callable(getattr(pipeline, "debugging", None)):
             raise InputTypeError(
-                "{parameter} has to be a StableDiffusionDiffEditPipeline, but is {given!t}.",
-                parameter="pipeline",
-                given=pipeline,
+                "{parameter} has to be a StableDiffusionDiffEditPipeline, but is {value!t}.", "pipeline", value=pipeline
             )
-        self.path = pictures.check_output_path(path, EXTENSIONS)
+        self.path = writing.check_output_path(path, EXTENSIONS)
         self.every = options.check_positive_int("every", every)
-        self.milliseconds = options.check_positive_int("milliseconds", milliseconds)
-        if self.milliseconds > MOST_MILLISECONDS:
-            raise InputError(
-                "{parameter} has to be from 1 to {most}, but is {value!r}.",
-                parameter="milliseconds",
-                most=MOST_MILLISECONDS,
-                value=milliseconds,
-            )
+        self.milliseconds = options.check_steps(milliseconds, "milliseconds", MAX_MILLISECONDS)
         self.decode = options.check_switch(decode, "decode")
         self.pipeline = pipeline
         self._forget()
@@ -132,14 +123,9 @@ class AnimatedStrip:
         """
         drawn = self._drawn()
         kind = {".gif": "GIF", ".png": "PNG", ".webp": "WEBP"}[self.path.suffix.lower()]
-        with pictures.atomic_path(self.path) as draft:
+        with writing.atomic_path(self.path) as draft:
             drawn[0].save(
-                draft,
-                format=kind,
-                save_all=True,
-                append_images=drawn[1:],
-                duration=self.milliseconds,
-                loop=0,
+                draft, format=kind, save_all=True, append_images=drawn[1:], duration=self.milliseconds, loop=0
             )
 
     def _drawn(self) -> list[PIL.Image.Image]:
@@ -174,18 +160,18 @@ class AnimatedStrip:
                 for name, latents in tiles
                 if latents is not None
             ]
-            strips.append(pictures.labelled_grid([*head, *tiles], smallest_side=1))
+            strips.append(sheets.labelled_grid([*head, *tiles], smallest_side=1))
         if not strips:
-            strips = [pictures.labelled_grid(head, smallest_side=1)]
+            strips = [sheets.labelled_grid(head, smallest_side=1)]
         return _one_size(strips)
 
     def _tile_size(self, grid: tuple[int, int]) -> tuple[int, int]:
         """Width and height of a tile: the picture's, made smaller or, by a whole factor, larger for the captions."""
         height, width = (side * self.pipeline.vae_scale_factor for side in grid)
         longer = max(width, height)
-        if longer > LARGEST_TILE:
-            return max(1, width * LARGEST_TILE // longer), max(1, height * LARGEST_TILE // longer)
-        factor = max(1, LARGEST_TILE // longer)
+        if longer > MAX_TILE:
+            return max(1, width * MAX_TILE // longer), max(1, height * MAX_TILE // longer)
+        factor = max(1, MAX_TILE // longer)
         return width * factor, height * factor
 
     @property

@@ -108,7 +108,7 @@ def _tiles(size: int, result: int, overlap: float) -> Tiles:
 
 
 def _fade(before: np.ndarray, result: np.ndarray, extent: int, axis: int) -> None:
-    """Has the first ``extent`` rows (axis 2) or columns (3) of ``result`` fade in from the last of ``before``, in place.
+    """The first ``extent`` rows (axis 2) or columns (3) of ``result`` fade in from the last of ``before``, in place.
 
     Source: ``blend_v`` and ``blend_h``: ``before * (1 - i / extent) + result * (i / extent)``, i from 0.
     """

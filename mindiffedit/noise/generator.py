@@ -35,17 +35,22 @@ def check_seed(seed, name: str = "seed") -> int:
         TypeError: for anything that is no whole number; True and False are none.
         ValueError: for one out of that range.
     """
-    if isinstance(seed, (bool, np.bool_)) or not isinstance(seed, (int, np.integer)):
+    return _whole(seed, name, -(2**63), 2**64 - 1, "from -2**63 to 2**64 - 1, as PyTorch's seeds") % 2**64
+
+
+def _whole(value, name: str, least: int, most: int, bounds: str) -> int:
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
         raise InputTypeError(
-            "{parameter} has to be a whole number, but is {seed!r} ({seed!t}).", parameter=name, seed=seed
+            "{parameter} has to be a whole number {bounds}, but is {value!r} ({value!t}).",
+            name,
+            bounds=bounds,
+            value=value,
         )
-    if not -(2**63) <= seed < 2**64:
+    if not least <= value <= most:
         raise InputError(
-            "{parameter} has to be a whole number from -2**63 to 2**64 - 1, as PyTorch's seeds, but is {seed!r}.",
-            parameter=name,
-            seed=seed,
+            "{parameter} has to be a whole number {bounds}, but is {value!r}.", name, bounds=bounds, value=value
         )
-    return int(seed) % 2**64
+    return int(value)
 
 
 def dtype_name(dtype) -> str:
@@ -54,18 +59,13 @@ def dtype_name(dtype) -> str:
     Raises:
         ValueError: for any other.
     """
-    name = dtype
-    if not isinstance(dtype, str):
-        try:
-            name = np.dtype(dtype).name
-        except TypeError:
-            name = None
+    try:
+        name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
+    except TypeError:
+        name = None
     if name not in DTYPES:
         raise InputError(
-            "{parameter} has to be one of {known}, but is {given!r}.",
-            parameter="dtype",
-            known=", ".join(DTYPES),
-            given=dtype,
+            "{parameter} has to be one of {known}, but is {value!r}.", "dtype", known=", ".join(DTYPES), value=dtype
         )
     return name
 
@@ -106,22 +106,17 @@ class Generator:
     ``device="cuda"`` is **experimental**: it computes on the host what PyTorch draws on an NVIDIA GPU. The
     words of Philox4x32-10 are the same, but a GPU has fast approximations for sines and cosines, so
     ``float32`` values are expected to differ by some 1e-6, and ``float16`` and ``bfloat16`` values seldom, by
-    one step. It was never run beside a GPU. It was checked against
-
-    - the known answers of Random123 for Philox4x32-10;
-    - what others printed from PyTorch on GPUs: 212 ``float32`` values of four decimals (seeds 0, 1 and 42; up
-      to three draws from one stream), 81 ``float16`` values (36 of them from 67,108,864 that a capped grid,
-      see below, drew in 134 turns) and 64 numbers of ``randint``; all agree to the last decimal;
-    - NVIDIA's cuRAND headers compiled for the host, called in PyTorch's loop as its source has it: 18.7
-      million values of 156 sizes, grids, seeds and offsets agree within 5e-7, ``randint``'s words and offsets
-      exactly.
+    one step. It was never run beside a GPU, but checked against the known answers of Random123, against 212
+    ``float32`` and 81 ``float16`` values and 64 numbers of ``randint`` that others printed from PyTorch on GPUs
+    (all agree to the last decimal), and against NVIDIA's cuRAND headers compiled for the host, called in PyTorch's
+    loop (18.7 million values of 156 sizes, grids, seeds and offsets agree within 5e-7).
 
     On a GPU, large draws depend on its model, because PyTorch starts at most
     ``256 * multiprocessors * (threads_per_multiprocessor // 256)`` threads and lets each of them draw again
-    where more numbers are wanted. That is 221,184 for an A100 (108 and 2048, the default), 270,336 for an
-    H100 SXM (132 and 2048), 196,608 for an RTX 4090 (128 and 1536), 125,952 for an RTX 3090 (82 and 1536),
-    163,840 for a V100 (80 and 2048), 40,960 for a T4 (40 and 1024). The latents of one picture of 512 x 512
-    are 16,384 numbers; up to the GPU's limit the two options change nothing.
+    where more numbers are wanted: 221,184 threads for an A100 (108 and 2048, the default), 270,336 for an H100 SXM
+    (132 and 2048), 196,608 for an RTX 4090 (128 and 1536), 125,952 for an RTX 3090 (82 and 1536), 163,840 for a
+    V100 (80 and 2048), 40,960 for a T4 (40 and 1024). The latents of one picture of 512 x 512 are 16,384 numbers; up
+    to the GPU's limit the two options change nothing.
 
     Args:
         device: "cpu", "cuda" or "cuda:N".
@@ -133,27 +128,19 @@ class Generator:
     """
 
     def __init__(
-        self,
-        device: str = "cpu",
-        *,
-        multiprocessors: int | None = None,
-        threads_per_multiprocessor: int | None = None,
+        self, device: str = "cpu", *, multiprocessors: int | None = None, threads_per_multiprocessor: int | None = None
     ):
         self.device = str(device)
         kind, colon, index = self.device.partition(":")
         if kind not in ("cpu", "cuda") or (colon and not index.isdigit()):
             raise InputError(
-                "{parameter} has to be 'cpu', 'cuda' or 'cuda:N', but is {given!r}.", "device", given=device
+                "{parameter} has to be 'cpu', 'cuda' or 'cuda:N', but is {value!r}.", "device", value=device
             )
-        options = {
-            "multiprocessors": multiprocessors,
-            "threads_per_multiprocessor": threads_per_multiprocessor,
-        }
+        options = {"multiprocessors": multiprocessors, "threads_per_multiprocessor": threads_per_multiprocessor}
         options = {name: value for name, value in options.items() if value is not None}
         if kind == "cpu" and options:
             raise InputError(
-                "{parameter} describes a GPU; it goes with {device='cuda'}, not 'cpu'.",
-                parameter=next(iter(options)),
+                "{parameter} describes a GPU; it goes with {device='cuda'}, not 'cpu'.", parameter=next(iter(options))
             )
         self._options = options
         self._stream = _CudaStream(**options) if kind == "cuda" else _CpuStream()
@@ -227,9 +214,9 @@ class Generator:
     def __getstate__(self):  # for copy and pickle: a copy must not share the position
         return {"device": self.device, "options": self._options, "state": self.get_state()}
 
-    def __setstate__(self, held):
-        self.__init__(held["device"], **held["options"])
-        self.set_state(held["state"])
+    def __setstate__(self, kept):
+        self.__init__(kept["device"], **kept["options"])
+        self.set_state(kept["state"])
 
     def randn(self, *size, dtype="float32") -> np.ndarray:
         """Standard normal numbers, as ``torch.randn(size, generator=self, dtype=dtype)`` draws them.
@@ -263,18 +250,9 @@ class Generator:
         Raises:
             TypeError, ValueError: for a bound or shape that is none of these.
         """
-        if isinstance(high, (bool, np.bool_)) or not isinstance(high, (int, np.integer)):
-            raise InputTypeError(
-                "{parameter} has to be a whole number, but is {number!r} ({number!t}).",
-                parameter="high",
-                number=high,
-            )
-        if not 0 < high < 2**63:
-            raise InputError(
-                "{parameter} has to be from 1 to 2**63 - 1, but is {number!r}.", parameter="high", number=high
-            )
+        high = _whole(high, "high", 1, 2**63 - 1, "from 1 to 2**63 - 1")
         shape = _shape(size if isinstance(size, (tuple, list)) else (size,))
-        return self._stream.integers(int(high), math.prod(shape)).reshape(shape)
+        return self._stream.integers(high, math.prod(shape)).reshape(shape)
 
     def standard_normal(self, size=(), dtype=np.float32) -> np.ndarray:
         """``randn`` under the name that ``numpy.random.Generator`` has for it.
@@ -295,18 +273,11 @@ class Generator:
 
 
 def _shape(size) -> tuple[int, ...]:
-    for n in size:
-        if isinstance(n, (bool, np.bool_)) or not isinstance(n, (int, np.integer)):
-            raise InputTypeError(
-                "{parameter} has to be made of whole numbers, but has {n!r} in it.", parameter="size", n=n
-            )
-        if n < 0:
-            raise InputError(
-                "{parameter} has to be made of numbers of at least 0, but has {n!r} in it.",
-                parameter="size",
-                n=n,
-            )
-    return tuple(int(n) for n in size)
+    return tuple(_whole(side, "size", 0, 2**63 - 1, "of at least 0, or several") for side in size)
+
+
+def _no_state(why: str) -> InputError:
+    return InputError("{parameter} is no state of PyTorch's generator on this device: {why}.", "state", why=why)
 
 
 def _cast(values: np.ndarray, dtype: str) -> np.ndarray:
@@ -372,38 +343,17 @@ class _CpuStream:
         left, position = int(fields["left"]), int(fields["next"])
         untouched = left == 1 and position == 0
         if fields["seeded"] != 1 or not (untouched or (1 <= position <= 624 and left == 625 - position)):
-            raise InputError(
-                "{parameter} is no state of PyTorch's CPU generator: seeded {seeded}, left {left} and next {position} "
-                "do not go together.",
-                parameter="state",
-                seeded=fields["seeded"],
-                left=left,
-                position=position,
-            )
+            raise _no_state(f"seeded {fields['seeded']}, left {left} and next {position} do not go together")
         if fields["words"].max() > 0xFFFFFFFF:
-            raise InputError(
-                "{parameter} is no state of PyTorch's CPU generator: a word has more than 32 bits.",
-                parameter="state",
-            )
+            raise _no_state("a word has more than 32 bits")
         if not fields["words"][1:].any() and int(fields["words"][0]) >> 31 == 0:
-            raise InputError(
-                "{parameter} is no state of PyTorch's CPU generator: all of its words are 0.",
-                parameter="state",
-            )
+            raise _no_state("all of its words are 0")
         flags = [int(fields[name]) for name in ("normal_is_valid", "next_float_is_valid")]
         if not set(flags) <= {0, 1}:
-            raise InputError(
-                "{parameter} is no state of PyTorch's CPU generator: its flags are {flags}.",
-                parameter="state",
-                flags=flags,
-            )
+            raise _no_state(f"its flags are {flags}")
         kept = [float(fields[name]) for name, flag in zip(("normal_y", "next_float"), flags) if flag]
         if not all(map(math.isfinite, kept)):
-            raise InputError(
-                "{parameter} is no state of PyTorch's CPU generator: the kept numbers are {kept}.",
-                parameter="state",
-                kept=kept,
-            )
+            raise _no_state(f"the kept numbers are {kept}")
         self.seed = int(fields["seed"])
         self._twister.set_state(("MT19937", fields["words"].astype(np.uint32), 625 - left))
         self._untouched = untouched
@@ -575,23 +525,9 @@ class _CudaStream:
     STATE = np.dtype([("seed", "u8"), ("offset", "i8")])
 
     def __init__(self, multiprocessors: int = 108, threads_per_multiprocessor: int = 2048):
-        for name, value in (
-            ("multiprocessors", multiprocessors),
-            ("threads_per_multiprocessor", threads_per_multiprocessor),
-        ):
-            if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-                raise InputTypeError(
-                    "{parameter} has to be a whole number, but is {value!r}.", parameter=name, value=value
-                )
-            least = 1 if name == "multiprocessors" else 256
-            if value < least:
-                raise InputError(
-                    "{parameter} has to be at least {least}, but is {value!r}.",
-                    parameter=name,
-                    least=least,
-                    value=value,
-                )
-        self._most_blocks = int(multiprocessors) * (int(threads_per_multiprocessor) // 256)
+        _whole(multiprocessors, "multiprocessors", 1, 2**31, "from 1 to 2**31")
+        _whole(threads_per_multiprocessor, "threads_per_multiprocessor", 256, 2**31, "from 256 to 2**31")
+        self._max_blocks = int(multiprocessors) * (int(threads_per_multiprocessor) // 256)
 
     def start(self, seed: int) -> None:
         self.seed, self._offset = seed, 0
@@ -602,12 +538,7 @@ class _CudaStream:
     def set_state(self, fields) -> None:
         offset = int(fields["offset"])
         if offset < 0 or offset % 4:
-            raise InputError(
-                "{parameter} is no state of PyTorch's CUDA generator: its offset is {offset}, not a multiple of 4 of "
-                "at least 0.",
-                parameter="state",
-                offset=offset,
-            )
+            raise _no_state(f"its offset is {offset}, not a multiple of 4 of at least 0")
         self.seed, self._offset = int(fields["seed"]), offset
 
     def _draw(self, count: int, dtype, at_once: int, make: Callable) -> np.ndarray:
@@ -621,7 +552,7 @@ class _CudaStream:
             return values
         if count >= 2**31:
             raise NotImplementedError("PyTorch splits draws of 2**31 numbers and more; draw fewer at once.")
-        threads = 256 * min(-(-count // 256), self._most_blocks)
+        threads = 256 * min(-(-count // 256), self._max_blocks)
         key = (self.seed & 0xFFFFFFFF, self.seed >> 32)
         for start in range(0, count, threads * at_once):
             turn = self._offset // 4

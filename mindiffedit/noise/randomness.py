@@ -1,6 +1,6 @@
 """The one door for randomness: every random number of the pipeline is drawn here, on the host, with NumPy.
 
-A *noise source* is anything with ``standard_normal(size, dtype)`` and ``integers(high)`` that behave like
+A *random stream* (``rng``) is anything with ``standard_normal(size, dtype)`` and ``integers(high)`` that behave like
 those of ``numpy.random.Generator``: a NumPy generator itself, ``mindiffedit.Generator``, which draws
 PyTorch's numbers, or another object. An int seed stands for ``mindiffedit.Generator().manual_seed(seed)``, so
 ``generator=0`` here is diffusers' ``generator=torch.Generator().manual_seed(0)``. Models and compiled steps
@@ -19,7 +19,7 @@ from mindiffedit.noise.generator import Generator, check_seed, dtype_name, round
 
 
 @runtime_checkable
-class NoiseSource(Protocol):
+class RandomStream(Protocol):
     """What a random stream has to offer."""
 
     def standard_normal(self, size, dtype): ...
@@ -27,13 +27,13 @@ class NoiseSource(Protocol):
     def integers(self, high): ...
 
 
-def resolve(generator) -> NoiseSource | list[NoiseSource]:
-    """Turns what a user gives as ``generator=`` into one noise source or a list of them.
+def resolve(generator) -> RandomStream | list[RandomStream]:
+    """Turns what a user gives as ``generator=`` into one random stream or a list of them.
 
     Args:
         generator: None (fresh entropy), an int seed as PyTorch takes them, -2**63 to 2**64 - 1 (the stream of
             ``mindiffedit.Generator().manual_seed(seed)``, from its beginning), a ``mindiffedit.Generator``, a
-            ``numpy.random.Generator`` or another noise source (its position moves on with every draw), or a
+            ``numpy.random.Generator`` or another random stream (its position moves on with every draw), or a
             list of these, one for each sample.
 
     Raises:
@@ -50,12 +50,12 @@ def resolve(generator) -> NoiseSource | list[NoiseSource]:
     return _single(generator)
 
 
-def _single(generator) -> NoiseSource:
+def _single(generator) -> RandomStream:
     if generator is None:
         return np.random.default_rng()
     if isinstance(generator, (int, np.integer)) and not isinstance(generator, (bool, np.bool_)):
         return Generator().manual_seed(check_seed(generator, "generator"))
-    if isinstance(generator, NoiseSource):
+    if isinstance(generator, RandomStream):
         return generator
     raise InputTypeError(
         "{parameter} has to be None, an int seed, a mindiffedit.Generator, a numpy.random.Generator or a list of "
@@ -66,16 +66,16 @@ def _single(generator) -> NoiseSource:
     )
 
 
-def randn(shape, source: NoiseSource | list[NoiseSource], dtype: str = "float32") -> np.ndarray:
+def randn(shape, rng: RandomStream | list[RandomStream], dtype: str = "float32") -> np.ndarray:
     """Standard normal noise of ``shape``, a float32 array whatever ``dtype`` is.
 
-    With a list of sources each sample along the first axis comes from its own source (as the reference's
+    With a list of streams each sample along the first axis comes from its own (as the reference's
     ``randn_tensor`` draws it); the list must have ``shape[0]`` entries.
 
     Args:
         dtype: "float32", "float16", "bfloat16" or "float64", the precision that the values have. A
             ``mindiffedit.Generator`` is asked for that dtype, which PyTorch draws as a stream of its own (the
-            reference does so where its model has that dtype); other sources are asked for float32, rounded
+            reference does so where its model has that dtype); other streams are asked for float32, rounded
             here.
 
     Raises:
@@ -83,21 +83,21 @@ def randn(shape, source: NoiseSource | list[NoiseSource], dtype: str = "float32"
     """
     dtype = dtype_name(dtype)
     shape = tuple(int(n) for n in shape)
-    if isinstance(source, list) and len(source) == 1:
-        source = source[0]  # as the reference takes it
-    if isinstance(source, list):
-        if len(source) != shape[0]:
+    if isinstance(rng, list) and len(rng) == 1:
+        rng = rng[0]  # as the reference takes it
+    if isinstance(rng, list):
+        if len(rng) != shape[0]:
             raise InputError(
                 "You have passed a list of generators of length {count}, but requested an effective batch size of "
                 "{samples}. Give one generator for each sample of the batch.",
                 parameter="generator",
-                count=len(source),
+                count=len(rng),
                 samples=shape[0],
             )
-        return np.concatenate([randn((1,) + shape[1:], each, dtype) for each in source])
-    if isinstance(source, Generator):
-        return source.randn(shape, dtype=dtype).astype(np.float32)
-    return rounded(source.standard_normal(size=shape, dtype=np.float32), dtype)
+        return np.concatenate([randn((1,) + shape[1:], each, dtype) for each in rng])
+    if isinstance(rng, Generator):
+        return rng.randn(shape, dtype=dtype).astype(np.float32)
+    return rounded(rng.standard_normal(size=shape, dtype=np.float32), dtype)
 
 
 class Draws:
@@ -111,11 +111,11 @@ class Draws:
         return self._draw(size)
 
 
-def randint(high: int, source: NoiseSource | list[NoiseSource]) -> int:
-    """A whole number from 0 to ``high - 1``; from the first source where a list is given."""
-    return int((source[0] if isinstance(source, list) else source).integers(high))
+def randint(high: int, rng: RandomStream | list[RandomStream]) -> int:
+    """A whole number from 0 to ``high - 1``; from the first stream where a list is given."""
+    return int((rng[0] if isinstance(rng, list) else rng).integers(high))
 
 
-def uniform(count: int, source: NoiseSource) -> np.ndarray:
+def uniform(count: int, rng: RandomStream) -> np.ndarray:
     """``count`` numbers of [0, 1), float64, one draw of 53 bits for each."""
-    return np.array([int(source.integers(2**53)) for _ in range(count)], np.float64) / 2.0**53
+    return np.array([int(rng.integers(2**53)) for _ in range(count)], np.float64) / 2.0**53

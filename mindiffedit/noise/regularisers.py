@@ -90,8 +90,8 @@ def regularise(
             return output, 1.0
         if output.shape[0] not in (1, latent_model_input.shape[0]):
             raise InputError(
-                "{parameter} with guidance and prediction type {kind!r} works for one prompt at a time, but {count} were "
-                "given; set {guidance_scale=1} or invert them one by one.",
+                "{parameter} with guidance and prediction type {kind!r} works for one prompt at a time, but {count} "
+                "were given; set {guidance_scale=1} or invert them one by one.",
                 parameter="num_reg_steps",
                 kind=prediction_type,
                 count=output.shape[0],
@@ -101,9 +101,9 @@ def regularise(
         if prediction_type == "v_prediction":
             return a**0.5 * output + (1 - a) ** 0.5 * latent_model_input, a**0.5
         raise InputError(
-            "{parameter} has to be one of epsilon, sample, v_prediction, but is {given!r}.",
+            "{parameter} has to be one of epsilon, sample, v_prediction, but is {value!r}.",
             parameter="prediction_type",
-            given=prediction_type,
+            value=prediction_type,
         )
 
     def descended(output, loss_and_gradient, rate):
@@ -117,9 +117,7 @@ def regularise(
         if lambda_auto_corr > 0:
             for _ in range(num_auto_corr_rolls):
                 noise_pred = descended(
-                    noise_pred,
-                    lambda n: auto_correlation(n, draw_roll),
-                    lambda_auto_corr / num_auto_corr_rolls,
+                    noise_pred, lambda n: auto_correlation(n, draw_roll), lambda_auto_corr / num_auto_corr_rolls
                 )
         if lambda_kl > 0:
             noise_pred = descended(noise_pred, kl_divergence, lambda_kl)

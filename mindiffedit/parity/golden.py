@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 
 from mindiffedit import options
 from mindiffedit.errors import InputError, first_line
-from mindiffedit.images import pictures
+from mindiffedit.images import writing
 
 FORMAT = "mindiffedit-parity"
 VERSION = 1
@@ -86,7 +86,7 @@ def write_golden(path, trace: Mapping[str, np.ndarray], manifest: Mapping[str, A
         options.check_finite(array, name)
     text = _canonical({"manifest": manifest, "tensors": [_entry(name, array) for name, array in arrays.items()]})
     metadata = {"format": FORMAT, "format_version": str(VERSION), "manifest": text, "manifest_sha256": _hash_text(text)}
-    with pictures.atomic_path(path) as draft:
+    with writing.atomic_path(path) as draft:
         save_file(arrays, str(draft), metadata=metadata)
 
 

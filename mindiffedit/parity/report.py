@@ -14,7 +14,7 @@ import numpy as np
 import PIL.Image
 
 from mindiffedit.errors import InputError
-from mindiffedit.images import pictures
+from mindiffedit.images import sheets, writing
 from mindiffedit.parity.metrics import Comparison, first_failure, passed
 
 REPORT_EXTENSIONS = (".md", ".json")
@@ -116,9 +116,9 @@ def check_report_path(path) -> Path:
     """Check that a report can be written at `path`, before the long work that will fill it.
 
     Raises:
-        ValueError: as `pictures.check_output_path`; the extension has to be one of `REPORT_EXTENSIONS`.
+        ValueError: as `writing.check_output_path`; the extension has to be one of `REPORT_EXTENSIONS`.
     """
-    return pictures.check_output_path(path, REPORT_EXTENSIONS)
+    return writing.check_output_path(path, REPORT_EXTENSIONS)
 
 
 def write_report(path, comparisons: Sequence[Comparison], context: Mapping[str, Any]) -> None:
@@ -130,7 +130,7 @@ def write_report(path, comparisons: Sequence[Comparison], context: Mapping[str, 
     """
     path = check_report_path(path)
     text = (json_text if path.suffix.lower() == ".json" else markdown)(comparisons, context)
-    with pictures.atomic_path(path) as draft:
+    with writing.atomic_path(path) as draft:
         draft.write_text(text, encoding="utf-8")
 
 
@@ -208,7 +208,7 @@ def save_diff(
         if drawing is not None and len(drawings) < MAX_DRAWN:
             stage = re.sub(r"[^A-Za-z0-9._-]+", "-", one.where).strip("-.")
             drawings[folder / f"{len(drawings) + 1:02d}-{stage}.png"] = drawing
-    pictures.save_images_atomically(drawings)
+    writing.save_images_atomically(drawings)
     return list(drawings)
 
 
@@ -237,7 +237,7 @@ def _drawing(one: Comparison, ours, theirs) -> PIL.Image.Image | None:
             _grey(difference, (0.0, _span(difference)[1])),
         ),
     ]
-    return pictures.labelled_grid(panels, smallest_side=1)
+    return sheets.labelled_grid(panels, smallest_side=1)
 
 
 def _items(array: np.ndarray, coloured: bool) -> np.ndarray:

@@ -46,7 +46,7 @@ class Sampler:
         rng: a noise source of ``randomness``. One uniform number is drawn for each row at each step.
     """
 
-    def __init__(self, temperature: float, top_k: int | None, rng: randomness.NoiseSource):
+    def __init__(self, temperature: float, top_k: int | None, rng: randomness.RandomStream):
         self._temperature, self._top_k, self._rng = temperature, top_k, rng
 
     def __call__(self, logits: np.ndarray) -> np.ndarray:

@@ -23,7 +23,7 @@ from mindiffedit.checkpoints.hub import HubOptions
 from mindiffedit.checkpoints.layout import CheckpointError, read_processor
 from mindiffedit.checkpoints.tokenizer_files import load_tokenizer
 from mindiffedit.errors import InputError, InputTypeError, named
-from mindiffedit.images import pictures
+from mindiffedit.images import colours
 from mindiffedit.noise import randomness
 from mindiffedit.runtime import compile_cache as compile_caches
 from mindiffedit.runtime import devices
@@ -370,5 +370,5 @@ class Captioner(_Writer):
 
     def _pixels(self, picture: PIL.Image.Image) -> np.ndarray:
         """(3, height, width) float32, of the size and scale that the model was trained with."""
-        values: Any = self.processor.image_processor(pictures.to_srgb(picture), return_tensors="np")
+        values: Any = self.processor.image_processor(colours.to_srgb(picture), return_tensors="np")
         return np.asarray(values["pixel_values"][0], np.float32)
