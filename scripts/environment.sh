@@ -1,10 +1,10 @@
 # Sourced by run_demo.sh and run_tests.sh: finds a Python, makes .venv, installs the project into it.
 #
-#   prepare_environment [EXTRA]   EXTRA: a name from extras_require in setup.py, such as "test"
+#   prepare_environment [EXTRA]   EXTRA: one of the optional dependencies in pyproject.toml, such as "test"
 #
 # Leaves PROJECT (the project's folder) and VENV (its environment) set. What was installed is remembered in a
-# stamp file in .venv; while setup.py, the extra and the Python stay the same, nothing is installed again.
-# $PYTHON names the interpreter to make .venv with; without it python3.11, python3.12 and python3 are tried.
+# stamp file in .venv; while pyproject.toml, setup.py, the extra and the Python stay the same, nothing is installed again.
+# $PYTHON names the interpreter to make .venv with; without it python3.11, python3.12, python3.10 and python3 are tried.
 
 PROJECT="$(CDPATH="" cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="$PROJECT/.venv"
@@ -18,25 +18,25 @@ fail() {
 
 # True for an interpreter that starts and is a version the project is run with.
 suits() {
-    "$1" -c 'import sys; sys.exit(not ((3, 11) <= sys.version_info[:2] <= (3, 12)))' >/dev/null 2>&1
+    "$1" -c 'import sys; sys.exit(not ((3, 10) <= sys.version_info[:2] <= (3, 12)))' >/dev/null 2>&1
 }
 
 find_python() {
     if [ -n "${PYTHON:-}" ]; then
         command -v "$PYTHON" >/dev/null 2>&1 || fail "PYTHON is set to '$PYTHON': there is no such command."
         suits "$PYTHON" || fail "PYTHON is set to '$PYTHON', which is" \
-            "$("$PYTHON" --version 2>&1 || true); Python 3.11 or 3.12 is needed (MindSpore below 2.9 has no" \
+            "$("$PYTHON" --version 2>&1 || true); Python 3.10, 3.11 or 3.12 is needed (MindSpore below 2.9 has no" \
             "wheels for later ones)."
         return
     fi
     local candidate
-    for candidate in python3.11 python3.12 python3 python; do
+    for candidate in python3.11 python3.12 python3.10 python3 python; do
         if suits "$candidate"; then
             PYTHON="$candidate"
             return
         fi
     done
-    fail "found neither Python 3.11 nor 3.12. Install one (Debian, Ubuntu: apt install python3.11" \
+    fail "found none of Python 3.10, 3.11 and 3.12. Install one (Debian, Ubuntu: apt install python3.11" \
         "python3.11-venv) or set PYTHON to the path of one."
 }
 
@@ -45,10 +45,10 @@ fingerprint() {
     "$VENV/bin/python" - "$PROJECT" "$1" <<'PY'
 import hashlib, os, pathlib, platform, sys
 project, extra = pathlib.Path(sys.argv[1]), sys.argv[2]
-# The C++ sources and the choice of compiler decide what is built, setup.py what is installed.
+# The C++ sources, setup.py and the choice of compiler decide what is built, pyproject.toml what is installed.
 sources = sorted(p for p in (project / "mindiffedit/runtime/native").iterdir() if p.suffix in (".cpp", ".h"))
 said = (extra, platform.python_version(), sys.prefix, os.environ.get("CXX", ""))
-parts = [p.read_bytes() for p in (project / "setup.py", *sources)] + [text.encode() for text in said]
+parts = [p.read_bytes() for p in (project / "pyproject.toml", project / "setup.py", *sources)] + [text.encode() for text in said]
 print(hashlib.sha256(b"\0".join(parts)).hexdigest())
 PY
 }

@@ -25,6 +25,8 @@ import benchmark_report as report  # noqa: E402
 import benchmark_worker as worker  # noqa: E402
 import profile_step  # noqa: E402
 
+pytestmark = pytest.mark.tools
+
 TINY = dict(
     unet=UNET,
     vae=dict(sample_size=64, block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4),

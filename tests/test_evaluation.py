@@ -16,6 +16,8 @@ import demo_scenes as scenes  # noqa: E402
 import evaluate_editing as evaluation  # noqa: E402
 import scene_classifier  # noqa: E402
 
+pytestmark = pytest.mark.tools
+
 # --- scenes ----------------------------------------------------------------------------------------
 
 

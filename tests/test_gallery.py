@@ -15,6 +15,8 @@ sys.path.insert(0, str(SCRIPTS))
 import demo_scenes as scenes  # noqa: E402
 import make_gallery as gallery  # noqa: E402
 
+pytestmark = pytest.mark.tools
+
 
 class StandIn:
     """Inverts the colours of the lower right quarter."""

@@ -516,6 +516,7 @@ def source_copy(tmp_path_factory):
 
 
 @pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="needs the source tree")
+@pytest.mark.tools
 @pytest.mark.parametrize("compiler", ["/bin/false", "/no/such/compiler"])
 def test_a_build_that_fails_says_so_and_goes_on(source_copy, compiler):
     library = source_copy / "mindiffedit" / "runtime" / "native" / "libmindiffedit.so"
@@ -540,7 +541,7 @@ def test_a_build_that_fails_says_so_and_goes_on(source_copy, compiler):
 @pytest.mark.skipif(
     not any(map(shutil.which, [os.environ.get("CXX") or "c++", "g++", "clang++"])), reason="no compiler"
 )
-@pytest.mark.slow  # 10 s of compiling
+@pytest.mark.tools
 def test_builds(source_copy):
     done = subprocess.run(
         [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],

@@ -1,0 +1,90 @@
+"""The project's files: one version, the same Pythons everywhere, a list of exceptions that only shrinks, the wheel."""
+
+import email
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import mindiffedit
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+pytestmark = pytest.mark.tools
+
+
+def text(name):
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def test_one_version():
+    assert "version" in PROJECT["project"]["dynamic"]
+    assert re.search(r'^version: "(.*)"$', text("CITATION.cff"), re.MULTILINE)[1] == mindiffedit.__version__
+    assert f"\n## {mindiffedit.__version__}" in text("CHANGELOG.md")
+
+
+def test_the_same_pythons_everywhere():
+    classified = {name.rpartition(" ")[2] for name in PROJECT["project"]["classifiers"] if "Python :: 3." in name}
+    first, last = (int(part) for part in re.findall(r"3\.(\d+)", PROJECT["project"]["requires-python"]))
+    supported = {f"3.{minor}" for minor in range(first, last)}
+    assert classified == supported
+    assert set(re.findall(r"python(3\.\d+)\b", text("scripts/environment.sh"))) == supported
+    assert set(re.findall(r"3\.\d+", re.search(r"python: (\[.*\])", text(".github/workflows/ci.yml"))[1])) == supported
+    for page in ("README.md", "CONTRIBUTING.md"):
+        sentence = re.search(r"Python\s(3\.\d+(?:,\s3\.\d+)*(?:\sor\s3\.\d+))", text(page))[1]
+        assert set(re.findall(r"3\.\d+", sentence)) == supported, page
+    oldest = f"3.{first}"
+    assert PROJECT["tool"]["mypy"]["python_version"] == oldest
+    assert PROJECT["tool"]["ruff"]["target-version"] == "py" + oldest.replace(".", "")
+
+
+def test_modules_that_pass_are_no_exceptions(tmp_path):
+    """Every module on mypy's list of exceptions has an error, so that the list shrinks; none beside it has one."""
+    lines, excepted = text("pyproject.toml"), set()
+    for override in PROJECT["tool"]["mypy"]["overrides"]:
+        if override.get("ignore_errors"):
+            excepted |= set(override["module"])
+    (tmp_path / "pyproject.toml").write_text(lines.replace("ignore_errors = true", ""), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--config-file", tmp_path / "pyproject.toml", "--cache-dir", tmp_path],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert "Found " in done.stdout or "Success" in done.stdout, done.stdout + done.stderr
+    paths = set(re.findall(r"^(mindiffedit/.+)\.py:\d+: error:", done.stdout, re.MULTILINE))
+    assert {path.replace("/", ".").removesuffix(".__init__") for path in paths} == excepted
+
+
+def test_the_wheel(tmp_path):
+    """Built from the sources alone, with no compiler: what is in it and what it says."""
+    source = tmp_path / "source"
+    shutil.copytree(
+        ROOT, source, ignore=shutil.ignore_patterns(".*", "*.so", "__pycache__", "build", "docs", "tests", "*.egg-info")
+    )
+    command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "--no-index", "-w", "."]
+    done = subprocess.run(command, cwd=source, env={**os.environ, "CXX": "/bin/false"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with zipfile.ZipFile(next(source.glob("mindiffedit-*.whl"))) as wheel:
+        names = set(wheel.namelist())
+        metadata = email.message_from_bytes(wheel.read(next(name for name in names if name.endswith("/METADATA"))))
+    assert metadata["Version"] == mindiffedit.__version__
+    package = ROOT / "mindiffedit"
+    expected = {
+        path.relative_to(ROOT).as_posix()
+        for path in package.rglob("*")
+        if path.is_file() and path.suffix not in (".so", ".pyc")
+    }
+    # Without the kernels the modules lie in a folder for pure Python.
+    assert {re.sub(r"^[^/]+\.data/purelib/", "", name) for name in names if ".dist-info/" not in name} == expected
