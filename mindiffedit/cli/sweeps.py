@@ -10,7 +10,7 @@ import PIL.Image
 from mindiffedit import masks, options
 from mindiffedit.cli import runs
 from mindiffedit.cli.job import Job
-from mindiffedit.images import edges, pictures, sheets
+from mindiffedit.images import colours, edges, pictures, sheets
 
 CELL = 384
 """Pixels of a cell's longer side."""
