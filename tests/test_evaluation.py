@@ -1,5 +1,6 @@
 """scripts/evaluate_editing.py and what it rests on: scenes, metrics, the judge, the bookkeeping."""
 
+import json
 import math
 import sys
 from pathlib import Path
@@ -12,8 +13,11 @@ from PIL import Image
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
+import compare_editing  # noqa: E402
 import demo_scenes as scenes  # noqa: E402
+import editing_measures as measures  # noqa: E402
 import evaluate_editing as evaluation  # noqa: E402
+import reports  # noqa: E402
 import scene_classifier  # noqa: E402
 
 pytestmark = pytest.mark.tools
@@ -21,123 +25,68 @@ pytestmark = pytest.mark.tools
 # --- scenes ----------------------------------------------------------------------------------------
 
 
-def test_a_seed_names_a_scene():
-    first, second, other = (scenes.sample_scene(np.random.default_rng(seed)) for seed in (3, 3, 4))
-    assert first == second and first != other
-    picture, masks = scenes.draw_scene(first)
-    again, masks_again = scenes.draw_scene(second)
-    assert np.array_equal(np.asarray(picture), np.asarray(again)) and np.array_equal(masks, masks_again)
-    assert not np.array_equal(np.asarray(picture), np.asarray(scenes.draw_scene(other)[0]))
-
-
-@pytest.mark.parametrize("seed", range(12))
-def test_masks_are_where_the_objects_are(seed):
-    scene = scenes.sample_scene(np.random.default_rng(seed))
-    picture, masks = scenes.draw_scene(scene)
-    assert picture.size == (scenes.SIZE, scenes.SIZE) and picture.mode == "RGB"
-    assert masks.shape == (len(scene.objects), scenes.SIZE, scenes.SIZE)
-    assert masks.min() >= 0 and masks.max() <= 1
-    covered = masks > 0.5
-    assert (covered.sum((1, 2)) > 300).all(), "an object is nearly invisible"
-    assert (covered.sum((1, 2)) < scenes.SIZE**2 / 2).all(), "an object is the whole picture"
-    assert covered.sum(0).max() == 1, "two objects overlap"
-    for item, mask in zip(scene.objects, covered):
-        rows, columns = np.nonzero(mask)
-        centre = np.array([columns.mean(), rows.mean()])
-        assert np.abs(centre - (item.x, item.y)).max() < item.radius / 2
-    # Repainting an object changes its own pixels and no others.
-    for i, mask in enumerate(masks):
-        colour = next(c for c in scenes.COLOURS if c != scene.objects[i].colour)
-        repainted = np.asarray(scenes.draw_scene(scene.replaced(i, colour=colour))[0], int)
-        changed = np.abs(repainted - np.asarray(picture)).max(-1) > 0
-        assert changed[mask > 0.99].mean() > 0.5 and not changed[mask == 0].any()
-
-
-def test_captions_say_what_is_drawn_in_known_words():
-    known = set(scenes.vocabulary())
-    for seed in range(200):
+def test_masks_are_where_the_objects_are():
+    for seed in range(12):
         scene = scenes.sample_scene(np.random.default_rng(seed))
-        words = scene.caption.split()
-        assert set(words) <= known
-        for item in scene.objects:
-            assert words[words.index(item.kind) - 1] == item.colour
-        assert scene.caption.endswith(f" on {scenes.with_article(scene.background)}")
-        for previous, word in zip(words, words[1:]):
-            if previous in ("a", "an"):
-                assert (previous == "an") == (word[0] in "aeiou")
-    one = scenes.SceneObject("apple", "orange", 64, 64, 30)
-    assert scenes.Scene((one,), "stone floor", 0).caption == "an orange apple on a stone floor"
-
-
-def test_replacing_an_object_changes_that_word_only():
-    scene = scenes.sample_scene(np.random.default_rng(1), number_of_objects=2)
-    other = next(k for k in scenes.KINDS if k not in {item.kind for item in scene.objects})
-    changed = scene.replaced(1, kind=other)
-    assert changed.objects[0] == scene.objects[0]
-    assert changed.objects[1].kind == other and changed.objects[1].colour == scene.objects[1].colour
-    assert changed.caption == scene.caption.replace(scene.objects[1].kind, other)
+        picture, masks = scenes.draw_scene(scene)
+        assert scene == scenes.sample_scene(np.random.default_rng(seed)), "a seed names a scene"
+        assert masks.shape == (len(scene.objects), scenes.SIZE, scenes.SIZE)
+        assert masks.min() >= 0 and masks.max() <= 1
+        covered = masks > 0.5
+        assert (covered.sum((1, 2)) > 300).all(), "an object is nearly invisible"
+        assert (covered.sum((1, 2)) < scenes.SIZE**2 / 2).all(), "an object is the whole picture"
+        assert covered.sum(0).max() == 1, "two objects overlap"
+        for i, (item, mask) in enumerate(zip(scene.objects, masks)):
+            rows, columns = np.nonzero(mask > 0.5)
+            assert np.abs(np.array([columns.mean(), rows.mean()]) - (item.x, item.y)).max() < item.radius / 2
+            # Repainting an object changes its own pixels and no others.
+            colour = next(c for c in scenes.COLOURS if c != item.colour)
+            repainted = np.asarray(scenes.draw_scene(scene.replaced(i, colour=colour))[0], int)
+            changed = np.abs(repainted - np.asarray(picture)).max(-1) > 0
+            assert changed[mask > 0.99].mean() > 0.5 and not changed[mask == 0].any()
 
 
 # --- metrics ---------------------------------------------------------------------------------------
 
 
 def test_iou_of_known_cases():
-    left = np.zeros((4, 4), bool)
-    left[:, :2] = True
-    top = np.zeros((4, 4), bool)
-    top[:2] = True
-    empty = np.zeros((4, 4), bool)
-    assert evaluation.iou(left, left) == 1
-    assert evaluation.iou(left, ~left) == 0
-    assert evaluation.iou(left, top) == pytest.approx(4 / 12)
-    assert evaluation.iou(left, np.ones((4, 4), bool)) == 0.5
-    assert evaluation.iou(empty, left) == 0 and evaluation.iou(empty, empty) == 0
-
-
-@pytest.mark.parametrize("truth", [np.zeros((4, 5), bool), np.zeros((4, 4), int), np.zeros((1, 4, 4), bool)])
-def test_iou_refuses_what_would_broadcast_or_round(truth):
-    with pytest.raises(ValueError, match="boolean arrays of one shape"):
-        evaluation.iou(np.zeros((4, 4), bool), truth)
+    left, top, empty = np.zeros((3, 4, 4), bool)
+    left[:, :2] = top[:2] = True
+    assert measures.iou(left, left) == 1 and measures.iou(left, ~left) == 0
+    assert measures.iou(left, top) == pytest.approx(4 / 12)
+    assert measures.iou(empty, left) == 0 and measures.iou(empty, empty) == 0
+    for truth in (np.zeros((4, 5), bool), np.zeros((4, 4), int), np.zeros((1, 4, 4), bool)):
+        with pytest.raises(ValueError, match="boolean arrays of one shape"):
+            measures.iou(left, truth)
 
 
 def test_psnr_of_known_cases():
-    rng = np.random.default_rng(0)
-    a = rng.integers(0, 246, (8, 9, 3)).astype(np.uint8)
-    assert evaluation.psnr(a, a) == evaluation.HIGHEST_PSNR
-    assert evaluation.psnr(a, a + np.uint8(10)) == pytest.approx(10 * math.log10(255**2 / 100), abs=1e-12)
-    black, white = np.zeros_like(a), np.full_like(a, 255)
-    assert evaluation.psnr(black, white) == 0
+    a = np.random.default_rng(0).integers(0, 246, (8, 9, 3)).astype(np.uint8)
+    brighter = a + np.uint8(10)
+    assert measures.psnr(a, a) == measures.EXACT
+    assert measures.psnr(a, brighter) == pytest.approx(10 * math.log10(255**2 / 100), abs=1e-12)
+    assert measures.psnr(np.zeros_like(a), np.full_like(a, 255)) == 0
     # 200 - 210 wraps around to 246 in uint8; the order must not matter.
-    assert evaluation.psnr(a, a + np.uint8(10)) == evaluation.psnr(a + np.uint8(10), a)
-
-
-def test_psnr_of_a_part():
-    a = np.zeros((4, 4, 3), np.uint8)
-    b = a.copy()
-    b[0] = 51
-    outside = np.ones((4, 4), bool)
-    outside[0] = False
-    assert evaluation.psnr(a, b, outside) == evaluation.HIGHEST_PSNR
-    assert evaluation.psnr(a, b, ~outside) == pytest.approx(20 * math.log10(255 / 51))
-    assert evaluation.psnr(a, b) == pytest.approx(20 * math.log10(255 / 51) + 10 * math.log10(4))
-
-
-def test_psnr_refuses_other_types_shapes_and_nothing():
-    a = np.zeros((4, 4, 3), np.uint8)
+    assert measures.psnr(a, brighter) == measures.psnr(brighter, a)
+    top = np.zeros((8, 9), bool)
+    top[:2] = True
+    part = np.where(top[..., None], brighter, a)
+    assert measures.psnr(a, part, ~top) == measures.EXACT
+    assert measures.psnr(a, part, top) == measures.psnr(a, brighter)
+    assert measures.psnr(a, part) == pytest.approx(measures.psnr(a, brighter) + 10 * math.log10(4))
     for b in (a.astype(np.float32), a.astype(int), a[:3]):
         with pytest.raises(ValueError, match="uint8"):
-            evaluation.psnr(a, b)
+            measures.psnr(a, b)
     with pytest.raises(ValueError, match="no pixel"):
-        evaluation.psnr(a, a, np.zeros((4, 4), bool))
+        measures.psnr(a, a, np.zeros((8, 9), bool))
 
 
 def test_a_mask_is_enlarged_by_nearest_neighbour():
-    mask = np.array([[0, 1], [1, 0]])
-    large = evaluation.enlarged(mask, 6)
+    large = measures.enlarged(np.array([[0, 1], [1, 0]]), 6)
     assert large.dtype == bool and large.shape == (6, 6)
     assert not large[:3, :3].any() and large[:3, 3:].all() and large[3:, :3].all() and not large[3:, 3:].any()
     with pytest.raises(ValueError, match="divide"):
-        evaluation.enlarged(np.zeros((4, 4)), 6)
+        measures.enlarged(np.zeros((4, 4)), 6)
 
 
 # --- the judge -------------------------------------------------------------------------------------
@@ -157,26 +106,10 @@ def random_weights(seed=0):
 
 def test_the_numpy_network_equals_torch():
     torch = pytest.importorskip("torch")
-
-    class Network(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            sizes = (3, 16, 32, 48)
-            self.convs = torch.nn.ModuleList(
-                torch.nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(sizes, sizes[1:])
-            )
-            self.hidden = torch.nn.Linear(48 * 36, 64)
-            self.kind = torch.nn.Linear(64, len(scenes.KINDS))
-            self.colour = torch.nn.Linear(64, len(scenes.COLOURS))
-
-        def forward(self, x):
-            for conv in self.convs:
-                x = torch.relu(conv(x))
-            x = torch.relu(self.hidden(x.flatten(1)))
-            return self.kind(x), self.colour(x)
+    from train_demo_checkpoint import Classifier
 
     weights = random_weights()
-    network = Network().double()
+    network = Classifier().double()
     network.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()})
     crops = np.random.default_rng(1).integers(0, 256, (5, 48, 48, 3)).astype(np.uint8)
     with torch.no_grad():
@@ -195,8 +128,6 @@ def test_weights_that_do_not_fit_are_named():
     weights["extra.weight"] = weights.pop("hidden.bias")
     with pytest.raises(ValueError, match=r"missing \['hidden.bias'\], unknown \['extra.weight'\]"):
         scene_classifier.SceneClassifier(weights)
-    with pytest.raises(FileNotFoundError, match="train_demo_checkpoint"):
-        scene_classifier.SceneClassifier.load(Path("nowhere.safetensors"))
 
 
 def test_the_crop_is_a_square_around_the_object():
@@ -216,14 +147,13 @@ def test_the_crop_is_a_square_around_the_object():
         scene_classifier.object_crop(picture, np.zeros((100, 120)))
 
 
-@pytest.mark.skipif(not scene_classifier.WEIGHTS.is_file(), reason="the judge has not been trained yet")
 def test_the_shipped_judge_knows_drawn_objects():
     """Also when the picture is blurred, as edited ones are; and it is no constant."""
     from PIL import ImageFilter
 
     judge, right = scene_classifier.SceneClassifier.load(), []
     for index in range(60):
-        edit = evaluation.sample_edit(1234, index)
+        edit = measures.sample_edit(1234, index)
         picture, masks = scenes.draw_scene(edit.target)
         for version in (picture, picture.filter(ImageFilter.GaussianBlur(1))):
             kind, colour = judge(scene_classifier.object_crop(np.asarray(version), masks[edit.which])[None])
@@ -235,9 +165,9 @@ def test_the_shipped_judge_knows_drawn_objects():
 
 
 def test_edits_change_one_thing_and_follow_from_their_number():
-    edits = [evaluation.sample_edit(5, index) for index in range(60)]
-    assert edits[:3] == [evaluation.sample_edit(5, index) for index in range(3)]
-    assert edits[0] != evaluation.sample_edit(6, 0)
+    edits = [measures.sample_edit(5, index) for index in range(60)]
+    assert edits[:3] == [measures.sample_edit(5, index) for index in range(3)]
+    assert edits[0] != measures.sample_edit(6, 0)
     assert [edit.what for edit in edits[:4]] == ["kind", "colour", "kind", "colour"]
     for edit in edits:
         before, after = edit.source.objects, edit.target.objects
@@ -255,13 +185,11 @@ class Oracle:
 
     def __init__(self, edits, perfect=True):
         self.by_source = {edit.source.caption: edit for edit in edits}
-        self.perfect, self.pipeline, self.batches = perfect, self, []
+        self.perfect, self.pipeline, self.batches, self.edits = perfect, self, [], []
+        self.unet_batch_size = 1
 
     def generator(self, source):
         return source
-
-    def array(self, tensor):
-        return tensor
 
     def vae_round_trip(self, pictures):
         return [Image.fromarray(np.asarray(picture) // 2 * 2) for picture in pictures]
@@ -286,6 +214,12 @@ class Oracle:
         chosen = [edit.target if target else edit.source for edit in edits]
         return SimpleNamespace(images=[scenes.draw_scene(scene)[0] for scene in chosen])
 
+    def edit(self, image, source_prompt, target_prompt, **options):
+        self.edits.append(options)
+        masks = [self.generate_mask(*each)[0] for each in zip(image, source_prompt, target_prompt)]
+        images = self(target_prompt, np.array(masks), image, source_prompt).images
+        return SimpleNamespace(mask_image=np.array(masks), images=images)
+
 
 class ColourJudge:
     """Sees the colour of the crop's middle; trusts the caller with the kind."""
@@ -296,24 +230,19 @@ class ColourJudge:
         return np.zeros(len(crops), int), np.abs(middle[:, None] - known).sum(-1).argmin(1)
 
 
+SETTINGS = dict(steps=5, strength=0.8, guidance=7.5, invert_guidance=1.0, maps=2, mask_strength=0.5, mask_threshold=3.0)
+
+
 def run(perfect, judge, count=6, batch=4):
-    settings = dict(
-        steps=5, strength=0.8, guidance=7.5, invert_guidance=1.0, maps=2, mask_strength=0.5, mask_threshold=3.0
-    )
-    oracle = Oracle([evaluation.sample_edit(2, index) for index in range(count)], perfect)
+    oracle = Oracle([measures.sample_edit(2, index) for index in range(count)], perfect)
     return oracle, *evaluation.evaluate(
-        oracle, judge, settings, count=count, seed=2, batch=batch, reconstructions=3, keep_pictures=2
+        oracle, judge, SETTINGS, count=count, seed=2, batch=batch, reconstructions=3, keep_pictures=2
     )
-
-
-@pytest.fixture(scope="module")
-def weak_judge():
-    return scene_classifier.SceneClassifier(random_weights())
 
 
 def test_a_perfect_editor_scores_as_one():
     oracle, results, kept = run(True, ColourJudge())
-    assert oracle.batches == [4, 4, 4], "batches keep their size: two of edits, one of reconstructions"
+    assert oracle.batches == [4, 4, 3], "two of edits, of one size, and one of reconstructions"
     assert len(results["records"]) == 6 and [r["index"] for r in results["records"]] == list(range(6))
     assert results["kind"]["edits"] == results["colour"]["edits"] == 3 and results["all"]["edits"] == 6
     assert results["all"]["mask_iou"] > 0.85  # the grid is four pixels coarse
@@ -322,7 +251,7 @@ def test_a_perfect_editor_scores_as_one():
     assert results["kind"]["psnr_outside_either"] > results["kind"]["psnr_outside"]
     assert results["goals"]["mask_iou"]["passed"] and results["goals"]["psnr_outside"]["passed"]
     assert results["reconstruction"]["pictures"] == 3
-    assert results["reconstruction"]["psnr_inversion"] == evaluation.HIGHEST_PSNR
+    assert results["reconstruction"]["psnr_inversion"] == measures.EXACT
     assert 45 < results["reconstruction"]["psnr_vae"] < 60
     text = evaluation.table(results)
     assert text.count("PASS") + text.count("MISS") == len(evaluation.GOALS)
@@ -331,46 +260,69 @@ def test_a_perfect_editor_scores_as_one():
 
 def test_an_editor_that_does_nothing_is_found_out():
     _, results, _ = run(False, ColourJudge())
-    assert results["all"]["psnr_outside"] == evaluation.HIGHEST_PSNR
+    assert results["all"]["psnr_outside"] == measures.EXACT
     assert results["colour"]["colour_seen"] == 0
     assert results["all"]["target_seen"] == results["all"]["seen_unedited"]
     assert not results["goals"]["target_seen"]["passed"]
     assert "MISS" in evaluation.table(results)
 
 
-def test_results_do_not_depend_on_the_batch(weak_judge):
-    first, second = run(True, weak_judge, batch=4)[1], run(True, weak_judge, batch=6)[1]
+def test_results_do_not_depend_on_the_batch():
+    judge = scene_classifier.SceneClassifier(random_weights())
+    first, second = run(True, judge, batch=4)[1], run(True, judge, batch=6)[1]
     assert first["records"] == second["records"]
 
 
-def test_averages_refuse_nan_and_bear_no_edits():
-    record = {name: 0.5 for name in evaluation.AVERAGED}
-    assert evaluation.averages([record, record])["mask_iou"] == 0.5
-    assert evaluation.averages([])["mask_iou"] is None
-    with pytest.raises(ArithmeticError, match="mask_iou"):
-        evaluation.averages([record, {**record, "mask_iou": float("nan")}])
-
-
-def test_importing_needs_neither_mindspore_nor_torch():
-    import subprocess
-
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import evaluate_editing; "
-        "sys.exit(bool({'mindspore', 'mindone', 'torch', 'diffusers'} & set(sys.modules)))"
+def test_a_comparison_has_every_part(tmp_path):
+    """A perfect editor on both sides; each line of the ablation changes one option of edit()."""
+    edits = [measures.sample_edit(2, index) for index in range(5)]
+    oracle, done = Oracle(edits), []
+    results, sheet = compare_editing.compare(
+        oracle,
+        ColourJudge(),
+        SETTINGS,
+        count=5,
+        seed=2,
+        batch=2,
+        ablation=2,
+        rebuilt=2,
+        timed=1,
+        progress=lambda name, count: done.append((name, count)),
     )
-    assert subprocess.run([sys.executable, "-c", code, str(SCRIPTS)], check=False).returncode == 0
+    assert oracle.unet_batch_size == 1 and done[:3] == [("reference", 2), ("reference", 2), ("reference", 1)]
+    usual, *others = [options for options in oracle.edits if "paste_back" in options][2:]  # the last of three batches
+    names = [
+        {name for name in options if options[name] != usual.get(name, "usual")} - {"generator"} for options in others
+    ]
+    wanted = [
+        set(changes) for part in (compare_editing.CORRECTIONS, compare_editing.EXTRAS) for changes in part.values()
+    ]
+    assert names == wanted
+    assert results["parties"]["edit()"]["psnr_outside_mask"] == measures.EXACT
+    assert results["parties"]["edit()"]["mask_iou"] == results["parties"]["reference"]["mask_iou"] > 0.8
+    assert results["goals"]["outside the feathered mask"]["passed"] and len(results["goals"]) == 5
+    assert set(results["reconstruction"].values()) == {measures.EXACT}
+    rows = [line for line in reports.comparison_tables(results)["ablation"].splitlines() if " exact |" in line]
+    assert any(line.startswith("| with: pasted back (C5)") for line in rows)
+    assert sheet.size[1] > 12 * scenes.SIZE
+
+
+def test_averages_refuse_nan_and_bear_no_edits():
+    record = {name: 0.5 for name in measures.AVERAGED}
+    assert measures.averages([record, record])["mask_iou"] == 0.5
+    assert measures.averages([])["mask_iou"] is None
+    with pytest.raises(ArithmeticError, match="mask_iou"):
+        measures.averages([record, {**record, "mask_iou": float("nan")}])
 
 
 def test_the_exit_code_is_zero_unless_asked(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(evaluation.scene_classifier.SceneClassifier, "load", lambda path: ColourJudge())
-    edits = [evaluation.sample_edit(3, index) for index in range(2)]
-    monkeypatch.setattr(evaluation, "MindSporeEditor", lambda model, mode: Oracle(edits, perfect=False))
+    monkeypatch.setattr(scene_classifier.SceneClassifier, "load", lambda path: ColourJudge())
+    edits = [measures.sample_edit(3, index) for index in range(2)]
+    monkeypatch.setattr(measures, "MindSporeEditor", lambda model, mode: Oracle(edits, perfect=False))
     arguments = ["--scenes", "2", "--seed", "3", "--model", str(tmp_path), "--json", str(tmp_path / "r.json")]
     assert evaluation.main(arguments) == 0
     assert evaluation.main([*arguments, "--check"]) == 1
     assert "MISS" in capsys.readouterr().out
-    import json
-
     written = json.loads((tmp_path / "r.json").read_text())
     assert written["scenes"] == 2 and written["settings"]["steps"] == evaluation.demo.SETTINGS["steps"]
     assert len(written["records"]) == 2
