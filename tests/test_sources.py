@@ -333,7 +333,7 @@ GROUND = {
     "weight_files",
 }
 # The half of the parity tool that runs the reference; imported by `parity record` alone.
-RECORDING = {"parity/reference.py", "parity/floors.py", "parity/command.py"}
+RECORDING = {"parity/reference.py", "parity/formulas.py", "cli/parity.py"}
 HEAVY = {"mindspore", "mindone", "torch", "diffusers", "transformers"}
 NEVER = {"torch", "diffusers"}
 

@@ -42,9 +42,12 @@ The stages, in order:
   ``noise_predictions``, ``negative_noise_predictions`` (only where the negatives differ), ``map``,
   ``clamp_magnitude``, ``mask``;
 - in ``invert``: ``timesteps``, ``moments``, ``posterior_noise``, ``latents``, ``token_ids``, ``prompt_embeds``,
-  their ``negative_`` kin, ``coefficients``, ``inverted_latents``, ``decoded``;
+  their ``negative_`` kin, ``coefficients``, ``predictions``, ``inverted_latents``, ``decoded``;
 - in the call: ``timesteps``, ``token_ids``, ``prompt_embeds``, their ``negative_`` kin, ``coefficients``,
-  ``step_noise``, ``edited_latents``, ``decoded``. DPM-Solver++ also shows its ``clean_predictions``.
+  ``predictions``, ``step_noise``, ``edited_latents``, ``decoded``. DPM-Solver++ also shows its ``clean_predictions``.
+
+``predictions`` are the UNet's outputs in a step, before guidance: (2 B, C, h, w), negatives first, with guidance,
+(B, C, h, w) without.
 """
 
 Viewer = Callable[[str, np.ndarray, int | None], None]
