@@ -153,11 +153,7 @@ def mask_case():
 def compare_masks(ours, theirs, margin=0.01, **changed):
     values, magnitude, _ = mask_case()
     return compare(
-        ours,
-        theirs,
-        margin,
-        kind="mask",
-        **{"reference_map": values, "clamp_magnitude": magnitude, **changed},
+        ours, theirs, margin, kind="mask", **{"reference_map": values, "clamp_magnitude": magnitude, **changed}
     )
 
 

@@ -54,7 +54,7 @@ def record(args: Namespace):
             dtype=settings["dtype"],
         )
     folder = _folder(args.model)
-    if folder.resolve() in Path(args.output).resolve().parents:
+    if folder.resolve() in Path(args.output).resolve().parent.parents:
         raise InputError(
             "{output} is among the files of the model {folder}; give a name outside of it.",
             output=args.output,
@@ -84,7 +84,7 @@ def record(args: Namespace):
         measured = None
         del pipe  # the float64 models take twice its memory
         if not args.no_floors:
-            measured = floors.measure(folder, case, trace)
+            measured = floors.measure_on(reference.load(folder, case, torch.float64), case, trace)
             _say(args, "its float64 run is done: floors measured.")
     manifest = {
         "arguments": settings,
@@ -236,8 +236,7 @@ def _fitted(args: Namespace, settings: dict[str, Any], configs) -> list[PIL.Imag
     if len({picture.size for picture in fitted}) > 1:
         sizes = ", ".join(f"{picture.width} x {picture.height}" for picture in fitted)
         raise InputError(
-            "the pictures of a batch have to be of one size, but the models would work at {sizes}.",
-            sizes=sizes,
+            "the pictures of a batch have to be of one size, but the models would work at {sizes}.", sizes=sizes
         )
     return fitted
 
@@ -312,9 +311,7 @@ def _case(settings: dict[str, Any], images: list[PIL.Image.Image], folder: Path)
 
 def _mended(case: Case) -> list[str]:
     """Ids in docs/differences.md of crashes of the reference that were mended to record this case."""
-    without_guidance = case.mask is not None and case.mask.get("guidance_scale", 7.5) <= 1
-    by_index = case.mask is not None and case.scheduler != "DDIMScheduler"
-    return ["W1"] * without_guidance + ["W3"] * by_index
+    return ["W1"] * (case.mask["guidance_scale"] <= 1) + ["W3"] * (case.scheduler != "DDIMScheduler")
 
 
 # --- check ---------------------------------------------------------------------------------------------------------

@@ -39,20 +39,13 @@ class Case:
     @property
     def inverse_scheduler(self) -> str:
         """Class name of the inversion's scheduler."""
-        own = self.scheduler.replace("Scheduler", "InverseScheduler")
-        known = ("DDIMInverseScheduler", "DPMSolverMultistepInverseScheduler")
-        return own if own in known else known[0]
+        if self.scheduler == "DPMSolverMultistepScheduler":
+            return "DPMSolverMultistepInverseScheduler"
+        return "DDIMInverseScheduler"
 
     def described(self) -> dict[str, Any]:
         """All but the pictures, for a manifest: plain values that JSON can hold."""
-        return {
-            "mask": self.mask,
-            "invert": self.invert,
-            "edit": self.edit,
-            "seeds": self.seeds,
-            "scheduler": self.scheduler,
-            "scheduler_options": self.scheduler_options,
-        }
+        return {name: value for name, value in vars(self).items() if name != "image"}
 
 
 class Tape:

@@ -12,45 +12,40 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-import torch
 
 from mindiffedit.parity import reference, tolerances
 from mindiffedit.parity.case import Case
 
-NOISE = ("posterior_noise", "noise", "step_noise")
-
-
-def measure(folder, case: Case, trace: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:
-    """{"isolated": {stage: figure}, "chained": {stage: figure or list by step}} of a case and its float32 trace.
-
-    A figure is the largest absolute difference over the root mean square of the float32 values.
-    """
-    pipe = reference.load(folder, case, torch.float64)
-    return measure_on(pipe, case, trace)
+_NOISE = ("posterior_noise", "noise", "step_noise")
 
 
 def measure_on(
     pipe, case: Case, trace: dict[str, np.ndarray], kinds: Iterable[str] = ("isolated", "chained")
 ) -> dict[str, dict[str, Any]]:
-    """``measure`` with a float64 pipeline that is there already; one run of it for each kind."""
-    noise = {name: value for name, value in trace.items() if name.partition("/")[2] in NOISE}
+    """{"isolated": {stage: figure}, "chained": {stage: figure or list by step}} of a case and its float32 trace.
+
+    A figure is the largest absolute difference over the root mean square of the float32 values. ``pipe`` is the
+    reference's pipeline in float64, which runs once for each kind.
+    """
+    chained = {name: value for name, value in trace.items() if name.partition("/")[2] in _NOISE}
     # The mask is a decision, not a number: the float64 run edits inside the float32 run's mask.
-    chained = {**noise, **{name: trace[name] for name in ("mask/mask",) if name in trace}}
-    given = {"isolated": trace, "chained": chained}
-    return {kind: _figures(trace, reference.run(pipe, case, given[kind]), kind) for kind in kinds}
+    chained.update({name: trace[name] for name in ("mask/mask",) if name in trace})
+    substitutes = {"isolated": trace, "chained": chained}
+    return {kind: _figures(trace, reference.run(pipe, case, substitutes[kind]), kind) for kind in kinds}
 
 
 def _figures(trace, exact, kind: str) -> dict[str, Any]:
-    found = {}
+    figures = {}
     for name, value in trace.items():
-        if value.dtype.kind != "f" or name.partition("/")[2] in (*NOISE, "coefficients", "timesteps"):
+        row = tolerances.for_stage(name)
+        if row.factor == 0 or row.floor_stage is not None:
             continue
-        if tolerances.for_stage(name).stacked:
+        if row.stacked:
             steps = [_figure(*pair) for pair in zip(value, exact[name])]
-            found[name] = max(steps) if kind == "isolated" else np.maximum.accumulate(steps).tolist()
+            figures[name] = max(steps) if kind == "isolated" else np.maximum.accumulate(steps).tolist()
         else:
-            found[name] = _figure(value, exact[name])
-    return found
+            figures[name] = _figure(value, exact[name])
+    return figures
 
 
 def _figure(value, exact) -> float:

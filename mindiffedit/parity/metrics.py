@@ -31,16 +31,7 @@ MAX_EXCEPTED = 0.25
 
 _FAMILIES = {"f": "floating-point numbers", "i": "integers", "u": "integers", "b": "booleans"}
 
-__all__ = [
-    "KINDS",
-    "MAX_EXCEPTED",
-    "Comparison",
-    "Limit",
-    "compare",
-    "compare_traces",
-    "first_failure",
-    "passed",
-]
+__all__ = ["KINDS", "MAX_EXCEPTED", "Comparison", "Limit", "compare", "compare_traces", "first_failure", "passed"]
 
 
 @dataclass(frozen=True)

@@ -92,12 +92,7 @@ TABLE = (
         stacked=True,
     ),
     Tolerance(
-        "map",
-        "close",
-        5,
-        2e-6,
-        1e-3,
-        "A difference of predictions that are nearly equal magnifies their rounding.",
+        "map", "close", 5, 2e-6, 1e-3, "A difference of predictions that are nearly equal magnifies their rounding."
     ),
     Tolerance(
         "clamp_magnitude",
