@@ -17,7 +17,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import PIL.Image
 import pytest
 from scipy import ndimage
 
@@ -93,24 +92,34 @@ MODEL = '"stabilityai/stable-diffusion-2-1"'
 PICTURE = '"https://github.com/Xiang-cd/DiffEdit-stable-diffusion/raw/main/assets/origin.png"'
 SIZE = "768"
 SOURCE, TARGET = '"a bowl of fruits"', '"a basket of pears"'
-DEMO_SIZE = 128
+DEMO_SIZE, FACTOR = 128, 4
+
+
+def check_edit(before, after, mask):
+    """The inside of a mask (1, h, w) has changed and is 0 or 1, the outside, from two latents away, much less.
+
+    The decoder mixes neighbouring latents. Returns where the outside is.
+    """
+    side = DEMO_SIZE // FACTOR
+    assert mask.shape == (1, side, side) and set(np.unique(mask)) == {0, 1} and 0.01 < mask.mean() < 0.6
+    assert before.size == after.size == (DEMO_SIZE, DEMO_SIZE) and before.mode == after.mode == "RGB"
+    inside = np.kron(mask[0], np.ones((FACTOR, FACTOR))) > 0.5
+    outside = ndimage.distance_transform_edt(~inside) > 2 * FACTOR
+    squares = ((np.asarray(before, float) - np.asarray(after, float)) ** 2).mean(-1)
+    changed, kept = squares[inside].mean(), squares[outside].mean()
+    assert 10 * np.log10(255**2 / changed) < 20, "the object is still there"
+    assert kept < 255**2 / 10**2.4, "the background has changed"  # 24 dB
+    assert outside.mean() > 0.2 and changed > 10 * kept
+    return outside
 
 
 def check_notebook(ran):
-    side = DEMO_SIZE // ran.pipeline.vae_scale_factor
-    assert ran.mask.shape == (1, side, side) and 0.01 < ran.mask.mean() < 0.6
-    assert ran.latents.shape == (1, 18, 4, side, side)  # 20 steps at a strength of 0.9
-    before, result = (np.asarray(one, float) for one in (ran.picture, ran.result))
-    factor = ran.pipeline.vae_scale_factor
-    inside = np.kron(ran.mask[0], np.ones((factor, factor))) > 0.5
-    change = ((before - result) ** 2).mean(-1)
-    assert change[inside].mean() > 10 * change[~inside].mean()
+    check_edit(ran.picture, ran.result, ran.mask)
+    assert ran.latents.shape == (1, 18, 4, *ran.mask.shape[1:])  # 20 steps at a strength of 0.9
     assert ran.displayed[1].size == (2 * DEMO_SIZE, DEMO_SIZE)
     # One call: what is said of it there.
-    after = np.asarray(ran.edited.images[0], float)
-    mask = np.kron(ran.edited.mask_image[0], np.ones((factor, factor))) > 0.5
-    far = ndimage.distance_transform_edt(~mask) > 2 * factor
-    assert far.mean() > 0.2 and np.array_equal(before[far], after[far]) and not np.array_equal(before, after)
+    outside = check_edit(ran.picture, ran.edited.images[0], ran.edited.mask_image)
+    assert np.array_equal(np.asarray(ran.picture)[outside], np.asarray(ran.edited.images[0])[outside])
     assert ran.displayed[4].size == (4 * DEMO_SIZE, DEMO_SIZE)
     assert ran.displayed[5] is ran.edited.report and "mask_coverage" in repr(ran.displayed[5])
 
@@ -333,6 +342,9 @@ def test_pages_run_from_top_to_bottom(name, run):
 
 def test_every_page_with_code_is_run():
     assert {page.name for page in PAGES if blocks(page, "py", "python")} == {*PROGRAMS, *NOT_RUN}
+    for name in NOT_RUN:
+        for code in blocks(ROOT / name, "py", "python"):
+            compile(code, name, "exec")
 
 
 def test_a_page_that_does_not_run_is_seen(tmp_path):
@@ -365,14 +377,6 @@ GUIDE = blocks(DOCS / "guide.md", "py", "python")
 REFERENCES = 7  # the first so many blocks are those of the published guide
 
 
-@pytest.fixture
-def guide(run):
-    """The names after the published guide's part, what its blocks displayed, and the mask as it was made."""
-    ran = run("guide.md")
-    mask = ran.after[4]["mask_image"]
-    return SimpleNamespace(**ran.after[REFERENCES - 1], displayed=ran.displayed[:REFERENCES], mask=mask)
-
-
 def test_the_guide_has_the_reference_guides_code():
     """Block for block what the published guide has, with our imports; and nothing is installed unasked."""
     assert len(GUIDE) >= REFERENCES
@@ -395,20 +399,17 @@ def test_the_guide_has_the_reference_guides_code():
         assert call in "".join(GUIDE), call
 
 
-def test_the_guides_mask_is_a_mask(guide):
-    side = DEMO_SIZE // guide.pipeline.vae_scale_factor
-    assert guide.mask.shape == (1, side, side)
-    assert set(np.unique(guide.mask)) == {0, 1}, "neither empty nor full"
-    assert 0.01 < guide.mask.mean() < 0.6
-    displayed = guide.displayed[4]
-    assert displayed.mode == "L" and displayed.size == (DEMO_SIZE, DEMO_SIZE)
-
-
-def test_the_guides_latents_go_from_noise_to_the_picture(guide):
-    side = DEMO_SIZE // guide.pipeline.vae_scale_factor
-    latents = guide.inv_latents.asnumpy()
-    assert latents.shape == (1, 40, 4, side, side)  # 50 steps at the default strength of 0.8
-    assert np.isfinite(latents).all()
+def test_the_guides_edit(run):
+    """The published guide's part of the page: its mask, latents and picture are what they should be."""
+    ran = run("guide.md")
+    names, displayed = SimpleNamespace(**ran.after[REFERENCES - 1]), ran.displayed
+    assert names.pipeline.vae_scale_factor == FACTOR
+    mask = ran.after[4]["mask_image"]  # as it was made
+    check_edit(names.raw_image, names.output_image, mask)
+    assert displayed[4].mode == "L" and displayed[4].size == (DEMO_SIZE, DEMO_SIZE)
+    assert displayed[REFERENCES - 1].size == (3 * DEMO_SIZE, DEMO_SIZE)
+    latents = names.inv_latents.asnumpy()
+    assert latents.shape == (1, 40, 4, *mask.shape[1:])  # 50 steps at the default strength of 0.8
 
     # The guide's picture is smooth, noise is not: neighbours are alike at the end and less so at the start.
     def likeness(sample):
@@ -418,36 +419,7 @@ def test_the_guides_latents_go_from_noise_to_the_picture(guide):
     assert likeness(latents[0, -1]) > likeness(latents[0, 0]) + 0.05
 
 
-def test_the_guides_edit_changes_the_inside_of_the_mask(guide):
-    size = (DEMO_SIZE, DEMO_SIZE)
-    assert isinstance(guide.output_image, PIL.Image.Image)
-    assert guide.output_image.mode == "RGB" and guide.output_image.size == guide.raw_image.size == size
-    assert guide.displayed[-1].size == (3 * DEMO_SIZE, DEMO_SIZE)
-    before, after = (np.asarray(p, np.float64) for p in (guide.raw_image, guide.output_image))
-    factor = guide.pipeline.vae_scale_factor
-    inside = np.kron(guide.mask[0], np.ones((factor, factor))) > 0.5
-    # The decoder mixes neighbouring latents, so the outside is judged from two latents away.
-    reach = 2 * factor
-    near = np.zeros_like(inside)
-    for y, x in zip(*np.nonzero(inside[::factor, ::factor])):
-        near[
-            max(0, y * factor - reach) : y * factor + factor + reach,
-            max(0, x * factor - reach) : x * factor + factor + reach,
-        ] = True
-    squares = ((before - after) ** 2).mean(-1)
-    changed, kept = squares[inside].mean(), squares[~near].mean()
-    assert 10 * np.log10(255**2 / changed) < 20, "the object is still there"
-    assert 10 * np.log10(255**2 / kept) > 24, "the background has changed"
-    assert changed > 10 * kept
-
-
 # --- pages -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_python_blocks_compile(page):
-    for code in blocks(page, "py", "python"):
-        compile(code, page.name, "exec")
 
 
 def command_lines(page):
@@ -461,29 +433,20 @@ def command_lines(page):
                 yield words[1:]
 
 
-def parser():
+def test_command_lines_parse(capsys):
     from mindiffedit.cli.arguments import build_parser
 
-    return build_parser()
+    lines = [words for page in PAGES for words in command_lines(page)]
+    assert {"demo", "edit", "mask", "invert"} <= {words[0] for words in lines}
+    for words in lines:
+        try:
+            build_parser().parse_args(words)
+        except SystemExit as stop:  # --help and --version end so
+            assert stop.code in (0, None), (words, capsys.readouterr().err)
 
 
-COMMANDS = [words for page in PAGES for words in command_lines(page)]
-
-
-@pytest.mark.parametrize("words", COMMANDS, ids=lambda words: " ".join(words)[:60])
-def test_command_lines_parse(words, capsys):
-    try:
-        parser().parse_args(words)
-    except SystemExit as stop:  # --help and --version end so
-        assert stop.code in (0, None), capsys.readouterr().err
-
-
-def test_there_are_command_lines_to_check():
-    assert {"demo", "edit", "mask", "invert"} <= {words[0] for words in COMMANDS}
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_to_files_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)\s]+)\)", text_of(page)):
-        if not target.startswith(("http://", "https://", "#")):
-            assert (page.parent / target.partition("#")[0]).exists(), f"{page.name} links to {target}"
+def test_links_to_files_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)\s]+)\)", text_of(page)):
+            if not target.startswith(("http://", "https://", "#")):
+                assert (page.parent / target.partition("#")[0]).exists(), f"{page.name} links to {target}"

@@ -9,10 +9,10 @@ import pytest
 from test_cli import (  # noqa: F401  (work is a fixture)
     SOURCE,
     TARGET,
+    TEXTS,
     FakePipeline,
     arguments,
     edit,
-    edit_with_latents,
     invert,
     ran,
     refused,
@@ -24,8 +24,8 @@ from mindiffedit import masks
 from mindiffedit.cli import command as cli
 from mindiffedit.cli import sweeps
 
-MASK = ["mask", "p.png", "--source", SOURCE, "--target", TARGET, "--model", "model", "--mask-threshold", "3",
-        "--mask-level", "0.5", "--mask-smoothing", "0", "--mask-edges", "0", "--no-soft-mask"]  # fmt: skip
+MASK = ["mask", "p.png", *TEXTS, "--mask-threshold", "3", "--mask-level", "0.5", "--mask-smoothing", "0",
+        "--mask-edges", "0", "--no-soft-mask"]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -50,19 +50,7 @@ def sheets(monkeypatch):
 
 def edit_sheet(*more):
     """`edit` with a sheet and without -o."""
-    return [
-        "edit",
-        "p.png",
-        "--source",
-        SOURCE,
-        "--target",
-        TARGET,
-        "--model",
-        "model",
-        "--sweep",
-        "sheet.png",
-        *more,
-    ]
+    return ["edit", "p.png", *TEXTS, "--sweep", "sheet.png", *more]
 
 
 def calls(stage):
@@ -99,16 +87,8 @@ def test_a_sheet_and_the_one_mask(capsys, sheets):
     assert [asked["mask_encode_strength"] for asked in calls("mask")] == [0.5, 0.3, 0.7]
     ((_, down, across, _),) = sheets
     assert (down, across) == (["0.3", "0.5", "0.7"], ["2", "3", "4"])
-    assert line.startswith("m.png: ") and sorted(os.listdir()) == [
-        "m.png",
-        "map.png",
-        "model",
-        "p.png",
-        "sheet.png",
-    ]
-
-
-def test_the_line_of_a_sheet_alone(capsys):
+    assert line.startswith("m.png: ")
+    assert sorted(os.listdir()) == ["m.png", "map.png", "model", "p.png", "sheet.png"]
     line, _ = ran(capsys, [*MASK, "--sweep", "sheet.png", "--sweep-thresholds", "2"])
     assert line.startswith("sheet.png: 3 strengths x 1 thresholds, seed 0")
 
@@ -166,10 +146,7 @@ def test_noise_and_an_own_mask(capsys, sheets):
 
 def test_with_latents_the_strength_is_theirs(capsys, sheets):
     invert(capsys, "--strength", "0.6")
-    FakePipeline.calls.clear()
-    argv = edit_with_latents("--sweep", "sheet.png")
-    del argv[argv.index("-o") : argv.index("-o") + 2]
-    ran(capsys, argv)
+    ran(capsys, ["edit", "p.png", "--latents", "l.safetensors", *TEXTS[2:], "--sweep", "sheet.png"])
     assert stages() == ["load", "mask", "whole", "whole", "whole"]
     ((_, down, across, _),) = sheets
     assert (down, across) == (["0.6"], ["5", "7.5", "10"])
@@ -184,20 +161,16 @@ def test_large_cells_are_made_smaller(capsys, sheets):
     assert rows[0][0].size == (sweeps.CELL, round(sweeps.CELL * 0.6))
 
 
-@pytest.mark.parametrize(
-    "strength, steps, expected",
-    [(0.5, 50, [0.3, 0.5, 0.7]), (0.9, 20, [0.7, 0.9, 1]), (1, 50, [0.8, 1]), (0.1, 50, [0.02, 0.1, 0.3]),
-     (0.4, 3, [0.4, 0.6]), (1, 1, [1])],
-)  # fmt: skip
-def test_strengths_around_one(strength, steps, expected):
-    assert sweeps._around_strength(strength, steps) == expected
+def test_strengths_around_one():
+    for strength, steps, expected in (
+        *((0.5, 50, [0.3, 0.5, 0.7]), (0.9, 20, [0.7, 0.9, 1]), (1, 50, [0.8, 1]), (0.1, 50, [0.02, 0.1, 0.3])),
+        *((0.4, 3, [0.4, 0.6]), (1, 1, [1])),
+    ):
+        assert sweeps._around_strength(strength, steps) == expected
 
 
-def test_a_failure_leaves_no_sheet(capsys):
+def test_no_sheet_of_what_cannot_be_drawn(capsys):
+    refused(capsys, edit_sheet("--sweep-guidances", "1,1"), "twice")
     FakePipeline.breaks["whole"] = lambda: 1 / 0
     assert cli.main(edit_sheet()) == 1
     assert sorted(os.listdir()) == ["model", "p.png"]
-
-
-def test_values_that_repeat(capsys):
-    refused(capsys, edit_sheet("--sweep-guidances", "1,1"), "twice")

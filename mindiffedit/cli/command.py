@@ -208,16 +208,10 @@ def _invert(args):
     return f"{args.output}: latents {' x '.join(map(str, latents.shape))}, {_ending(job)}", result
 
 
-def _parity_record(args):
+def _parity(args):
     from mindiffedit.cli import parity
 
-    return parity.record(args)
-
-
-def _parity_check(args):
-    from mindiffedit.cli import parity
-
-    return parity.check(args)
+    return parity.record(args) if args.command == "parity record" else parity.check(args)
 
 
 _COMMANDS = {
@@ -225,8 +219,8 @@ _COMMANDS = {
     "mask": _mask,
     "invert": _invert,
     "demo": _demo,
-    "parity record": _parity_record,
-    "parity check": _parity_check,
+    "parity record": _parity,
+    "parity check": _parity,
 }
 
 
