@@ -13,8 +13,6 @@ def program() -> int:
         # Where torch is installed, transformers would import it, for seconds; only its tokenizer is used here.
         os.environ.setdefault("USE_TORCH", "0")
         quick_imports.install()
-    # MindSpore warns of every graph that it finds in a compile cache, and of every one that it does not.
-    os.environ.setdefault("MS_SUBMODULE_LOG_v", "{PIPELINE:3}")
     return main()
 
 
