@@ -17,8 +17,6 @@ def program() -> int:
     os.environ.setdefault("GLOG_v", "3")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("DIFFUSERS_NO_ADVISORY_WARNINGS", "1")
-    # MindSpore warns of every graph that it finds in a compile cache, and of every one that it does not.
-    os.environ.setdefault("MS_SUBMODULE_LOG_v", "{PIPELINE:3}")
     return main()
 
 

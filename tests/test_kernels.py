@@ -80,207 +80,128 @@ def families(*quick):
 # --- single kernels: functions --------------------------------------------------------------------------
 #
 # Called through mint's names with the arguments that mindone passes. Plain functions, because the graph
-# compiler reads their source.
+# compiler reads their source. mint's names are torch's: `in_torch` runs the same source on torch's modules.
 
 
-def _silu(x):
-    return F.silu(x)
+def _activations(x):
+    return F.silu(x), mint.tanh(x), F.gelu(x), F.gelu(x, approximate="tanh")
 
 
-def _tanh(x):
-    return mint.tanh(x)
+def _convolutions(x, weight, bias, pixel):
+    return (
+        F.conv2d(x, weight, bias, stride=1, padding=1),
+        F.conv2d(x, weight, bias, stride=(2, 2), padding=(1, 0)),
+        mint.conv2d(x, pixel),
+    )
 
 
-def _gelu(x):
-    return F.gelu(x)
+def _norms(x, weight, bias, rows):
+    return (
+        F.layer_norm(x, (8,), weight, bias, 1e-6),
+        F.layer_norm(x, (5, 8)),
+        F.normalize(rows),
+        F.normalize(rows, 1.0, -1, 1e-6),
+    )
 
 
-def _gelu_tanh(x):
-    return F.gelu(x, approximate="tanh")
+def _moves(x, rows):
+    return (
+        F.pad(x, (0, 1, 0, 1), mode="constant", value=0),
+        F.pad(x, (2, 1), value=0.25),
+        F.pad(x, (1, 2, 2, 1), mode="reflect"),
+        mint.stack([rows, -rows], dim=1),
+    )
 
 
-def _conv2d_same_size(x, weight, bias):
-    return F.conv2d(x, weight, bias, stride=1, padding=1)
+def _numbers(rows):
+    return (
+        rows * mint.arange(start=0, end=11, dtype=mindspore.float32),
+        rows * mint.arange(11),
+        rows + mint.zeros_like(rows, dtype=mindspore.float32),
+        mint.round(rows, decimals=3),
+        mint.round(rows * 2),
+    )
 
 
-def _conv2d_half_size(x, weight, bias):
-    return F.conv2d(x, weight, bias, stride=(2, 2), padding=(1, 0))
-
-
-def _conv2d_without_bias(x, weight):
-    return mint.conv2d(x, weight)
-
-
-def _layer_norm(x, weight, bias):
-    return F.layer_norm(x, (8,), weight, bias, 1e-6)
-
-
-def _layer_norm_bare(x):
-    return F.layer_norm(x, (5, 8))
+def _parts(rows):
+    first = mint.split(rows, [4, 7], dim=1)
+    second = mint.split(rows, 4, dim=-1)
+    third = mint.chunk(rows, 2, dim=1)
+    uneven = mint.chunk(rows, 4, dim=0)
+    return (
+        mint.cat([first[1], first[0]], dim=-1),
+        mint.cat([second[2], second[0]], dim=-1),
+        mint.cat([third[1], third[0]], dim=-1),
+        mint.cat([uneven[2], uneven[0]], dim=0),
+    )
 
 
 def _embedding(ids, table):
     return F.embedding(ids, table)
 
 
-def _pad_right_and_bottom(x):
-    return F.pad(x, (0, 1, 0, 1), mode="constant", value=0)
-
-
-def _pad_value(x):
-    return F.pad(x, (2, 1), value=0.25)
-
-
-def _pad_reflect(x):
-    return F.pad(x, (1, 2, 2, 1), mode="reflect")
-
-
-def _normalize(x):
-    return F.normalize(x)
-
-
-def _normalize_last_by_1(x):
-    return F.normalize(x, 1.0, -1, 1e-6)
-
-
-def _arange_of_halves(x):
-    return x * mint.arange(start=0, end=6, dtype=mindspore.float32)
-
-
-def _arange_of_one(x):
-    return x * mint.arange(6)
-
-
-def _zeros_like(x):
-    return x + mint.zeros_like(x, dtype=mindspore.float32)
-
-
 def _mm(a, b):
     return mint.mm(a, b.t())
 
 
-def _stack(a, b):
-    return mint.stack([a, b], dim=1)
-
-
-def _round_3(x):
-    return mint.round(x, decimals=3)
-
-
-def _round_0(x):
-    return mint.round(x)
-
-
-def _split_sizes(x):
-    parts = mint.split(x, [4, x.shape[1] - 4], dim=1)
-    return mint.cat([parts[1], parts[0]], dim=-1)
-
-
-def _split_size(x):
-    parts = mint.split(x, 4, dim=-1)
-    return mint.cat([parts[1], parts[0]], dim=-1)
-
-
-def _chunk(x):
-    first, second = mint.chunk(x, 2, dim=1)
-    return first - second
-
-
-def _chunk_uneven(x):
-    parts = mint.chunk(x, 4, dim=0)
-    return mint.cat([parts[2], parts[0]], dim=0)
-
-
-def _torch_split(sizes):
-    return lambda x: torch.cat([x.split(sizes, dim=1)[1], x.split(sizes, dim=1)[0]], dim=-1)
-
-
 T = torch.nn.functional
 TINY = noise(3, 5, 8, seed=3, scale=1e-3)  # variance about eps: a wrong eps shows
+ROWS = noise(3, 8) * np.array([[1.0], [0.0], [1e-3]], np.float32)
+CONVOLVED = [noise(2, 4, 7, 9), noise(5, 4, 3, 3, seed=1), noise(5, seed=2), noise(5, 4, 1, 1, seed=1)]
 
 FUNCTIONS = [
-    # function, torch's, arguments, tolerance; measured
-    (_silu, T.silu, [noise(2, 7, 12, scale=2.0)], 1e-6),  # 2.4e-7, torch's own
-    (_tanh, torch.tanh, [noise(2, 7, 12, scale=2.0)], 1e-6),
-    (_gelu, T.gelu, [noise(2, 7, 12, scale=2.0)], 1e-6),  # 4.0e-7
-    (_gelu_tanh, lambda x: T.gelu(x, approximate="tanh"), [noise(2, 7, 12, scale=2.0)], 1e-6),  # 9.0e-8
-    (
-        _conv2d_same_size,
-        lambda x, w, b: T.conv2d(x, w, b, padding=1),
-        [noise(2, 4, 6, 9), noise(5, 4, 3, 3, seed=1), noise(5, seed=2)],
-        2e-6,  # 7.5e-7
-    ),
-    (
-        _conv2d_half_size,
-        lambda x, w, b: T.conv2d(x, w, b, stride=2, padding=(1, 0)),
-        [noise(2, 4, 7, 9), noise(5, 4, 3, 3, seed=1), noise(5, seed=2)],
-        2e-6,  # 4.4e-7
-    ),
-    (_conv2d_without_bias, T.conv2d, [noise(2, 4, 6, 9), noise(5, 4, 1, 1, seed=1)], 2e-6),  # 0
-    (
-        _layer_norm,
-        lambda x, w, b: T.layer_norm(x, (8,), w, b, 1e-6),
-        [TINY, noise(8, seed=1), noise(8, seed=2)],
-        2e-6,  # 1.9e-7
-    ),
-    (_layer_norm_bare, lambda x: T.layer_norm(x, (5, 8)), [TINY], 2e-6),  # 1.8e-7
-    (_embedding, T.embedding, [np.array([[1, 0], [4, 1]]), noise(5, 8)], 0.0),
-    (_pad_right_and_bottom, lambda x: T.pad(x, (0, 1, 0, 1)), [noise(2, 3, 4, 5)], 0.0),
-    (_pad_value, lambda x: T.pad(x, (2, 1), value=0.25), [noise(2, 3, 4, 5)], 0.0),
-    (_pad_reflect, lambda x: T.pad(x, (1, 2, 2, 1), mode="reflect"), [noise(2, 3, 4, 5)], 0.0),
-    (_normalize, T.normalize, [noise(3, 8) * np.array([[1.0], [0.0], [1e-3]], np.float32)], 1e-6),  # 0
-    (_normalize_last_by_1, lambda x: T.normalize(x, 1.0, -1, 1e-6), [noise(3, 8)], 1e-6),  # 0
-    (_arange_of_halves, lambda x: x * torch.arange(6, dtype=torch.float32), [noise(2, 6)], 0.0),
-    (_arange_of_one, lambda x: x * torch.arange(6), [noise(2, 6)], 0.0),
-    (_zeros_like, lambda x: x + 0.0, [noise(2, 6)], 0.0),
-    (_mm, lambda a, b: torch.mm(a, b.t()), [noise(3, 8), noise(5, 8, seed=1)], 1e-6),  # 2.3e-7
-    (_stack, lambda a, b: torch.stack([a, b], 1), [noise(3, 8), noise(3, 8, seed=1)], 0.0),
-    (_round_3, lambda x: torch.round(x, decimals=3), [noise(3, 8)], 1e-6),  # 0
-    (_round_0, torch.round, [np.array([-1.5, -0.5, 0.5, 1.5, 2.5, 0.3], np.float32)], 0.0),
-    (_split_sizes, _torch_split([4, 7]), [noise(3, 11)], 0.0),
-    (_split_size, _torch_split(4), [noise(3, 8)], 0.0),
-    (_chunk, lambda x: x.chunk(2, 1)[0] - x.chunk(2, 1)[1], [noise(2, 6, 3)], 0.0),
-    (_chunk_uneven, lambda x: torch.cat([x.chunk(4)[2], x.chunk(4)[0]]), [noise(10, 3)], 0.0),
+    # function, arguments, tolerance; measured
+    (_activations, [noise(2, 7, 12, scale=2.0)], 1e-6),  # 4.0e-7
+    (_convolutions, CONVOLVED, 2e-6),  # 7.5e-7
+    (_norms, [TINY, noise(8, seed=1), noise(8, seed=2), ROWS], 1e-6),  # 1.9e-7
+    (_moves, [noise(2, 3, 4, 5), ROWS], 0.0),
+    (_numbers, [noise(3, 11)], 1e-6),  # 0
+    (_parts, [noise(10, 11)], 0.0),
+    (_embedding, [np.array([[1, 0], [4, 1]]), noise(5, 8)], 0.0),
+    (_mm, [noise(3, 8), noise(5, 8, seed=1)], 1e-6),  # 2.3e-7
 ]
 
 
+def in_torch(function, *arrays):
+    names = {"mint": torch, "F": T, "mindspore": torch}
+    return types.FunctionType(function.__code__, names)(*[torch.from_numpy(array) for array in arrays])
+
+
+def require_equal_torch(mode):
+    for function, arrays, tolerance in FUNCTIONS:
+        results, expected = run(function, *arrays, mode=mode), in_torch(function, *arrays)
+        pairs = zip(results, expected) if isinstance(results, tuple) else [(results, expected)]
+        for number, (ours, theirs) in enumerate(pairs):
+            error = relative_error(ours, theirs)
+            assert ours.dtype == mindspore.float32 and error <= tolerance, f"{function.__name__} {number}: {error:.1e}"
+
+
 @pytest.mark.parametrize("mode", ["eager", "jit"])
-@pytest.mark.parametrize("case", FUNCTIONS, ids=[case[0].__name__.lstrip("_") for case in FUNCTIONS])
-def test_function_equals_torch(case, mode, operators):
-    function, reference, arrays, tolerance = case
-    expected = reference(*[torch.from_numpy(array) for array in arrays])
-    got = run(function, *arrays, mode=mode)
-    assert got.dtype == mindspore.float32
-    error = relative_error(got, expected)
-    assert error <= tolerance, f"{error:.1e}"
+def test_functions_equal_torch(mode, operators):
+    require_equal_torch(mode)
 
 
 def test_replacements_are_tested_where_the_original_is_there_too(monkeypatch, operators):
     """Which names are missing depends on the version; the replacements of the others are checked as well."""
     monkeypatch.setattr(kernels, "_missing", {devices.device_target(): kernels.KERNELS})
     monkeypatch.setattr(kernels, "_plan_key", None)
-    for function, reference, arrays, tolerance in FUNCTIONS:
-        expected = reference(*[torch.from_numpy(array) for array in arrays])
-        assert relative_error(run(function, *arrays, mode="eager"), expected) <= tolerance, function.__name__
+    require_equal_torch("eager")
     monkeypatch.setattr(kernels, "_plan_key", None)
 
 
 def test_the_measure_fails_what_it_should():
     x = noise(2, 7, 12, scale=2.0)
-    exact = T.gelu(torch.from_numpy(x))
-    assert relative_error(run(_gelu_tanh, x, mode="eager"), exact) > 1e-4
+    _, _, _, other_gelu = run(_activations, x, mode="eager")
+    assert relative_error(other_gelu, T.gelu(torch.from_numpy(x))) > 1e-4
     other_eps = T.layer_norm(torch.from_numpy(TINY), (8,), eps=1e-7)
     assert relative_error(T.layer_norm(torch.from_numpy(TINY), (8,), eps=1e-6), other_eps) > 1e-2
     assert relative_error(x[:1], x) == float("inf")
     assert relative_error(np.full_like(x, np.nan), x) == float("inf")
 
 
-def test_embedding_refuses_a_norm_limit():
+def test_what_a_replacement_does_not_do_it_refuses():
     with portable_kernels(), pytest.raises(ValueError, match="max_norm"):
         F.embedding(mindspore.Tensor([0]), mindspore.Tensor(noise(2, 3)), max_norm=1.0)
-
-
-def test_silu_refuses_to_work_in_place():
     with portable_kernels(), pytest.raises(ValueError, match="inplace"):
         portable.silu(mindspore.Tensor(noise(3)), inplace=True)
 
@@ -298,77 +219,64 @@ def rms_error(got, expected) -> float:
 
 
 on_cpu = pytest.mark.skipif(devices.device_target() != "CPU", reason="what the CPU kernels are like")
-ACTIVATED = np.linspace(-3, 3, 1000).astype(np.float32)
+
+
+def _silu(x):
+    return F.silu(x)
+
+
+def _tanh(x):
+    return mint.tanh(x)
 
 
 def _exact_silu(x):
-    x = x.astype(np.float64)
     return x / (1 + np.exp(-x))
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_silu_is_accurate(mode, operators):
-    got = run(_silu, ACTIVATED, mode=mode)
-    difference = (_float64(got) - _exact_silu(ACTIVATED)) / np.abs(_exact_silu(ACTIVATED))
-    assert got.dtype == mindspore.float32
-    assert np.sqrt(np.mean(difference**2)) < 5e-8  # plain 2.6e-8, native 4.1e-8
-    assert abs(difference.mean()) < 5e-9  # without a bias
+# function, exact one in float64, values, how far MindSpore's own is off on a CPU
+INACCURATE = {
+    "mint.nn.functional.silu": (_silu, _exact_silu, np.linspace(-3, 3, 1000), 4e-7),
+    "mint.tanh": (_tanh, np.tanh, np.linspace(-9, 9, 1000), 2e-5),
+}
 
 
-SATURATING = np.linspace(-9, 9, 1000).astype(np.float32)
+def relative_differences(result, exact) -> np.ndarray:
+    return _float64(result.astype(mindspore.float64)) / exact - 1
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_tanh_is_accurate(mode):
-    got = run(_tanh, SATURATING, mode=mode)
-    exact = np.tanh(SATURATING.astype(np.float64))
-    assert got.dtype == mindspore.float32
-    assert np.sqrt(np.mean((_float64(got) / exact - 1) ** 2)) < 5e-8
-
-
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
-def test_tanh_in_other_dtypes(dtype):
-    x = mindspore.Tensor(SATURATING, getattr(mindspore, dtype))
-    with portable_kernels():
-        got = mint.tanh(x)
-    assert got.dtype == x.dtype
-    limit = {"float16": 3e-4, "bfloat16": 2.5e-3, "float64": 1e-12}[dtype]
-    exact = np.tanh(x.astype(mindspore.float64).asnumpy())
-    assert rms_error(got.astype(mindspore.float64), exact) < limit
-
-
-@on_cpu
-def test_the_original_tanh_fails_the_bound():
-    got = _float64(mint.tanh(mindspore.Tensor(SATURATING)))
-    exact = np.tanh(SATURATING.astype(np.float64))
-    assert np.sqrt(np.mean((got / exact - 1) ** 2)) > 100 * 4e-8  # 2e-5
-    assert "mint.tanh" in kernels.missing_kernels()
+@pytest.mark.parametrize("name", INACCURATE)
+def test_activations_are_accurate(name, operators):
+    function, exact, values, _ = INACCURATE[name]
+    values = values.astype(np.float32)
+    for mode in MODES:
+        result = run(function, values, mode=mode)
+        differences = relative_differences(result, exact(values.astype(np.float64)))
+        assert result.dtype == mindspore.float32
+        assert np.sqrt(np.mean(differences**2)) < 5e-8  # plain 2.6e-8, native 4.1e-8
+        assert abs(differences.mean()) < 1e-8  # without a bias
+    for dtype, limit in (("float16", 3e-4), ("bfloat16", 2.5e-3), ("float64", 1e-12)):  # 1.9e-4, 1.6e-3, 1e-16
+        x = mindspore.Tensor(values, getattr(mindspore, dtype))
+        with portable_kernels():
+            result = function(x)
+        assert result.dtype == x.dtype
+        assert rms_error(result.astype(mindspore.float64), exact(_float64(x.astype(mindspore.float64)))) < limit
 
 
 @on_cpu
-def test_the_original_silu_fails_the_bound():
-    got = _float64(F.silu(mindspore.Tensor(ACTIVATED)))
-    exact = _exact_silu(ACTIVATED)
-    assert np.sqrt(np.mean((got / exact - 1) ** 2)) > 5 * 4e-8  # 4.0e-7
-    assert "mint.nn.functional.silu" in kernels.missing_kernels()
+@pytest.mark.parametrize("name", INACCURATE)
+def test_the_original_activations_fail_the_bound(name):
+    function, exact, values, error = INACCURATE[name]
+    differences = relative_differences(function(mindspore.Tensor(values, mindspore.float32)), exact(values))
+    assert np.sqrt(np.mean(differences**2)) > error / 2
+    assert name in kernels.missing_kernels()
 
 
 def test_an_accurate_silu_is_kept(monkeypatch):
+    (kernel,) = (kernel for kernel in kernels.KERNELS if kernel.name == "mint.nn.functional.silu")
     monkeypatch.setattr(F, "silu", portable.silu)
-    assert not kernels._fails(kernels._silu)
+    assert not kernels._fails(kernel.probe)
     monkeypatch.setattr(F, "silu", lambda x: portable.silu(x) * (1 + 3e-7))
-    assert kernels._fails(kernels._silu)
-
-
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
-def test_silu_in_other_dtypes(dtype, operators):
-    x = mindspore.Tensor(ACTIVATED, getattr(mindspore, dtype))
-    with portable_kernels():
-        got = F.silu(x)
-    assert got.dtype == x.dtype
-    exact = _exact_silu(x.astype(mindspore.float64).asnumpy())
-    limit = {"float16": 3e-4, "bfloat16": 2.5e-3, "float64": 1e-12}[dtype]  # 1.9e-4, 1.6e-3, 1e-16
-    assert rms_error(got.astype(mindspore.float64), exact) < limit
+    assert kernels._fails(kernel.probe)
 
 
 @pytest.mark.parametrize("mode", ["eager", "jit"])
@@ -462,19 +370,30 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", LAYERS)
-def test_layer_equals_torch(name, mode, operators):
-    cls, args, kwargs, x = LAYERS[name]
-    layer = getattr(mint.nn, cls)(*args, **kwargs)  # built outside the context, runs inside it
-    reference = getattr(torch.nn, cls)(*args, **kwargs)
+def require_equal_layers(layer, reference, x, mode):
     _copy_weights(layer, reference)
 
     def call(x):
         return layer(x)
 
     error = relative_error(run(call, x, mode=mode), reference(torch.from_numpy(x)))
-    assert error <= 4e-6, f"{error:.1e}"  # 1.2e-6
+    assert error <= 4e-6, f"{error:.1e}"  # 1.3e-6
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", LAYERS)
+def test_layer_equals_torch(name, mode, operators):
+    cls, args, kwargs, x = LAYERS[name]
+    layer = getattr(mint.nn, cls)(*args, **kwargs)  # built outside the context, runs inside it
+    require_equal_layers(layer, getattr(torch.nn, cls)(*args, **kwargs), x, mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_geglu_equals_diffusers(mode, operators):
+    from diffusers.models.activations import GEGLU as Reference
+    from mindone.diffusers.models.activations import GEGLU
+
+    require_equal_layers(GEGLU(6, 10), Reference(6, 10), noise(2, 5, 6), mode)
 
 
 RESIDUALS = {
@@ -549,7 +468,7 @@ def test_transformer_equals_diffusers(linear, mode, operators):
     assert relative_error(got, expected) < 5e-6
 
 
-@pytest.mark.parametrize("tokens, keys", [(9, 9), (9, 5), (1, 3)])
+@pytest.mark.parametrize("tokens, keys", [(9, 5), (1, 3)])
 @pytest.mark.parametrize("mode", ["eager", "jit"])
 def test_attention_in_slices_is_attention(mode, tokens, keys, monkeypatch):
     """The plain attention with room for the scores of two rows, of all, with a mask and without."""
@@ -574,22 +493,6 @@ def test_attention_in_slices_is_attention(mode, tokens, keys, monkeypatch):
         assert relative_error(run(attend, *arrays, mode=mode), exact) < 5e-6  # 2.5e-6
         exact = T.scaled_dot_product_attention(*doubles[:3], attn_mask=doubles[3])
         assert relative_error(run(attend_with, *arrays, bias, mode=mode), exact) < 5e-6  # 2.5e-6
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_geglu_equals_diffusers(mode, operators):
-    from diffusers.models.activations import GEGLU as Reference
-    from mindone.diffusers.models.activations import GEGLU
-
-    layer, reference = GEGLU(6, 10), Reference(6, 10)
-    _copy_weights(layer, reference)
-
-    def call(x):
-        return layer(x)
-
-    x = noise(2, 5, 6)
-    error = relative_error(run(call, x, mode=mode), reference(torch.from_numpy(x)))
-    assert error <= 4e-6, f"{error:.1e}"  # 1.3e-6
 
 
 # --- what is replaced, and for how long ---------------------------------------------------------------------
@@ -650,7 +553,7 @@ def test_what_the_cpu_has_not():
     missing = set(kernels.missing_kernels())
     everywhere = {kernel.name for kernel in kernels.KERNELS} - {"mint.split", "mint.chunk"}
     assert everywhere <= missing
-    if devices.mindspore_version() >= (2, 8, 0):
+    if not mindspore.__version__.startswith("2.7"):
         assert missing == everywhere
 
 
@@ -676,6 +579,9 @@ def test_names_come_back():
             assert changed(before, snapshot()) == inside
         assert changed(before, snapshot()) == inside
     assert not changed(before, snapshot())
+    with pytest.raises(KeyError), portable_kernels(), portable_kernels():
+        raise KeyError("inside")
+    assert not changed(before, snapshot())
 
 
 @needs_gaps
@@ -698,15 +604,6 @@ def test_nothing_is_replaced_on_ascend(monkeypatch):
     assert kernels.missing_kernels() == []
     with portable_kernels():
         assert not changed(before, snapshot())
-
-
-@needs_gaps
-def test_names_come_back_after_an_exception():
-    before = snapshot()
-    with pytest.raises(KeyError):
-        with portable_kernels(), portable_kernels():
-            raise KeyError("inside")
-    assert not changed(before, snapshot())
 
 
 @needs_gaps
@@ -760,7 +657,7 @@ def test_copies_in_mindone_are_replaced_and_come_back(monkeypatch):
 def test_probing_is_quiet_and_leaves_the_context_and_the_count(mode, tmp_path):
     program = f"""
 import mindspore
-from mindiffedit import devices, kernels
+from mindiffedit.runtime import devices, kernels
 mindspore.set_context(mode=mindspore.{mode})
 with devices.CompileCounter() as compiled:
     names = kernels.missing_kernels()
@@ -768,7 +665,7 @@ assert mindspore.get_context("mode") == mindspore.{mode}
 assert compiled.count == 0, compiled.count
 assert names == {kernels.missing_kernels()}, names
 """
-    root = str(pathlib.Path(kernels.__file__).parents[1])
+    root = str(pathlib.Path(__file__).parent.parent)
     environment = {**os.environ, "PYTHONPATH": root}
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, text=True, **PIPES)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
@@ -777,14 +674,14 @@ assert names == {kernels.missing_kernels()}, names
 
 @needs_gaps
 def test_a_graph_compiled_inside_runs_outside():
-    compiled = mindspore.jit(_gelu)
+    compiled = mindspore.jit(_activations)
     x = mindspore.Tensor(noise(3, 4, seed=9))
     with portable_kernels():
-        inside = compiled(x).asnumpy()
+        inside = [result.asnumpy() for result in compiled(x)]
     with devices.CompileCounter() as counter:
-        outside = compiled(x).asnumpy()
+        outside = [result.asnumpy() for result in compiled(x)]
     assert counter.count == 0
-    assert np.array_equal(inside, outside)
+    assert all(map(np.array_equal, inside, outside))
 
 
 @needs_gaps
@@ -868,8 +765,11 @@ def test_unet_equals_diffusers(unets, mode):
 
 
 @pytest.mark.parametrize("folder", ["sd1"], indirect=True)
-@pytest.mark.parametrize("mode", MODES)
-def test_vae_equals_diffusers(vaes, mode):
+@pytest.mark.parametrize(
+    "mode, sliced",
+    [*((mode, False) for mode in MODES), ("eager", True), pytest.param("jit", True, marks=pytest.mark.slow)],
+)
+def test_vae_equals_diffusers(vaes, mode, sliced):
     model, reference = vaes
 
     def encode(pixels):
@@ -878,30 +778,9 @@ def test_vae_equals_diffusers(vaes, mode):
     def decode(latents):
         return model.decode(latents)[0]
 
-    pixels, latents = noise(2, 3, 32, 48), noise(2, 4, 4, 6, seed=1)
-    with torch.no_grad():
-        moments = reference.encode(torch.from_numpy(pixels)).latent_dist.parameters
-        decoded = reference.decode(torch.from_numpy(latents)).sample
-    errors = (
-        relative_error(run(encode, pixels, mode=mode), moments),
-        relative_error(run(decode, latents, mode=mode), decoded),
-    )
-    assert max(errors) <= 4e-5, f"{errors}"  # 1.4e-5; torch itself is 7e-6 off its float64
-
-
-@pytest.mark.parametrize("folder", ["sd1"], indirect=True)
-@pytest.mark.parametrize("mode", ["eager", pytest.param("jit", marks=pytest.mark.slow)])
-def test_vae_in_slices_equals_diffusers(vaes, mode):
-    model, reference = vaes
-
-    def encode(pixels):
-        return model.encode(pixels)[0]
-
-    def decode(latents):
-        return model.decode(latents)[0]
-
-    pixels, latents = noise(2, 3, 72, 96), noise(2, 4, 9, 12, seed=1)
-    for vae in (model, reference):
+    height, width = (9, 12) if sliced else (4, 6)
+    pixels, latents = noise(2, 3, 8 * height, 8 * width), noise(2, 4, height, width, seed=1)
+    for vae in vaes if sliced else ():
         vae.enable_slicing()
     try:
         with torch.no_grad():
@@ -912,9 +791,10 @@ def test_vae_in_slices_equals_diffusers(vaes, mode):
             relative_error(run(decode, latents, mode=mode), decoded),
         )
     finally:
-        for vae in (model, reference):
+        for vae in vaes:
             vae.disable_slicing()
-    assert max(errors) <= 6e-5, f"{errors}"  # 2.1e-5
+    # 1.4e-5 and 2.1e-5; torch itself is 7e-6 off its float64
+    assert max(errors) <= (6e-5 if sliced else 4e-5), f"{errors}"
 
 
 @pytest.mark.parametrize("folder", ["sd1"], indirect=True)

@@ -1,4 +1,4 @@
-"""Several threads, several processes, and everything that can change between two calls: results are those of running alone."""
+"""Several threads and processes, and all that can change between two calls: results are those of running alone."""
 
 import gc
 import os

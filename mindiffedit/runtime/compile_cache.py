@@ -15,7 +15,7 @@ not safe, so this module stands between the two. What MindSpore 2.8 does, as see
 - A file that cannot be parsed is compiled over; one that can be parsed and is damaged is used.
 - A graph that falls back to Python objects cannot be stored: the compilation itself raises.
 - It warns of each graph that it finds, and of each that it does not. ``MS_SUBMODULE_LOG_v={PIPELINE:3}`` silences
-  this, if it is set before MindSpore is imported; our own command does so.
+  this, if it is set before MindSpore is imported; nothing else does.
 
 Hence: a file for each graph, named by a hash of everything that decides what the graph is (``graph_keys``); a SHA-256
 in it, checked on the bytes that MindSpore is then given in a private folder, the desk; the weights handed over from the

@@ -1,4 +1,4 @@
-"""Every question about the device target and the MindSpore version is answered here.
+"""Every question about the device target is answered here.
 
 MindSpore is imported inside the functions: importing this module costs nothing, so that the command line
 can answer `--help` at once.
@@ -14,6 +14,7 @@ from mindiffedit.errors import InputError, InputTypeError, first_line
 from mindiffedit.runtime.notices import say_once
 
 DEVICE_TARGETS = ("CPU", "GPU", "Ascend")
+FLOATS = ("float32", "float16", "bfloat16")
 
 __all__ = [
     "DEVICE_TARGETS",
@@ -23,7 +24,6 @@ __all__ = [
     "eager",
     "float_type",
     "loadable_dtype",
-    "mindspore_version",
     "not_counted",
     "require_device",
     "supported_dtype",
@@ -36,18 +36,6 @@ def device_target() -> str:
     import mindspore
 
     return mindspore.get_context("device_target")
-
-
-def mindspore_version() -> tuple[int, int, int]:
-    """Version of the installed MindSpore, as (major, minor, patch); suffixes such as 'rc1' are dropped."""
-    import mindspore
-
-    numbers = []
-    for part in mindspore.__version__.split(".")[:3]:
-        digits = "".join(c for c in part.split("rc")[0] if c.isdigit())
-        numbers.append(int(digits or 0))
-    numbers += [0] * (3 - len(numbers))
-    return numbers[0], numbers[1], numbers[2]
 
 
 # --- the device ------------------------------------------------------------------------------------
@@ -77,18 +65,15 @@ def require_device(name: str | None) -> str:
             name=name,
         )
     before = device_target()
-    if name is None:
-        wanted = before
-    else:
-        spelling = {target.lower(): target for target in DEVICE_TARGETS}
-        wanted = spelling.get(name.strip().lower())
-        if wanted is None:
-            raise InputError(
-                "{parameter}: expected one of {known}, got {name!r}",
-                parameter="device",
-                known=", ".join(DEVICE_TARGETS),
-                name=name,
-            )
+    spellings = {target.lower(): target for target in DEVICE_TARGETS}
+    wanted = before if name is None else spellings.get(name.strip().lower())
+    if wanted is None:
+        raise InputError(
+            "{parameter}: expected one of {known}, got {name!r}",
+            parameter="device",
+            known=", ".join(DEVICE_TARGETS),
+            name=name,
+        )
 
     if wanted != before:
         available = _available_targets()
@@ -187,27 +172,15 @@ def float_type(dtype):
     Raises:
         ValueError: anything else.
     """
-    return _floats()[_float_name(dtype)]
-
-
-def _floats() -> dict:
     import mindspore
 
-    return {"float32": mindspore.float32, "float16": mindspore.float16, "bfloat16": mindspore.bfloat16}
-
-
-def _float_name(dtype) -> str:
-    floats = _floats()
-    wanted = floats.get(dtype) if isinstance(dtype, str) else dtype
-    name = next((n for n, known in floats.items() if known is wanted or known == wanted), None)
-    if wanted is None or name is None:
-        raise InputError(
-            "{parameter}: expected one of {known}, got {given!r}",
-            parameter="dtype",
-            known=", ".join(floats),
-            given=dtype,
-        )
-    return name
+    for name in FLOATS:
+        known = getattr(mindspore, name)
+        if dtype == (name if isinstance(dtype, str) else known):
+            return known
+    raise InputError(
+        "{parameter}: expected one of {known}, got {given!r}", parameter="dtype", known=", ".join(FLOATS), given=dtype
+    )
 
 
 def supported_dtype(dtype):
@@ -224,8 +197,8 @@ def supported_dtype(dtype):
     """
     import mindspore
 
-    name = _float_name(dtype)
-    target = device_target()
+    dtype, target = float_type(dtype), device_target()
+    name = str(dtype).lower()
     if target == "CPU" and name != "float32":
         return mindspore.float32, (
             f"{name} was asked for, float32 is used: MindSpore's CPU kernels for convolution and matrix "
@@ -237,7 +210,7 @@ def supported_dtype(dtype):
             "bfloat16 was asked for, float32 is used: MindSpore's GPU kernels have no bfloat16, and float16 "
             "has not its range. Ask for float16 by name where the model is known to fit it."
         )
-    return float_type(name), None
+    return dtype, None
 
 
 def loadable_dtype(dtype):

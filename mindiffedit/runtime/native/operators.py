@@ -1,8 +1,8 @@
 """The library's operators as functions of MindSpore tensors, for PyNative and graph mode.
 
-Import this module only where `mindiffedit.runtime.native.available()` is True. All tensors are float32: a caller asks
-`supports(x)` first, or tests the type itself, which graph mode does while it compiles. Wrong shapes raise
-RuntimeError when the operator runs, in PyNative perhaps at a later operator. There are no gradients.
+Import this module only where `mindiffedit.runtime.native.available()` is True. All tensors are float32, as a
+caller has to see to; in graph mode the type is tested while a function is compiled. Wrong shapes raise RuntimeError
+when the operator runs, in PyNative perhaps at a later operator. There are no gradients.
 
 The functions are parsed by MindSpore's graph compiler, which is why they are so plain. Numbers (eps, heads)
 reach the library as a short constant tensor: its operators get tensors only.
@@ -28,15 +28,9 @@ __all__ = [
     "image_to_tokens",
     "layer_norm",
     "silu",
-    "supports",
     "tokens_to_image",
     "upsample_nearest_2x",
 ]
-
-
-def supports(x):
-    """Whether the operators take a tensor of this type."""
-    return x.dtype == mindspore.float32
 
 
 # --- shapes of the outputs, from those of the inputs --------------------------------------------------
