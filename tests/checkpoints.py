@@ -159,15 +159,19 @@ def make_safety_checker(seed: int):
     return checker, processor
 
 
-def _save(folder, *, vae, text_encoder, tokenizer, unet, scheduler, safety_checker: bool, seed: int) -> Path:
+NOISE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000)
+
+
+def _make(folder, seed, scheduler, hidden_act, safety_checker, pad_token, **unet) -> Path:
     from diffusers import StableDiffusionPipeline
 
-    checker, processor = make_safety_checker(seed) if safety_checker else (None, None)
+    tokenizer = make_tokenizer(Path(folder) / "tokenizer", pad_token)
+    checker, processor = make_safety_checker(seed + 3) if safety_checker else (None, None)
     pipeline = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
+        vae=make_vae(seed),
+        text_encoder=make_text_encoder(seed + 1, tokenizer, hidden_act),
         tokenizer=tokenizer,
-        unet=unet,
+        unet=make_unet(seed + 2, **unet),
         scheduler=scheduler,
         safety_checker=checker,
         feature_extractor=processor,
@@ -181,50 +185,14 @@ def make_sd1(folder, *, seed: int = 1, safety_checker: bool = False) -> Path:
     """Write an SD-1.x-like checkpoint into `folder` (torch needed); returns the folder."""
     from diffusers import PNDMScheduler
 
-    tokenizer = make_tokenizer(Path(folder) / "tokenizer")
-    scheduler = PNDMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        num_train_timesteps=1000,
-        set_alpha_to_one=False,
-        skip_prk_steps=True,
-        steps_offset=1,
-    )
-    return _save(
-        folder,
-        vae=make_vae(seed),
-        text_encoder=make_text_encoder(seed + 1, tokenizer, "quick_gelu"),
-        tokenizer=tokenizer,
-        unet=make_unet(seed + 2),
-        scheduler=scheduler,
-        safety_checker=safety_checker,
-        seed=seed + 3,
-    )
+    scheduler = PNDMScheduler(**NOISE, set_alpha_to_one=False, skip_prk_steps=True, steps_offset=1)
+    return _make(folder, seed, scheduler, "quick_gelu", safety_checker, "<|endoftext|>")
 
 
 def make_sd2(folder, *, seed: int = 11, safety_checker: bool = False) -> Path:
     """Write an SD-2.x-like checkpoint into `folder` (torch needed); returns the folder."""
     from diffusers import DDIMScheduler
 
-    tokenizer = make_tokenizer(Path(folder) / "tokenizer", pad_token="!")
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        num_train_timesteps=1000,
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        prediction_type="v_prediction",
-    )
-    return _save(
-        folder,
-        vae=make_vae(seed),
-        text_encoder=make_text_encoder(seed + 1, tokenizer, "gelu"),
-        tokenizer=tokenizer,
-        unet=make_unet(seed + 2, attention_head_dim=[2, 4], use_linear_projection=True),
-        scheduler=scheduler,
-        safety_checker=safety_checker,
-        seed=seed + 3,
-    )
+    options = dict(clip_sample=False, set_alpha_to_one=False, steps_offset=1, prediction_type="v_prediction")
+    unet = dict(attention_head_dim=[2, 4], use_linear_projection=True)
+    return _make(folder, seed, DDIMScheduler(**NOISE, **options), "gelu", safety_checker, "!", **unet)

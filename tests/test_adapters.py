@@ -250,17 +250,12 @@ def by_rank(parts):
     return cut
 
 
-def whole_alphas(tensors):
-    return {name: value.to(torch.int64) if name.endswith(".alpha") else value for name, value in tensors.items()}
-
-
 FORMATS = {
     "diffusers": lambda parts: (diffusers_names(parts),),
     "processors": lambda parts: (processor_names(attention_only(parts)),),
     "kohya, an alpha for each": lambda parts: (
         kohya_names(parts, lambda module: 1.0 if "conv" in module or "fc2" in module else 3.0),
     ),
-    "kohya, whole alphas, as merging scripts write them": lambda parts: (whole_alphas(kohya_names(parts, 2.0)),),
     "kohya, alphas that differ in attention": lambda parts: (
         kohya_names(parts, lambda module: 1.0 if "to_q" in module or "q_proj" in module else 3.0),
     ),
@@ -285,10 +280,9 @@ def test_formats(ours, theirs, parts, tmp_path, name):
 @pytest.fixture
 def ratios(ours):
     """A function of a LoRA that returns alpha / rank by module."""
-    targets = {"unet": ours.unet, "text_encoder": ours.text_encoder}
 
     def ratios_of(source):
-        matrices = lora.parse(lora.read(source)[0], None, targets)
+        matrices = lora.parse(lora.read(source)[0], None, ours._adapted())
         return {name: entry.ratio for part in matrices.values() for name, entry in part.items()}
 
     return ratios_of
@@ -563,31 +557,25 @@ def test_sums_beyond_a_dtype_leave_the_weights_alone():
     assert all(map(np.array_equal, values(), before))
 
 
-@pytest.mark.parametrize("dtype", [ms.float32, ms.bfloat16])
-def test_values_that_somebody_else_wrote_are_the_original_then(dtype):
+def test_values_that_somebody_else_wrote_are_the_original_then():
     """In the parameter's own memory and by another parameter."""
     layer = ms.nn.CellList([ms.nn.Dense(2, 3)])
-    layer[0].weight.set_dtype(dtype)
     adapted = lora.adapted(layer)
     adapted.add("a", {"0": lora.LowRank(np.full((1, 2), 0.3, np.float32), np.ones((3, 1), np.float32), 1.0)})
-
-    def values():
-        return layer[0].weight.astype(ms.float32).asnumpy().copy()
-
-    plain = values()
+    plain = layer[0].weight.asnumpy().copy()
     adapted.write()
-    assert not np.array_equal(values(), plain)
-    for other in (ms.Tensor(np.full((3, 2), 1.5, np.float32), dtype), ms.Tensor(np.eye(3, 2), dtype)):
-        ms.ops.assign(layer[0].weight, other)
-        adapted.write(0.5)
-        adapted.write(0.0)
-        assert np.array_equal(values(), other.astype(ms.float32).asnumpy())
-        adapted.write()
-    layer[0].weight = ms.Parameter(ms.Tensor(plain, dtype), name=layer[0].weight.name)
+    other = np.full((3, 2), 1.5, np.float32)
+    ms.ops.assign(layer[0].weight, ms.Tensor(other))
+    adapted.write(0.5)
+    assert np.allclose(layer[0].weight.asnumpy(), 1.65)
+    adapted.write(0.0)
+    assert np.array_equal(layer[0].weight.asnumpy(), other)
     adapted.write()
-    assert not np.array_equal(values(), plain)
+    layer[0].weight = ms.Parameter(ms.Tensor(plain), name=layer[0].weight.name)
+    adapted.write()
+    assert np.allclose(layer[0].weight.asnumpy(), plain + 0.3)
     adapted.unload()
-    assert np.array_equal(values(), plain)
+    assert np.array_equal(layer[0].weight.asnumpy(), plain)
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------

@@ -1,20 +1,19 @@
-"""Names of checkpoints: folders here, the hub's cache, and a hub of our own on this machine."""
+"""Names of checkpoints: folders here, the hub's cache, and downloads from a stand-in for the hub."""
 
-import contextlib
-import hashlib
-import http.server
-import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
-import threading
 from dataclasses import replace
 from pathlib import Path
 
+import huggingface_hub
 import pytest
+import requests
 from checkpoint_files import COMMIT, MODEL_FILES, change_json, make_cache
+from huggingface_hub import errors
+from huggingface_hub.utils import filter_repo_objects
 
 import mindiffedit
 from mindiffedit.checkpoints.hub import HubOptions, resolve_folder
@@ -140,83 +139,42 @@ def test_a_cached_model_when_the_hub_does_not_answer(tmp_path, sd1_folder, no_ne
     assert no_network  # it was tried
 
 
-# --- a hub of our own, on this machine -------------------------------------------------------------
+# --- downloads -------------------------------------------------------------------------------------
 
 
 class Hub:
-    """A small stand-in for the hub on 127.0.0.1: one repository, its listing and its files.
+    """Stands in for `huggingface_hub.snapshot_download`: one repository, of which the files that are asked for are had.
 
-    `requests` holds (method, path, Authorization) of every request.
+    Attributes:
+        folder: the repository's files.
+        refusal: an error to raise instead.
+        asked: the keywords of every call.
     """
 
-    def __init__(self, folder):
-        self.folder = folder
-        self.status = {}
-        self.requests = []
-        hub = self
+    def __init__(self, folder, cache):
+        self.folder, self.snapshot, self.refusal, self.asked = folder, cache / COMMIT, None, []
 
-        class Handler(http.server.BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
+    def __call__(self, name, allow_patterns, **options):
+        self.asked.append(options)
+        if self.refusal is not None:
+            raise self.refusal
+        for file in filter_repo_objects(sorted(files_of(self.folder)), allow_patterns=allow_patterns):
+            (self.snapshot / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(self.folder / file, self.snapshot / file)
+        return str(self.snapshot)
 
-            def log_message(self, *_):
-                pass
+    @property
+    def fetched(self):
+        return files_of(self.snapshot)
 
-            def answer(self, code, body=b"", **headers):
-                self.send_response(code)
-                for key, value in headers.items():
-                    self.send_header(key.replace("_", "-"), value)
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                if self.command == "GET":
-                    self.wfile.write(body)
 
-            def do_GET(self):
-                hub.requests.append((self.command, self.path, self.headers.get("Authorization")))
-                parts = self.path.split("?")[0].strip("/").split("/")
-                if parts[0] == "api":
-                    repo, revision = "/".join(parts[2:4]), parts[5] if len(parts) > 5 else "main"
-                else:
-                    repo, revision = "/".join(parts[:2]), parts[3]
-                code, name = hub.status.get(repo, (200, ""))
-                if code == 500 or (code == 403 and parts[0] != "api"):  # a gated model's listing is public
-                    return self.answer(code, b"{}", X_Error_Code=name, X_Error_Message="no")
-                if repo != "someone/tiny-model" and repo not in hub.status:
-                    return self.answer(404, b"{}", X_Error_Code="RepoNotFound", X_Error_Message="no")
-                if revision not in ("main", COMMIT):
-                    return self.answer(404, b"{}", X_Error_Code="RevisionNotFound", X_Error_Message="no")
-                if parts[0] == "api":
-                    files = [p.relative_to(hub.folder).as_posix() for p in hub.folder.rglob("*") if p.is_file()]
-                    body = {"id": repo, "sha": COMMIT, "siblings": [{"rfilename": f} for f in sorted(files)]}
-                    return self.answer(200, json.dumps(body).encode(), Content_Type="application/json")
-                path = hub.folder.joinpath(*parts[4:])
-                if not path.is_file():
-                    return self.answer(404, b"", X_Error_Code="EntryNotFound", X_Error_Message="no")
-                body = path.read_bytes()
-                tag = hashlib.sha256(body).hexdigest()
-                return self.answer(200, body, ETag=f'"{tag}"', X_Repo_Commit=COMMIT)
-
-            do_HEAD = do_GET
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.address = f"http://127.0.0.1:{self.server.server_address[1]}"
-
-    @contextlib.contextmanager
-    def serving(self):
-        thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-        thread.start()
-        try:
-            yield self
-        finally:
-            self.server.shutdown()
-            self.server.server_close()
-            thread.join()
+def files_of(folder):
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture
 def hub(checked_folder, tmp_path, monkeypatch):
     """A hub whose repository has, beside what is needed, all that is not."""
-    from huggingface_hub import constants, file_download
-
     folder = Path(shutil.copytree(checked_folder, tmp_path / "served"))
     for extra in (
         "README.md",
@@ -231,47 +189,28 @@ def hub(checked_folder, tmp_path, monkeypatch):
         "unet/diffusion_pytorch_model.fp16.safetensors",
     ):
         (folder / extra).write_bytes(b"not to be fetched unless asked for")
-    server = Hub(folder)
-    monkeypatch.setattr(constants, "ENDPOINT", server.address)
-    template = server.address + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    with server.serving():
-        yield server
+    hub = Hub(folder, tmp_path / "cache")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
+    return hub
 
 
-def files_of(folder):
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-
-
-def test_a_download_takes_what_is_needed_and_no_more(hub, checked_folder, tmp_path):
-    cache = tmp_path / "cache"
-    folder = resolve_folder("someone/tiny-model", HubOptions(cache, token="hf_secret"))
-    assert files_of(folder) == files_of(checked_folder)
-    assert {authorization for _, _, authorization in hub.requests} == {"Bearer hf_secret"}
+def test_a_download_takes_what_is_needed_and_no_more(hub, checked_folder):
+    """All of it from one commit, even if the branch moves on meanwhile."""
+    folder = resolve_folder("someone/tiny-model", HubOptions("elsewhere", token="hf_secret", revision="main"))
+    assert files_of(folder) == hub.fetched == files_of(checked_folder)
+    assert [options["revision"] for options in hub.asked] == ["main", COMMIT]
+    assert {(options["token"], options["cache_dir"]) for options in hub.asked} == {("hf_secret", "elsewhere")}
     assert load_components(folder)["safety_checker"] is not None
 
-    # Again: from the cache; only the state of the branch is asked for.
-    hub.requests.clear()
-    assert resolve_folder("someone/tiny-model", HubOptions(cache)) == folder
-    assert all("/resolve/" not in path for _, path, _ in hub.requests)
-    hub.requests.clear()
-    assert resolve_folder("someone/tiny-model", HubOptions(cache, local_files_only=True)) == folder
-    assert hub.requests == []
-    hub.requests.clear()
-    resolve_folder("someone/tiny-model", HubOptions(cache, force_download=True))
-    assert any(path.endswith("unet/diffusion_pytorch_model.safetensors") for _, path, _ in hub.requests)
+
+def test_components_that_are_not_wanted_are_not_downloaded(hub, checked_folder):
+    resolve_folder("someone/tiny-model", skip={"safety_checker": None})
+    assert files_of(checked_folder) - hub.fetched == {MODEL_FILES["safety_checker"]}
 
 
-def test_components_that_are_not_wanted_are_not_downloaded(hub, checked_folder, tmp_path):
-    folder = resolve_folder("someone/tiny-model", HubOptions(tmp_path / "cache"), skip={"safety_checker": None})
-    assert files_of(checked_folder) - files_of(folder) == {MODEL_FILES["safety_checker"]}
-
-
-def test_a_variant_and_the_plain_file_where_there_is_none(hub, tmp_path):
-    folder = resolve_folder("someone/tiny-model", HubOptions(tmp_path / "cache"), variant="fp16")
-    weights = {name for name in files_of(folder) if name.endswith(".safetensors")}
-    assert weights == {
+def test_a_variant_and_the_plain_file_where_there_is_none(hub):
+    resolve_folder("someone/tiny-model", variant="fp16")
+    assert {name for name in hub.fetched if name.endswith(".safetensors")} == {
         "vae/diffusion_pytorch_model.fp16.safetensors",
         "unet/diffusion_pytorch_model.fp16.safetensors",
         MODEL_FILES["text_encoder"],
@@ -279,36 +218,39 @@ def test_a_variant_and_the_plain_file_where_there_is_none(hub, tmp_path):
     }
 
 
-def test_what_the_hub_refuses_becomes_one_sentence(hub, tmp_path):
-    cache = tmp_path / "cache"
-    hub.status |= {"someone/gated": (403, "GatedRepo"), "someone/broken": (500, "")}
-    for name, options, message in (
-        ("someone/none", {}, "someone/none is not a folder here.*no such repository, or a private one"),
-        ("someone/tiny-model", {"revision": "v9"}, "no revision 'v9'"),
-        ("someone/gated", {}, "restricted: accept the model's terms"),
-        ("someone/broken", {}, "someone/broken is not a folder here"),
+def test_what_the_hub_refuses_becomes_one_sentence(hub):
+    response = requests.Response()
+    for refusal, message in (
+        (errors.RepositoryNotFoundError("404\nlong", response=response), "no such repository, or a private one"),
+        (errors.RevisionNotFoundError("404\nlong", response=response), "no revision 'v9'"),
+        (errors.GatedRepoError("403\nlong", response=response), "restricted: accept the model's terms"),
+        (errors.HfHubHTTPError("500\nlong", response=response), "fetching it from the hub failed: 500"),
+        (errors.LocalEntryNotFoundError("none"), "the hub could not be reached. Check the network"),
+        (OSError("No space left on device"), "No space left.*free disk space"),
+        (ValueError("a bad proxy"), "a bad proxy"),
     ):
-        with pytest.raises(CheckpointError, match=message) as caught:
-            resolve_folder(name, HubOptions(cache, **options))
+        hub.refusal = refusal
+        with pytest.raises(CheckpointError, match=f"^someone/model.*{message}") as caught:
+            resolve_folder("someone/model", HubOptions(revision="v9"))
         assert "\n" not in str(caught.value)
 
 
-def test_a_repository_of_another_kind_costs_no_download(hub, tmp_path):
+def test_a_repository_of_another_kind_costs_no_download(hub):
     change_json(hub.folder / "model_index.json", text_encoder_2=["transformers", "CLIPTextModelWithProjection"])
     with pytest.raises(CheckpointError, match="Stable Diffusion XL"):
-        resolve_folder("someone/tiny-model", HubOptions(tmp_path / "one"))
-    assert not any(".safetensors" in path for _, path, _ in hub.requests)
+        resolve_folder("someone/tiny-model")
     (hub.folder / "model_index.json").unlink()
+    (hub.snapshot / "model_index.json").unlink()
     with pytest.raises(CheckpointError, match="has no model_index.json"):
-        resolve_folder("someone/tiny-model", HubOptions(tmp_path / "two"))
-    assert not any(".safetensors" in path for _, path, _ in hub.requests)
+        resolve_folder("someone/tiny-model")
+    assert not any(".safetensors" in name for name in hub.fetched)
 
 
-def test_a_repository_with_pickles_only(hub, tmp_path):
+def test_a_repository_with_pickles_only(hub):
     (hub.folder / MODEL_FILES["unet"]).unlink()
     with pytest.raises(CheckpointError, match="no safetensors weights for unet in what the hub gave.*Pickle"):
-        resolve_folder("someone/tiny-model", HubOptions(tmp_path / "cache"))
-    assert not any(path.endswith(".bin") for _, path, _ in hub.requests)
+        resolve_folder("someone/tiny-model")
+    assert not any(name.endswith(".bin") for name in hub.fetched)
 
 
 def test_the_demo_model_by_its_name(tmp_path, monkeypatch, no_network):

@@ -1,18 +1,19 @@
 """The safety checker with its feature extractor, against diffusers, on pictures made to be flagged and not."""
 
 import logging
+import shutil
 
 import numpy as np
 import parity
 import pytest
 import torch
 from checkpoints import make_sd1
+from diffusers import DDIMScheduler as TheirDDIM
 from diffusers import StableDiffusionDiffEditPipeline as Reference
 from safetensors.numpy import load_file, save_file
 from test_pipeline import TARGET
 
 from mindiffedit import DDIMScheduler, StableDiffusionDiffEditPipeline, load_component
-from mindiffedit.checkpoints import models
 from mindiffedit.runtime import notices
 
 # Any sizes: the feature extractor crops and scales.
@@ -91,24 +92,17 @@ def test_flags_and_blackened_pictures_are_the_references(ours, theirs, caplog):
     assert "blackened 2 of 4 pictures" in caplog.text
 
 
-def test_without_special_care_the_second_passes(folder, tmp_path, theirs):
+def test_without_special_care_the_second_passes(folder, tmp_path, ours, monkeypatch):
     """What the fixture says of its pictures is so: the concepts alone flag one of them."""
-    import shutil
-
     other = shutil.copytree(folder, tmp_path / "careless")
     changed(other, special_care_embeds_weights=np.full(3, 2, np.float32))
-    checker = load_component(other, "safety_checker")
-    pipeline = StableDiffusionDiffEditPipeline.from_pretrained(folder, mode="pynative", safety_checker=checker)
-    assert pipeline.run_safety_checker(as_images(PICTURES))[1] == [True, False, False, False]
+    monkeypatch.setattr(ours, "safety_checker", load_component(other, "safety_checker"))
+    assert ours.run_safety_checker(as_images(PICTURES))[1] == [True, False, False, False]
 
 
 @pytest.mark.parametrize("flag", [True, False])
 def test_an_edit_is_checked_as_in_the_reference(folder, tmp_path, flag):
     """The whole call: a checker that flags everything, and one that flags nothing."""
-    import shutil
-
-    from diffusers import DDIMScheduler as TheirDDIM
-
     other = shutil.copytree(folder, tmp_path / "copy")
     changed(other, concept_embeds_weights=np.full(17, -2 if flag else 2, np.float32))
     ours = StableDiffusionDiffEditPipeline.from_pretrained(other, mode="pynative")
@@ -141,7 +135,7 @@ def test_saved_and_loaded_again(ours, tmp_path):
     assert flags == [True, True, False, False]
 
 
-def test_left_out(folder, ours, caplog, monkeypatch):
+def test_left_out(folder, ours, caplog, monkeypatch, tmp_path):
     monkeypatch.setattr(notices, "_said", set())
     pipeline = StableDiffusionDiffEditPipeline(**{**ours.components, "safety_checker": None}, mode="pynative")
     assert "The safety checker is off" in caplog.text
@@ -154,19 +148,10 @@ def test_left_out(folder, ours, caplog, monkeypatch):
     )
     assert "safety checker" not in caplog.text
     # What is left out is not read: its weights may be missing.
-    monkeypatch.setattr(models, "_load_models", refuse_checker(models._load_models))
-    bare = StableDiffusionDiffEditPipeline.from_pretrained(
-        folder, mode="pynative", safety_checker=None, feature_extractor=None
-    )
+    other = shutil.copytree(folder, tmp_path / "bare", ignore=shutil.ignore_patterns("safety_checker"))
+    parts = dict(safety_checker=None, feature_extractor=None)
+    bare = StableDiffusionDiffEditPipeline.from_pretrained(other, mode="pynative", **parts)
     assert bare.safety_checker is bare.feature_extractor is None
-
-
-def refuse_checker(load):
-    def loading(sources, dtype):
-        assert "safety_checker" not in sources
-        return load(sources, dtype)
-
-    return loading
 
 
 def test_a_checker_without_a_feature_extractor_is_an_error(ours):

@@ -1,6 +1,5 @@
 """Checkpoints in one file: the original layout, against diffusers' own loading of the same file."""
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -17,6 +16,7 @@ from checkpoint_files import (
     read_tensors,
     write_tensors,
 )
+from safetensors.torch import load_file, save_file
 
 from mindiffedit import StableDiffusionDiffEditPipeline
 from mindiffedit.checkpoints import models, single_file
@@ -26,19 +26,45 @@ from mindiffedit.checkpoints.layout import CheckpointError, WeightsError
 # --- diffusers' names to the original ones -------------------------------------------------------------------------
 
 RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "time_emb_proj": "emb_layers.1",
-    "conv_shortcut": "skip_connection",
+    "norm1.": "in_layers.0.",
+    "conv1.": "in_layers.2.",
+    "norm2.": "out_layers.0.",
+    "conv2.": "out_layers.3.",
+    "time_emb_proj.": "emb_layers.1.",
+    "conv_shortcut.": "skip_connection.",
 }
-UNET = {
-    "conv_in": "input_blocks.0.0",
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
+UNET = {  # of the tiny checkpoints: two blocks of one layer
+    "conv_in.": "input_blocks.0.0.",
+    "time_embedding.linear_1.": "time_embed.0.",
+    "time_embedding.linear_2.": "time_embed.2.",
+    "down_blocks.0.resnets.0.": "input_blocks.1.0.",
+    "down_blocks.0.attentions.0.": "input_blocks.1.1.",
+    "down_blocks.0.downsamplers.0.conv.": "input_blocks.2.0.op.",
+    "down_blocks.1.resnets.0.": "input_blocks.3.0.",
+    "mid_block.resnets.0.": "middle_block.0.",
+    "mid_block.attentions.0.": "middle_block.1.",
+    "mid_block.resnets.1.": "middle_block.2.",
+    "up_blocks.0.resnets.0.": "output_blocks.0.0.",
+    "up_blocks.0.resnets.1.": "output_blocks.1.0.",
+    "up_blocks.0.upsamplers.0.": "output_blocks.1.1.",
+    "up_blocks.1.resnets.0.": "output_blocks.2.0.",
+    "up_blocks.1.attentions.0.": "output_blocks.2.1.",
+    "up_blocks.1.resnets.1.": "output_blocks.3.0.",
+    "up_blocks.1.attentions.1.": "output_blocks.3.1.",
+    "conv_norm_out.": "out.0.",
+    "conv_out.": "out.2.",
+}
+VAE = {
+    "mid_block.resnets.0": "mid.block_1",
+    "mid_block.resnets.1": "mid.block_2",
+    "mid_block.attentions.0": "mid.attn_1",
+    **{f"up_blocks.{i}": f"up.{3 - i}" for i in range(4)},
+    "down_blocks": "down",
+    "resnets": "block",
+    "downsamplers.0": "downsample",
+    "upsamplers.0": "upsample",
+    "conv_shortcut": "nin_shortcut",
+    "conv_norm_out": "norm_out",
 }
 VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 OPEN_CLIP = {
@@ -54,81 +80,49 @@ OPEN_CLIP = {
 }
 
 
-def original_unet(tensors, config):
+def replaced(name, table):
+    for ours, original in table.items():
+        name = name.replace(ours, original)
+    return name
+
+
+def original_unet(tensors):
     """A UNet's weights under their original names."""
-    layers = config["layers_per_block"] + 1
-    found = {}
-    for name, values in tensors.items():
-        stem, ending = name.rpartition(".")[::2]
-        place = re.match(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|\w+samplers)\.(\d+)\.(.*)", name)
-        middle = re.match(r"mid_block\.(resnets|attentions)\.(\d+)\.(.*)", name)
-        if stem in UNET:
-            name = f"{UNET[stem]}.{ending}"
-        elif middle:
-            kind, number, rest = middle[1], int(middle[2]), middle[3]
-            name = f"middle_block.{2 * number if kind == 'resnets' else 1}.{rest}"
-        else:
-            way, block, kind, number, rest = place[1], int(place[2]), place[3], int(place[4]), place[5]
-            first = block * layers + (way == "down")
-            blocks = "input_blocks" if way == "down" else "output_blocks"
-            has_attention = f"{way}_blocks.{block}.attentions.0.norm.weight" in tensors
-            if kind == "downsamplers":
-                name = f"{blocks}.{first + layers - 1}.0.op.{ending}"
-            elif kind == "upsamplers":
-                name = f"{blocks}.{first + layers - 1}.{1 + has_attention}.conv.{ending}"
-            else:
-                name = f"{blocks}.{first + number}.{int(kind == 'attentions')}.{rest}"
-        if (place or middle) and "resnets" in (place or middle).groups():
-            for new, old in RESNET.items():
-                name = name.replace(f".{new}.", f".{old}.")
-        found[f"model.diffusion_model.{name}"] = values
-    return found
+    inner = {name: replaced(name, RESNET) if "resnets" in name else name for name in tensors}
+    return {f"model.diffusion_model.{replaced(inner[name], UNET)}": values for name, values in tensors.items()}
 
 
-def original_vae(tensors, config):
+def original_vae(tensors):
     """A VAE's weights under their original names, its attention as 1×1 convolutions."""
-    top, found = len(config["block_out_channels"]) - 1, {}
+    renamed = {}
     for name, values in tensors.items():
-        attention = re.match(r"(encoder|decoder)\.mid_block\.attentions\.0\.(.*)\.(weight|bias)", name)
-        if attention:
-            name = f"{attention[1]}.mid.attn_1.{VAE_ATTENTION[attention[2]]}.{attention[3]}"
-            if values.ndim == 2:
-                values = values[:, :, None, None]
-        else:
-            name = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", name)
-            name = re.sub(r"down_blocks\.(\d)\.resnets", r"down.\1.block", name)
-            name = re.sub(r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample", name)
-            name = re.sub(r"up_blocks\.(\d)\.resnets", lambda m: f"up.{top - int(m[1])}.block", name)
-            name = re.sub(r"up_blocks\.(\d)\.upsamplers\.0", lambda m: f"up.{top - int(m[1])}.upsample", name)
-            name = name.replace("conv_shortcut", "nin_shortcut").replace("conv_norm_out", "norm_out")
-        found[f"first_stage_model.{name}"] = values
-    return found
+        if "attentions" in name:
+            name, values = replaced(name, VAE_ATTENTION), values[:, :, None, None] if values.ndim == 2 else values
+        renamed[f"first_stage_model.{replaced(name, VAE)}"] = values
+    return renamed
 
 
 def original_open_clip(tensors):
     """A text encoder's weights under OpenCLIP's names: queries, keys and values in one matrix."""
-    found = {}
+    renamed = {}
     for name, values in tensors.items():
-        joined = re.match(r"(.*)\.self_attn\.q_proj\.(weight|bias)", name)
+        if re.search(r"self_attn\.[kv]_proj", name):
+            continue
+        joined = re.fullmatch(r"(.*)\.self_attn\.q_proj\.(weight|bias)", name)
         if joined:
             parts = [tensors[f"{joined[1]}.self_attn.{p}_proj.{joined[2]}"] for p in "qkv"]
             name, values = f"{joined[1]}.attn.in_proj_{joined[2]}", np.concatenate(parts)
-        elif re.search(r"self_attn\.[kv]_proj", name):
-            continue
-        for new, old in OPEN_CLIP.items():
-            name = name.replace(new, old)
-        found[f"cond_stage_model.model.{name}"] = values
-    return found
+        renamed[f"cond_stage_model.model.{replaced(name, OPEN_CLIP)}"] = values
+    return renamed
 
 
 def original(folder, open_clip):
     """All weights of a checkpoint folder as one file of its time has them."""
-    tensors = {name: read_tensors(folder / MODEL_FILES[name]) for name in ("unet", "vae", "text_encoder")}
-    configs = {name: json.loads((folder / name / "config.json").read_text()) for name in ("unet", "vae")}
-    found = original_unet(tensors["unet"], configs["unet"]) | original_vae(tensors["vae"], configs["vae"])
+    unet, vae, text = (read_tensors(folder / MODEL_FILES[name]) for name in ("unet", "vae", "text_encoder"))
     if open_clip:
-        return found | original_open_clip(tensors["text_encoder"])
-    return found | {f"cond_stage_model.transformer.{name}": v for name, v in tensors["text_encoder"].items()}
+        return original_unet(unet) | original_vae(vae) | original_open_clip(text)
+    clip = {f"cond_stage_model.transformer.{name}": values for name, values in text.items()}
+    return original_unet(unet) | original_vae(vae) | clip
 
 
 # What such files hold besides.
@@ -301,21 +295,14 @@ def test_a_swapped_weight_is_seen(sd1_file, sd1_folder, tmp_path):
         assert_same(ours.vae, read_tensors(sd1_folder / MODEL_FILES["vae"]))
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_precision_files_load_as_exact_float32(sd2_file, sd2_of_23_layers, tmp_path, dtype):
+def test_half_precision_files_load_as_exact_float32(sd2_file, sd2_of_23_layers, tmp_path):
     """OpenCLIP's joined matrix is cut by bytes, of which a half has two."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    tensors = {name: t.to(getattr(torch, dtype)) for name, t in load_file(sd2_file).items()}
+    tensors = {name: tensor.bfloat16() for name, tensor in load_file(sd2_file).items()}
     save_file(tensors, tmp_path / "half.safetensors")
     ours = loaded(tmp_path / "half.safetensors", sd2_of_23_layers)
     for name in ("unet", "vae", "text_encoder"):
-        expected = {
-            key: torch.from_numpy(values).to(getattr(torch, dtype)).float().numpy()
-            for key, values in read_tensors(sd2_of_23_layers / MODEL_FILES[name]).items()
-        }
-        assert_same(getattr(ours, name), expected)
+        expected = load_file(sd2_of_23_layers / MODEL_FILES[name])
+        assert_same(getattr(ours, name), {key: t.bfloat16().float().numpy() for key, t in expected.items()})
 
 
 def test_components_that_are_given_are_not_looked_for(sd1_file, sd1_folder, tmp_path):

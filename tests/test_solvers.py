@@ -3,7 +3,6 @@
 import json
 import re
 from argparse import Namespace
-from pathlib import Path
 
 import diffusers
 import mindspore as ms
@@ -14,8 +13,7 @@ import pytest
 from test_pipeline import CLOSE, PICTURE, SOURCE, TARGET, both_edits, both_masks, our_pipeline, their_pipeline
 
 import mindiffedit
-from mindiffedit import DDIMInverseScheduler, DDIMScheduler
-from mindiffedit.checkpoints import models
+from mindiffedit import DDIMInverseScheduler, DDIMScheduler, load_component
 from mindiffedit.cli import loading, wording
 from mindiffedit.cli.job import Job
 from mindiffedit.errors import InputError
@@ -53,8 +51,7 @@ def loaded(tmp_path):
 
     def load(name, **options):
         getattr(diffusers, name)(**{**SD, **options}).save_pretrained(tmp_path)
-        config = json.loads((tmp_path / "scheduler_config.json").read_text())
-        return models._make_scheduler(Path(tmp_path), name, config)
+        return load_component(tmp_path, "scheduler")
 
     return load
 
@@ -127,9 +124,14 @@ def test_the_spacing_of_a_checkpoint_without_an_inverse(ours, loaded, said):
 def test_a_scheduler_that_cannot_be_made_gives_way_to_ddim(ours, tmp_path, said):
     """No class of that name in mindone, or kernels that this device has not: only its configuration is needed."""
     config = dict(**SD, prediction_type="v_prediction", timestep_spacing="trailing", _diffusers_version="0.40.0")
+
+    def load(name, content):
+        (tmp_path / "scheduler_config.json").write_text(json.dumps({"_class_name": name, **content}))
+        return load_component(tmp_path, "scheduler")
+
     for name in ("NewestScheduler", "DPMSolverSDEScheduler", "IPNDMScheduler"):
         said.clear()
-        made = models._make_scheduler(tmp_path, name, config)
+        made = load(name, config)
         assert type(made) is DDIMScheduler and (made.config.beta_start, made.config.beta_schedule) == (
             0.00085,
             SD["beta_schedule"],
@@ -140,7 +142,7 @@ def test_a_scheduler_that_cannot_be_made_gives_way_to_ddim(ours, tmp_path, said)
         ours.invert(SOURCE, PICTURE, **SHORT)
     for name, content in (("NewestScheduler", {}), ("Newest", config), ("NewestInverseScheduler", config)):
         with pytest.raises(ValueError, match=f"no {name} can be made.*Put a DDIMScheduler"):
-            models._make_scheduler(tmp_path, name, content)
+            load(name, content)
 
 
 def test_solvers_of_another_kind_of_diffusion_are_refused(ours, loaded, models_run):

@@ -67,23 +67,22 @@ class Adapters(PipelineComponents):
                 name=adapter_name,
             )
         tensors, metadata, what = lora.read(pretrained_model_name_or_path_or_dict, **place)
-        targets = self._lora_models()
+        targets = self._adapted()
         matrices = lora.parse(tensors, metadata, targets, what)
-        for component, model in targets.items():
-            adapted, layers = lora.adapted(model), matrices.get(component)
-            if hotswap:
-                if layers is None:
+        for component, adapted in targets.items():
+            if component not in matrices:
+                if hotswap:
                     adapted.delete(adapter_name)
-                else:
-                    adapted.replace(adapter_name, layers)
-            elif layers is not None:
-                adapted.add(adapter_name or _free_name(adapted.layers), layers)
+            elif hotswap:
+                adapted.replace(adapter_name, matrices[component])
+            else:
+                adapted.add(adapter_name or _free_name(adapted.layers), matrices[component])
 
     @turns.turn()
     def unload_lora_weights(self) -> None:
         """Takes all LoRAs out: the weights are, bit by bit, what they were. What is fused stays in them for good."""
-        for model in self._lora_models().values():
-            lora.adapted(model).unload()
+        for adapted in self._adapted().values():
+            adapted.unload()
 
     @turns.turn()
     def set_adapters(
@@ -112,17 +111,15 @@ class Adapters(PipelineComponents):
                 count=len(weights),
                 names=len(names),
             )
-        targets = self._lora_models()
-        chosen = {component: [_part(weight, component) for weight in weights] for component in targets}
-        if "unet" in chosen:
-            chosen["unet"] = [self._by_block(weight) for weight in chosen["unet"]]
-        for weight in chosen.get("text_encoder", ()):
-            options.check_scale(weight, "adapter_weights")
-        for component, model in targets.items():
-            adapted = lora.adapted(model)
+        targets = self._adapted()
+        check = {"unet": self._by_block, "text_encoder": lambda weight: options.check_scale(weight, "adapter_weights")}
+        strengths = {
+            component: [check[component](_part(weight, component)) for weight in weights] for component in targets
+        }
+        for component, adapted in targets.items():
             adapted.activate(names)
-            for name, weight in zip(names, chosen[component]):
-                adapted.set_strength(name, weight)
+            for name, strength in zip(names, strengths[component]):
+                adapted.set_strength(name, strength)
 
     def _by_block(self, weight):
         """A UNet's weight as a number, or as a dict from module to number."""
@@ -152,20 +149,20 @@ class Adapters(PipelineComponents):
             ValueError, TypeError: names that are not loaded or are repeated.
         """
         for name in self._known_adapters(adapter_names):
-            for model in self._lora_models().values():
-                lora.adapted(model).delete(name)
+            for adapted in self._adapted().values():
+                adapted.delete(name)
 
     @turns.turn()
     def disable_lora(self) -> None:
         """Runs without LoRAs until ``enable_lora()``; fused ones are unfused, as in diffusers."""
-        for model in self._lora_models().values():
-            lora.adapted(model).enable(False)
+        for adapted in self._adapted().values():
+            adapted.enable(False)
 
     @turns.turn()
     def enable_lora(self) -> None:
         """Uses the active LoRAs again."""
-        for model in self._lora_models().values():
-            lora.adapted(model).enable(True)
+        for adapted in self._adapted().values():
+            adapted.enable(True)
 
     @turns.turn()
     def fuse_lora(
@@ -192,8 +189,8 @@ class Adapters(PipelineComponents):
         scale = options.check_scale(lora_scale, "lora_scale")
         names = None if adapter_names is None else self._known_adapters(adapter_names)
         warn_of_unused("fuse_lora", kwargs)
-        for model in self._chosen_models(components):
-            self._fused |= lora.adapted(model).fuse(scale, names)
+        for adapted in self._adapted(components).values():
+            self._fused |= adapted.fuse(scale, names)
 
     @turns.turn()
     def unfuse_lora(
@@ -208,8 +205,8 @@ class Adapters(PipelineComponents):
             **kwargs: ignored with a warning.
         """
         warn_of_unused("unfuse_lora", kwargs)
-        for model in self._chosen_models(components):
-            self._fused -= lora.adapted(model).unfuse()
+        for adapted in self._adapted(components).values():
+            self._fused -= adapted.unfuse()
 
     @property
     def num_fused_loras(self) -> int:
@@ -228,16 +225,13 @@ class Adapters(PipelineComponents):
 
     def get_list_adapters(self) -> dict[str, list[str]]:
         """Names of all LoRAs by component, of components that have any."""
-        adapters = {name: lora.adapted(model) for name, model in self._lora_models().items()}
-        return {component: list(adapted.layers) for component, adapted in adapters.items() if adapted.layers}
+        return {component: list(adapted.layers) for component, adapted in self._adapted().items() if adapted.layers}
 
     def _adapter_names(self) -> set[str]:
         return {name for names in self.get_list_adapters().values() for name in names}
 
-    def _lora_models(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in lora.COMPONENTS if getattr(self, name) is not None}
-
-    def _chosen_models(self, components) -> list[Any]:
+    def _adapted(self, components=lora.COMPONENTS) -> dict[str, lora.Adapted]:
+        """The models that LoRAs can be for, with their adapters, by component."""
         names = [components] if isinstance(components, str) else list(components)
         if not names or not set(names) <= set(lora.COMPONENTS):
             raise InputError(
@@ -246,7 +240,8 @@ class Adapters(PipelineComponents):
                 known=list(lora.COMPONENTS),
                 given=components,
             )
-        return [model for name, model in self._lora_models().items() if name in names]
+        models = {name: getattr(self, name) for name in names}
+        return {name: lora.adapted(model) for name, model in models.items() if model is not None}
 
     def _known_adapters(self, adapter_names, parameter: str = "adapter_names") -> list[str]:
         """Names as a list, each of a loaded LoRA."""

@@ -37,8 +37,8 @@ def enable(unet: Any, s1: float, s2: float, b1: float, b2: float) -> None:
     Raises:
         TypeError, ValueError: a factor that is no finite number above 0, or a UNet of other blocks.
     """
-    given = dict(s1=s1, s2=s2, b1=b1, b2=b2)
-    factors = {name: options.check_ratio(value, name) for name, value in given.items()}
+    factors = dict(s1=s1, s2=s2, b1=b1, b2=b2)
+    factors = {name: options.check_ratio(value, name) for name, value in factors.items()}
     blocks = _blocks(unet)
     kinds = {plain: freed for freed, plain in _classes().items()}
     for block in blocks:

@@ -87,7 +87,7 @@ def read(source, **place) -> tuple[dict[str, np.ndarray], dict[str, Any] | None,
 def parse(
     tensors: Mapping[str, np.ndarray],
     metadata: Mapping[str, Any] | None,
-    targets: Mapping[str, Any],
+    targets: Mapping[str, Adapted],
     what: str = "the given LoRA",
 ) -> dict[str, dict[str, LowRank]]:
     """The matrices of a LoRA by component and module, with everything checked against the models.
@@ -99,7 +99,7 @@ def parse(
     Args:
         tensors: by name.
         metadata: peft's configuration, its keys with the component in front; it decides ranks and alphas then.
-        targets: the models by component.
+        targets: the models, with their adapters, by component.
         what: the file, for messages.
 
     Raises:
@@ -116,22 +116,22 @@ def parse(
             parts["unet"][name] = value
         else:
             misfits.append(f"{name} belongs to neither {' nor '.join(COMPONENTS)}")
-    found = {}
+    matrices = {}
     for component, part in parts.items():
         if part and component not in targets:
             raise WeightsError(
                 f"{what} has weights for the {component}, which this pipeline has not; load it as a dict without them."
             )
         if part:
-            matrices, problems = _matrices(component, part, alphas, metadata, targets[component], what)
-            found[component] = matrices
+            weights = targets[component].weights
+            matrices[component], problems = _matrices(component, part, alphas, metadata, weights, what)
             misfits += [f"{component}.{problem}" for problem in problems]
     if misfits:
         raise WeightsError(
             f"{what} does not fit this pipeline, and nothing of it was loaded; {len(misfits)} misfits:"
             f" {some(misfits, 8, '; ')}. It was made for another model, or is of a kind that is not supported."
         )
-    return found
+    return matrices
 
 
 def _diffusers_names(tensors: Mapping[str, np.ndarray], what: str):
@@ -194,11 +194,10 @@ def _without_outer(tensors: Mapping[str, np.ndarray]):
     return left, outer, alphas
 
 
-def _matrices(component, part, alphas, metadata, model, what) -> tuple[dict[str, LowRank], list[str]]:
+def _matrices(component, part, alphas, metadata, weights, what) -> tuple[dict[str, LowRank], list[str]]:
     """One component's matrices by module, and lines about what does not fit."""
     from mindone.peft.utils.other import get_pattern_key
 
-    weights = adapted(model).weights
     part = _peft_names(component, part, what)
     config = _config(component, part, alphas, metadata, weights)
     matrices, problems, used = {}, [], set()
@@ -253,9 +252,9 @@ def _config(component, part, alphas, metadata, weights) -> dict[str, Any]:
     from mindone.diffusers.utils.peft_utils import get_peft_kwargs
 
     prefix = f"{component}."
-    given = {key.removeprefix(prefix): value for key, value in (metadata or {}).items() if key.startswith(prefix)}
-    if given:
-        return {"alpha_pattern": {}, "lora_alpha": 8, **given}  # peft's defaults
+    stored = {key.removeprefix(prefix): value for key, value in (metadata or {}).items() if key.startswith(prefix)}
+    if stored:
+        return {"alpha_pattern": {}, "lora_alpha": 8, **stored}  # peft's defaults
     ups = {name: value.shape[1] for name, value in part.items() if "lora_B" in name and value.ndim > 1}
     if component == "text_encoder":
         # In the model's order. D8: where ranks differ and there is no alpha, the first rank is all modules' alpha.
@@ -264,8 +263,8 @@ def _config(component, part, alphas, metadata, weights) -> dict[str, Any]:
         ranks = {name: ups[name] for name in names if name in ups}
     else:
         ranks = {f"^{name}": rank for name, rank in ups.items()}
-    own = {key.removeprefix(prefix): value for key, value in alphas.items() if key.startswith(prefix)}
-    return get_peft_kwargs(ranks or {"": 1}, own or None, part, is_unet=component == "unet")
+    alphas = {key.removeprefix(prefix): value for key, value in alphas.items() if key.startswith(prefix)}
+    return get_peft_kwargs(ranks or {"": 1}, alphas or None, part, is_unet=component == "unet")
 
 
 # --- a model with adapters -----------------------------------------------------------------------------------------

@@ -332,8 +332,8 @@ def give_weights(sources: Mapping[str, Source], models: dict[str, Any], dtype: A
     """
     plans, misfits = {}, []
     for name, source in sources.items():
-        plans[name], found = _match(source, models[name])
-        misfits += found
+        plans[name], lines = _match(source, models[name])
+        misfits += lines
     if misfits:
         one_file = any(source.file.parent != source.config_file.parent for source in sources.values())
         hint = _hint(misfits, one_file)
@@ -412,22 +412,22 @@ def _fill(source: Source, pairs: Mapping[str, tuple[Stored, Any]], dtype: Any) -
     import mindspore
 
     bad = []
-    asked, wide = dtype, source.kind.wide if dtype == mindspore.float16 else None
+    wide = source.kind.wide if dtype == mindspore.float16 else None
     for name, (stored, parameter) in pairs.items():
-        dtype = mindspore.float32 if wide is not None and re.fullmatch(wide, name) else asked
+        kind = mindspore.float32 if wide is not None and re.fullmatch(wide, name) else dtype
         values = stored.read()
         count = values.size - int(np.isfinite(values).sum())
         if count:
             bad.append(f"  {name}: {count} of {values.size} values are NaN or infinite")
             continue
         with np.errstate(over="ignore"):
-            values = values.astype(np.float16 if dtype == mindspore.float16 else np.float32, copy=False)
+            values = values.astype(np.float16 if kind == mindspore.float16 else np.float32, copy=False)
         if not np.isfinite(values).all():
-            bad.append(f"  {name}: holds values too large for {dtype}")
+            bad.append(f"  {name}: holds values too large for {kind}")
             continue
         tensor = mindspore.Tensor(values)
-        parameter.set_dtype(dtype)
-        parameter.set_data(tensor if tensor.dtype == dtype else tensor.astype(dtype))
+        parameter.set_dtype(kind)
+        parameter.set_data(tensor if tensor.dtype == kind else tensor.astype(kind))
         parameter.requires_grad = False
     if bad:
         raise WeightsError(

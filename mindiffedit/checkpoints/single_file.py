@@ -229,9 +229,9 @@ class SingleFile:
             # The last layer of a text encoder whose states before it are taken: 2.x has 24, of which 23 are used.
             leftovers += rf"|.*\.(resblocks|layers)\.{text_part(config).get('num_hidden_layers', 12)}\..*"
         pieces = {key: _pieces(key, stored) for key, stored in part.items() if not re.fullmatch(leftovers, key)}
-        given = {key: stored for views in pieces.values() for key, stored in views.items()}
+        weights = {key: stored for views in pieces.values() for key, stored in views.items()}
         try:
-            converted = _convert(name, given, config)
+            converted = _convert(name, weights, config)
         except Exception as error:  # whatever a layout that the conversion does not know makes it raise
             raise CheckpointError(
                 "{file}: the weights of {name} cannot be given diffusers' names by this configuration ({error}). Give"

@@ -163,11 +163,11 @@ def check_ids(ids, tokenizer, text_encoder) -> None:
 def _named(content, what: str, token) -> tuple[str, Any]:
     """Token and embedding of one file or tensor."""
     if isinstance(content, np.ndarray):
-        own, embedding = None, content
+        label, embedding = None, content
     elif len(content) == 1:
-        own, embedding = next(iter(content.items()))
+        label, embedding = next(iter(content.items()))
     elif isinstance(content.get("string_to_param"), Mapping) and "*" in content["string_to_param"]:
-        own, embedding = content.get("name"), content["string_to_param"]["*"]
+        label, embedding = content.get("name"), content["string_to_param"]["*"]
     else:
         held = some(list(map(str, content)), 8)
         xl = {"clip_l", "clip_g"} <= set(content)
@@ -179,16 +179,16 @@ def _named(content, what: str, token) -> tuple[str, Any]:
             held=held,
             kind=" This one is for Stable Diffusion XL; take the one that was made for 1.x or 2.x." if xl else "",
         )
-    name = own if token is None else token
+    name = label if token is None else token
     if name is None:
         raise InputError("{what} does not name its token; give one by {parameter}.", parameter="token", what=what)
     if not isinstance(name, str) or not name.strip():
         raise InputError(
             "{parameter} has to be a word such as '<cat-toy>', but is {name!r}.", parameter="token", name=name
         )
-    if token is None and own == "emb_params":
-        said = Message("{what} does not name its token, so it is called emb_params; {token} names it.", what=what)
-        logger.warning("%s", said)
+    if token is None and label == "emb_params":
+        notice = Message("{what} does not name its token, so it is called emb_params; {token} names it.", what=what)
+        logger.warning("%s", notice)
     return name, embedding
 
 
