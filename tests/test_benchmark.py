@@ -76,8 +76,17 @@ COST = {
 RESULT = {"load_seconds": 2.0, "edits": {"cold": COST, "warm": COST}, "peak": 3 * 10**9, "versions": {"library": "1.0"}}
 
 
-def test_whole_command(tiny, tmp_path, capsys):
-    """Both libraries load what the maker made, in processes of their own, and every field is there."""
+def test_whole_command(tiny, tmp_path, capsys, monkeypatch):
+    """Both libraries load what the maker made, and every field is there.
+
+    Ours in a process of its own; torch, which is imported here already, in this one, which saves half of the time.
+    """
+    run_job = benchmark.run_job
+
+    def here_or_there(job, *arguments):
+        return worker.edit_job(job) if job["party"] == "torch" else run_job(job, *arguments)
+
+    monkeypatch.setattr(benchmark, "run_job", here_or_there)
     words = "--size 64 --steps 2 --maps 2 --strength 0.5 --parties torch,ours --threads 1".split()
     assert benchmark.main(["--model", str(tiny), *words, "--json", str(tmp_path / "all.json")]) == 0
     run = json.loads((tmp_path / "all.json").read_text())
