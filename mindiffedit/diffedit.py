@@ -90,7 +90,8 @@ def difference(source: np.ndarray, target: np.ndarray, guidance_scale: float, co
     """Step 1: the target's noise prediction less the source's, with guidance where the scale is above 1.
 
     Args:
-        source, target: predictions for the same noised latents, (B N, C, h, w) float32.
+        source: predictions for the source prompts, (B N, C, h, w) float32.
+        target: those for the target prompts, of the same noised latents.
         guidance_scale: at most 1 is without guidance.
         corrected: guide away from the negatives (C1). D1: the reference takes the negative for the prompt and the
             prompt for the negative here, which turns the guidance round: each prediction is p + scale * (n - p).

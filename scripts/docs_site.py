@@ -1,8 +1,7 @@
 """What mkdocs does for this project's pages beyond Markdown; a hook of ``mkdocs.yml``. Imports no framework.
 
 - ``docs/notebook.ipynb`` becomes the page ``notebook.md``, and links to it lead there;
-- a line ``<!-- usage: edit -->`` becomes the help of ``mindiffedit edit``;
-- links to the README, which is no part of the site, lead to the landing page.
+- a line ``<!-- usage: edit -->`` becomes the help of ``mindiffedit edit``.
 """
 
 from __future__ import annotations
@@ -55,7 +54,6 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    markdown = markdown.replace("](../README.md)", "](index.md)")
     if page.file.generated_by is None:  # the notebook's own page offers the file itself
         markdown = re.sub(r"\]\(([\w/-]+)\.ipynb\)", r"](\1.md)", markdown)
     return USAGE.sub(lambda found: f"```text\n{usage(found[1])}```", markdown)

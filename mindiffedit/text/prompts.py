@@ -90,7 +90,10 @@ class _Writer:
                 with one warning.
             mode: "graph" or "pynative".
             compile_cache: as in the pipeline's ``from_pretrained``.
-            revision, local_files_only, cache_dir, token: as in huggingface_hub.
+            revision: as in huggingface_hub.
+            local_files_only: as in huggingface_hub.
+            cache_dir: as in huggingface_hub.
+            token: as in huggingface_hub.
 
         Raises:
             ValueError: a folder that is missing, incomplete, corrupt or of another kind of model; pickle weights;
