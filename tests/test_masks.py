@@ -582,6 +582,11 @@ def test_masks_equal_the_reference_s():
         np.testing.assert_array_equal(ours, reference_mask(mask, batch_size))
 
 
+def test_masks_of_any_number_type():
+    for dtype in (bool, np.uint8, np.int64, np.float16, np.float64):
+        np.testing.assert_array_equal(masks.preprocess_mask(np.eye(5, 7).astype(dtype))[0, 0], np.eye(5, 7))
+
+
 def test_the_caller_s_mask_is_not_written_to():
     mask = soft_mask(4, 5)
     before = mask.copy()

@@ -587,7 +587,7 @@ def test_other_channel_counts_of_latents():
         pictures.preprocess_image(latents, 8)
 
 
-def test_what_means_the_same_picture_gives_the_same_array():
+def test_pil_modes_are_made_rgb():
     picture = noise(16, 24)
     grey, clear, pixels = picture.convert("L"), picture.copy(), np.asarray(picture)
     clear.putalpha(128)

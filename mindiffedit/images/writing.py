@@ -107,7 +107,7 @@ def atomic_path(path) -> Iterator[Path]:
     takes the place of `path`; when it ends in any exception it is removed and `path` is as it was.
     """
     target = Path(os.path.realpath(path))  # a link keeps pointing where it points
-    draft = target.with_name(f".mindiffedit-{secrets.token_hex(8)}{target.suffix}")
+    draft = target.with_name(f".{target.stem[:100]}.{secrets.token_hex(8)}{target.suffix}")
     # Not tempfile: the result should have the permissions that any new file gets.
     os.close(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     mode = os.stat(draft).st_mode & 0o777
