@@ -1,5 +1,6 @@
 """Validation: what passes, what is refused with which exception, and that messages say enough."""
 
+import itertools
 import math
 
 import numpy as np
@@ -33,19 +34,18 @@ REALS = {
 }
 
 
-@pytest.mark.parametrize("check", REALS)
-def test_real_numbers(check):
-    accepted, refused = REALS[check]
-    for value in accepted:
-        result = check(value)
-        assert type(result) is float and result == value
-    for value in refused:
-        assert str(value) in message(check, value)
-    for value in (math.nan, math.inf, -math.inf, np.float32("nan")):
-        assert "nan" in message(check, value) or "inf" in message(check, value)
-    message(check, None)
-    for value in NOT_NUMBERS:
-        assert type(value).__name__ in message(check, value, error=TypeError)
+def test_real_numbers():
+    for check, (accepted, refused) in REALS.items():
+        for value in accepted:
+            result = check(value)
+            assert type(result) is float and result == value
+        for value in refused:
+            assert str(value) in message(check, value)
+        for value in (math.nan, math.inf, -math.inf, np.float32("nan")):
+            assert "nan" in message(check, value) or "inf" in message(check, value)
+        message(check, None)
+        for value in NOT_NUMBERS:
+            assert type(value).__name__ in message(check, value, error=TypeError)
 
 
 def test_names_are_in_the_messages():
@@ -71,9 +71,9 @@ def test_positive_integers_are_value_errors_as_in_the_reference():
         assert "`maps`" in message(options.check_positive_int, "maps", value)
 
 
-@pytest.mark.parametrize("steps", [*range(1, 60), 100, 999, 1000])
-def test_effective_steps_are_the_reference_s(steps):
-    for strength in (0.1, 0.29, 0.5, 0.58, 0.8, 0.999, 1.0):
+def test_effective_steps_are_the_reference_s():
+    strengths = (0.1, 0.29, 0.5, 0.58, 0.8, 0.999, 1.0)
+    for steps, strength in itertools.product([*range(1, 60), 100, 999, 1000], strengths):
         expected = min(int(steps * strength), steps)
         if expected:
             assert options.effective_steps(steps, strength) == expected
@@ -81,9 +81,9 @@ def test_effective_steps_are_the_reference_s(steps):
             message(options.effective_steps, steps, strength)
 
 
-@pytest.mark.parametrize("steps", range(1, 120))
-def test_the_remedy_that_is_named_works(steps):
-    for strength in (0.0, 0.3 / steps, 0.99 / steps):
+def test_the_remedy_that_is_named_works():
+    for steps, share in itertools.product(range(1, 120), (0.0, 0.3, 0.99)):
+        strength = share / steps
         if int(steps * strength) >= 1:
             continue
         text = message(options.effective_steps, steps, strength, "s")
@@ -141,9 +141,8 @@ def embeds(batch=1, tokens=4, width=8):
     return np.random.default_rng(0).normal(size=(batch, tokens, width)).astype(np.float32)
 
 
-@pytest.mark.parametrize(
-    "arguments, batch",
-    [
+def test_prompts_that_fit():
+    for arguments, batch in (
         (("a",), 1),
         (("",), 1),
         ((["a", ""],), 2),
@@ -156,10 +155,8 @@ def embeds(batch=1, tokens=4, width=8):
         ((None, ["b", "c"], embeds(2)), 2),
         (("a", None, None, embeds(1)), 1),
         ((["a", "b"], None, None, embeds(2)), 2),
-    ],
-)
-def test_prompts_that_fit(arguments, batch):
-    assert options.check_prompt_inputs(*arguments) == batch
+    ):
+        assert options.check_prompt_inputs(*arguments) == batch
 
 
 PROMPTS_REFUSED = [
@@ -189,17 +186,13 @@ PROMPTS_REFUSED = [
 ]
 
 
-@pytest.mark.parametrize("arguments, error, words", PROMPTS_REFUSED)
-def test_prompts_that_do_not_fit(arguments, error, words):
-    assert words in message(options.check_prompt_inputs, *arguments, error=error)
-
-
-@pytest.mark.parametrize("prefix", ["target_", "target"])
-def test_the_prefix_is_in_every_message(prefix):
-    for arguments, error, _ in PROMPTS_REFUSED:
-        text = message(options.check_prompt_inputs, *arguments, prefix=prefix, error=error)
-        assert "target_prompt" in text or "target_negative_prompt" in text
-        assert "`prompt" not in text and "`negative_prompt" not in text
+def test_prompts_that_do_not_fit():
+    for arguments, error, words in PROMPTS_REFUSED:
+        assert words in message(options.check_prompt_inputs, *arguments, error=error)
+        for prefix in ("target_", "target"):
+            text = message(options.check_prompt_inputs, *arguments, prefix=prefix, error=error)
+            assert "target_prompt" in text or "target_negative_prompt" in text
+            assert "`prompt" not in text and "`negative_prompt" not in text
 
 
 def test_without_guidance_negatives_need_not_fit():
@@ -255,9 +248,8 @@ def test_image_latents_of_other_frameworks():
     np.testing.assert_array_equal(options.check_image_latents(torch.from_numpy(five), 1, 3, (4, 5, 6)), five)
 
 
-@pytest.mark.parametrize(
-    "array, error, words",
-    [
+def test_image_latents_that_do_not_fit():
+    for array, error, words in (
         (latents(2, 4, 4, 5, 6), ValueError, "4 timesteps"),
         (latents(1, 3, 4, 5, 6), ValueError, "batch size 1"),
         (latents(2, 3, 4, 6, 5), ValueError, "(4, 5, 6)"),
@@ -269,10 +261,8 @@ def test_image_latents_of_other_frameworks():
         (latents(2, 3, 4, 5, 6).astype(np.int64), TypeError, "int64"),
         (latents(2, 3, 4, 5, 6).astype(complex), TypeError, "complex"),
         ("latents", TypeError, "floating-point"),
-    ],
-)
-def test_image_latents_that_do_not_fit(array, error, words):
-    assert words in message(options.check_image_latents, array, 2, 3, (4, 5, 6), error=error)
+    ):
+        assert words in message(options.check_image_latents, array, 2, 3, (4, 5, 6), error=error)
 
 
 def test_one_nan_is_enough():
