@@ -248,7 +248,7 @@ def page(sd1_folder, other_folder, tmp_path_factory):
 
 
 def test_the_pages_program_runs(page, sd1_folder, other_folder):
-    assert page["mask"].shape == (1, 6, 8) and page["latents"].shape == (1, 3, 4, 6, 8)
+    assert page["mask"].shape == (1, 6, 8) and page["latents"].shape == (1, 1, 4, 6, 8)
     for name in ("edited", "freed", "inpainted", "mask_picture"):
         assert page[name].size == (64, 48), name
     assert page["pipeline"].vae is page["vae"]

@@ -10,6 +10,7 @@ compiled. ``invert`` needs a scheduler that has an inverse.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import sys
@@ -23,6 +24,7 @@ from mindone.diffusers.schedulers import DPMSolverMultistepScheduler as _DPM
 from mindspore import mint
 
 from mindiffedit.errors import InputError
+from mindiffedit.runtime import devices
 from mindiffedit.runtime.kernels import portable_kernels
 from mindiffedit.solvers import schedules
 
@@ -356,7 +358,12 @@ def make(class_name: str, config):
     if scheduler is None:
         raise ValueError("mindone has none of this name")
     with portable_kernels():
-        return scheduler.from_config(config)
+        try:
+            return scheduler.from_config(config)
+        except Exception:
+            with contextlib.suppress(Exception):  # or the next operator that runs may fail by the same error
+                devices.synchronize()
+            raise
 
 
 def ddim_instead_of(class_name: str, config):
