@@ -562,8 +562,8 @@ def check_image_batch(number_of_images: int, batch_size: int) -> int:
     """
     if number_of_images < 1 or batch_size % number_of_images != 0:
         raise InputError(
-            "Cannot duplicate {parameter} of batch size {number_of_images} to {batch_size} text prompts; give one picture "
-            "for each prompt, or one for all.",
+            "Cannot duplicate {parameter} of batch size {number_of_images} to {batch_size} text prompts; give one "
+            "picture for each prompt, or one for all.",
             parameter="image",
             number_of_images=number_of_images,
             batch_size=batch_size,

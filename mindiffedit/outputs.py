@@ -74,7 +74,8 @@ class EditReport:
     Attributes:
         mask_coverage: share of the latents that the mask marks, 0 to 1.
         inversion_error: how far a step back from the inverted latents misses where the inversion came from, the rms
-            error over the rms of the latents, at the noisiest step, times the number of steps; None without an inversion.
+            error over the rms of the latents, at the noisiest step, times the number of steps; None without an
+            inversion.
         reconstruction_psnr: dB between the picture and what inversion and denoising with the source prompt give back;
             None unless ``measure_reconstruction``.
         change_outside: rms difference of result and picture outside the feathered mask, in levels of 255; None

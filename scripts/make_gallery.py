@@ -30,7 +30,7 @@ from editing_measures import Edit, natural, positive, sample_edit  # noqa: E402
 
 from mindiffedit import demo  # noqa: E402
 from mindiffedit.images.sheets import make_image_grid  # noqa: E402
-from mindiffedit.images.writing import atomic_path
+from mindiffedit.images.writing import atomic_path  # noqa: E402
 
 OPTIONS = {
     "num_inference_steps": demo.EDIT_SETTINGS["steps"],

@@ -1,7 +1,7 @@
 """The matrix of cases that our pipeline is compared to live diffusers on: checkpoint, schedulers, arguments, inputs.
 
 Each case is a function of a seed, which also shapes the pictures and embeddings. Pictures are non-square and coloured,
-prompts of a batch differ, strengths are below 1 and negatives differ where that matters: what symmetry would hide shows.
+prompts of a batch differ, strengths are below 1 and negatives differ where that matters: symmetry would hide much.
 """
 
 import numpy as np

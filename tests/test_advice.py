@@ -301,10 +301,10 @@ def test_our_own_faults_are_no_bad_input(work, capsys, monkeypatch):  # noqa: F8
             assert "issue tracker" in last and "`mindiffedit --version`" in last
     monkeypatch.setattr(masks, "enlarged", lambda *_: np.concatenate([]))  # inside the package itself
     FakePipeline.breaks.clear()
-    assert cli.main(edit()) == 1 and "need at least one array" in capsys.readouterr().err
+    assert cli.main(edit("--grid", "grid.png")) == 1 and "need at least one array" in capsys.readouterr().err
     for error in (OSError(28, "No space left on device", "x" * 5000), MemoryError()):
         monkeypatch.setattr(masks, "enlarged", Mock(side_effect=error))
-        assert cli.main(edit()) == 1
+        assert cli.main(edit("--grid", "grid.png")) == 1
         err = [line for line in capsys.readouterr().err.splitlines() if "failed" in line]
         assert len(err) == 1 and "bug" not in err[0] and len(err[0]) < 600
 

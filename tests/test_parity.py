@@ -36,15 +36,15 @@ class Bench:
     def __init__(self, folders):
         self.folders = folders
 
-    @functools.cache
+    @functools.cache  # noqa: B019 - one object lives as long as the tests
     def theirs(self, checkpoint, dtype):
         return reference.load(self.folders[checkpoint], parity_cases.make(checkpoint, 0), dtype)
 
-    @functools.cache
+    @functools.cache  # noqa: B019
     def ours(self, checkpoint, mode):
         return replay.load(self.folders[checkpoint], parity_cases.make(checkpoint, 0), mode)
 
-    @functools.cache
+    @functools.cache  # noqa: B019
     def recorded(self, name, seed):
         """Case, the reference's trace, and floors."""
         checkpoint, case = parity_cases.case(name, seed)

@@ -482,12 +482,10 @@ def test_a_batch_size_of_the_unet_changes_nothing_but_the_calls(ours):
         for size in (1, 2, 4):
             ours.unet_batch_size = size
             ours._stages.calls.clear()
-            seen = {}
-            ours.observer = lambda stage, array, step: seen.setdefault(stage, array)
-            ours.generate_mask(PICTURE, **scale)
-            found[size] = seen["map"], ours._stages.calls["unet"]
+            _, map_ = ours.generate_mask(PICTURE, return_map=True, **scale)
+            found[size] = map_, ours._stages.calls["unet"]
     finally:
-        ours.unet_batch_size, ours.observer = before, None
+        ours.unet_batch_size = before
     assert [calls for _, calls in found.values()] == [12, 6, 4]
     for size in (2, 4):
         assert parity.relative(found[size][0], found[1][0]) < CLOSE

@@ -10,6 +10,7 @@ bounds. The reference's own float32 is a few times further from float64 than our
 
 import contextlib
 import platform
+from functools import partial
 from unittest import mock
 
 import diffusers
@@ -354,7 +355,7 @@ def attempt(function):
 
 
 def assert_same_rows(mine, theirs, timesteps, eta, case, raw):
-    """The plan's rows against diffusers' own step: exact where torch rounds correctly; ``raw`` is for torch as it is."""
+    """The plan's rows against diffusers' own step: exact where torch rounds correctly; ``raw``: of torch as it is."""
     plan = attempt(lambda: plan_of(mine, timesteps, eta))
     with torch_rounds_correctly():
         rows = attempt(lambda: rows_of(theirs, timesteps, eta))
@@ -376,7 +377,7 @@ def assert_same_rows(mine, theirs, timesteps, eta, case, raw):
 
 
 def raw_bound(config, eta):
-    """How far torch's wrong last bits carry in 50 steps: the smaller the steps, the more the heun weight makes of them."""
+    """How far torch's wrong last bits carry in 50 steps: heun's weight makes more of them the smaller the steps."""
     if config.get("rescale_betas_zero_snr"):
         return 5e-4 if eta > 0 else 1e-5  # with eta 1 the root of a remainder of rounding is among the numbers
     return 3e-6
@@ -399,7 +400,7 @@ def check_coefficients(cls, options, counts, strengths, etas, with_raw=()):
                 raw = None
                 if count in with_raw:
                     plain.set_timesteps(count)
-                    raw = attempt(lambda: rows_of(plain, timesteps, eta))
+                    raw = attempt(partial(rows_of, plain, timesteps, eta))
                     raw = None if raw is IndexError or np.isnan(raw).any() else raw
                 assert_same_rows(mine, theirs, timesteps, eta, (count, strength, eta), raw)
 
@@ -607,7 +608,7 @@ def test_compiled_step_is_the_references(cls, options, stages):
 @pytest.mark.parametrize("cls, options", configurations([DDIMScheduler], PLAIN + ("alpha-one",)))
 def test_compiled_step_adds_the_references_noise(cls, options, eta, stages):
     with torch_rounds_correctly():
-        for i, _, data, ours, theirs in against_diffusers(stages["graph"], cls, options, 10, 1.0, eta):
+        for i, _, _, ours, theirs in against_diffusers(stages["graph"], cls, options, 10, 1.0, eta):
             assert relative(ours[0], theirs[0]) <= 1e-6, i
 
 

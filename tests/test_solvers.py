@@ -1,4 +1,4 @@
-"""Checkpoints with any of mindone's solvers: edits as they are loaded, by the guide's calls, and on the command line."""
+"""Checkpoints with any of mindone's solvers: edited as they are, by the guide's calls, and on the command line."""
 
 import json
 import re
