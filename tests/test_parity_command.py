@@ -53,7 +53,7 @@ class Without:
 
 
 sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
-from mindiffedit import cli
+from mindiffedit.__main__ import program
 
 for number, run in enumerate(plan["runs"]):
     if run.get("plant"):
@@ -61,7 +61,8 @@ for number, run in enumerate(plan["runs"]):
     saved = os.dup(1), os.dup(2)
     for stream, kind in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{plan['name']}{number}.{kind}", os.O_WRONLY | os.O_CREAT), stream)
-    code = cli.main(run["argv"])
+    sys.argv[1:] = run["argv"]
+    code = program()
     sys.stdout.flush(), sys.stderr.flush()
     os.dup2(saved[0], 1), os.dup2(saved[1], 2)
     print(json.dumps({"code": code}))
