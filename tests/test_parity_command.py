@@ -52,7 +52,7 @@ class Without:
 
 
 sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
-from mindiffedit.cli import command as cli
+from mindiffedit.__main__ import program
 
 for number, run in enumerate(plan["runs"]):
     if run.get("plant"):
@@ -60,7 +60,8 @@ for number, run in enumerate(plan["runs"]):
     saved = os.dup(1), os.dup(2)
     for stream, kind in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{plan['name']}{number}.{kind}", os.O_WRONLY | os.O_CREAT), stream)
-    code = cli.main(run["argv"])
+    sys.argv[1:] = run["argv"]
+    code = program()
     sys.stdout.flush(), sys.stderr.flush()
     os.dup2(saved[0], 1), os.dup2(saved[1], 2)
     print(json.dumps({"code": code}))
@@ -136,9 +137,9 @@ def recorded(sd1_folder, tmp_path_factory):
 
 # An error in a stage in the middle of the mask.
 PLANT = """
-from mindiffedit.pipeline import StableDiffusionDiffEditPipeline as pipeline
-exact = pipeline._noised
-pipeline._noised = staticmethod(lambda *args: exact(*args) * 1.001)
+from mindiffedit.solvers.solver import TabulatedSolver as solver
+exact = solver.add_noise
+solver.add_noise = lambda *args: exact(*args) * 1.001
 """
 
 

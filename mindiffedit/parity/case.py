@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from mindiffedit import solvers
+
 Seeds = int | list[int]
 
 CALLS = ("mask", "invert", "edit")
@@ -33,15 +35,13 @@ class Case:
     invert: dict[str, Any] | None = None
     edit: dict[str, Any] | None = None
     seeds: dict[str, Seeds] = field(default_factory=lambda: {call: 0 for call in CALLS})
-    scheduler: str = "DDIMScheduler"
+    scheduler: str = solvers.CLASSES["ddim"][0]
     scheduler_options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def inverse_scheduler(self) -> str:
         """Class name of the inversion's scheduler."""
-        if self.scheduler == "DPMSolverMultistepScheduler":
-            return "DPMSolverMultistepInverseScheduler"
-        return "DDIMInverseScheduler"
+        return solvers.inverse_name(self.scheduler)
 
     def described(self) -> dict[str, Any]:
         """All but the pictures, for a manifest: plain values that JSON can hold."""

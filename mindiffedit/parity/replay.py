@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mindiffedit import options
+from mindiffedit import options, solvers
 from mindiffedit.noise.generator import Generator
 from mindiffedit.parity.case import Case, Tape
 
@@ -29,20 +29,13 @@ def load(folder, case: Case, mode: str = "graph", dtype: str = "float32", compil
 
 def with_schedulers(pipe, case: Case):
     """The pipeline with the schedulers that a case asks for."""
-    import mindone.diffusers
-
-    from mindiffedit.runtime.kernels import portable_kernels
-    from mindiffedit.solvers import schedulers
-
     config = getattr(pipe, "own_scheduler_config", None) or pipe.scheduler.config
     pipe.own_scheduler_config = config
     # DDIM's default, which the reference runs with: said, so that nobody has to be warned of it.
-    default = {"clip_sample": True} if case.scheduler == "DDIMScheduler" and "clip_sample" not in config else {}
-    for name, wanted in (("scheduler", case.scheduler), ("inverse_scheduler", case.inverse_scheduler)):
-        home = schedulers if hasattr(schedulers, wanted) else mindone.diffusers
-        with portable_kernels():
-            options = {**default, **case.scheduler_options}
-            setattr(pipe, name, getattr(home, wanted).from_config(config, **options))
+    says_clip = case.scheduler != solvers.CLASSES["ddim"][0] or "clip_sample" in config
+    options_ = {**({} if says_clip else {"clip_sample": True}), **case.scheduler_options}
+    pipe.scheduler = solvers.from_class_name(case.scheduler, config, **options_)
+    pipe.inverse_scheduler = solvers.from_class_name(case.inverse_scheduler, config, **options_)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -15,6 +15,24 @@ SOLVERS = tuple(CLASSES)
 """The names of the solvers that have an inverse."""
 
 
+def inverse_name(class_name: str) -> str:
+    """Class name of a scheduler's inverse, or of DDIM's where it has none (W14)."""
+    return dict(CLASSES.values()).get(class_name, CLASSES["ddim"][1])
+
+
+def from_class_name(class_name: str, config, **options):
+    """The scheduler of that class with a configuration: ours, or mindone's where we have none of that name."""
+    import mindone.diffusers
+
+    from mindiffedit.runtime.kernels import portable_kernels
+    from mindiffedit.solvers import schedulers
+
+    with portable_kernels():
+        return getattr(schedulers, class_name, getattr(mindone.diffusers, class_name, None)).from_config(
+            config, **options
+        )
+
+
 def solver_name(scheduler) -> str | None:
     """The name of a scheduler that has an inverse; None of any other."""
     return next((name for name, (forward, _) in CLASSES.items() if forward == type(scheduler).__name__), None)
