@@ -406,7 +406,7 @@ LOADING = {
     "text.decoding",
 }
 # The half of the parity tool that runs the reference, for `parity record` alone.
-RECORDING = {"parity/reference.py", "parity/formulas.py", "parity/floors.py", "cli/parity.py"}
+RECORDING = {"parity/reference.py", "parity/formulas.py", "cli/parity.py"}
 
 IMPORT_WITHOUT_FRAMEWORKS = """
 import importlib, sys

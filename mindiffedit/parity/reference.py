@@ -275,8 +275,11 @@ def _generate_mask(pipe, case: Case, tape: Tape):
 
 
 @contextlib.contextmanager
-def _watched_loop(pipe, scheduler, chooser: str, tape: Tape, eta: float, after_step):
-    """Timesteps, coefficients and steps of a loop; ``after_step(prev_sample, i)`` gives what the step returns."""
+def _watched_loop(pipe, scheduler, chooser: str, tape: Tape, eta: float, after_step, regularised: bool = False):
+    """Timesteps, coefficients and steps of a loop; ``after_step(prev_sample, i)`` gives what the step returns.
+
+    A ``regularised`` loop of ours takes the scheduler's own step, which does not say what clean latents it predicts.
+    """
     choose, step, convert = getattr(pipe, chooser), scheduler.step, getattr(scheduler, "convert_model_output", None)
     rows, count = None, 0
 
@@ -296,7 +299,7 @@ def _watched_loop(pipe, scheduler, chooser: str, tape: Tape, eta: float, after_s
 
     def watched_convert(*args, **kwargs):
         clean = convert(*args, **kwargs)
-        if rows is not None:
+        if rows is not None and not regularised:
             tape.keep("clean_predictions", _host(clean), count)
         return clean
 
@@ -339,8 +342,8 @@ def _invert(pipe, case: Case, tape: Tape):
     with contextlib.ExitStack() as stack:
         stack.enter_context(_watched_text(pipe, tape, ("",), 1))
         stack.enter_context(_watched_encoder(pipe, tape, 1))
-        scheduler = pipe.inverse_scheduler
-        stack.enter_context(_watched_loop(pipe, scheduler, "get_inverse_timesteps", tape, 0.0, after_step))
+        scheduler, regularised = pipe.inverse_scheduler, case.invert.get("num_reg_steps", 0) > 0
+        stack.enter_context(_watched_loop(pipe, scheduler, "get_inverse_timesteps", tape, 0.0, after_step, regularised))
         stack.enter_context(mock.patch.object(pipe.vae, "decode", watched_decode))
         return pipe.invert(
             image=case.image,
