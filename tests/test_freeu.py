@@ -9,7 +9,7 @@ from diffusers.utils.torch_utils import fourier_filter
 from test_pipeline import PICTURE, SOURCE, our_pipeline, their_pipeline
 
 from mindiffedit.checkpoints import freeu, models
-from mindiffedit.runtime import compile_cache, devices
+from mindiffedit.runtime import devices, graph_keys
 
 FACTORS = dict(s1=0.9, s2=0.2, b1=1.4, b2=1.6)
 CLOSE = 2e-5  # relative to the reference's rms; 2e-6 was measured
@@ -91,7 +91,7 @@ def test_on_and_off_again(ours, theirs):
     before, bare = predicted(ours), predicted_by_the_reference(theirs)
     assert parity.relative(before, bare) < CLOSE
     names = set(models.parameters_by_name(ours.unet))
-    described = compile_cache.fingerprint(ours.unet)
+    described = graph_keys.fingerprint(ours.unet)
 
     ours.enable_freeu(**FACTORS)
     theirs.enable_freeu(**FACTORS)
@@ -99,13 +99,13 @@ def test_on_and_off_again(ours, theirs):
     assert parity.relative(expected, bare) > 0.01  # it does something
     assert parity.relative(freed, expected) < CLOSE
     assert set(models.parameters_by_name(ours.unet)) == names  # it is saved as ever
-    assert compile_cache.fingerprint(ours.unet) != described
+    assert graph_keys.fingerprint(ours.unet) != described
 
     # Off and on again: the graphs are still there.
     count = devices.compile_count()
     ours.disable_freeu()
     assert np.array_equal(predicted(ours), before)
-    assert compile_cache.fingerprint(ours.unet) == described
+    assert graph_keys.fingerprint(ours.unet) == described
     ours.enable_freeu(**FACTORS)
     assert np.array_equal(predicted(ours), freed)
     assert devices.compile_count() == count
@@ -132,7 +132,7 @@ def test_the_cache_tells_factors_apart(ours):
             ours.disable_freeu()
         else:
             ours.enable_freeu(**dict(FACTORS, s2=s2))
-        digests.add(compile_cache.fingerprint(ours.unet))
+        digests.add(graph_keys.fingerprint(ours.unet))
     assert len(digests) == 3
 
 
