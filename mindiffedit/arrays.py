@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-__all__ = ["is_tensor", "to_numpy"]
+__all__ = ["is_tensor", "rounded", "to_numpy"]
 
 
 def is_tensor(value) -> bool:
@@ -28,3 +28,8 @@ def to_numpy(value) -> np.ndarray:
     if "bfloat16" in str(value.dtype).lower():
         value = value.float()
     return value.asnumpy() if hasattr(value, "asnumpy") else value.numpy()
+
+
+def rounded(function, value):
+    """A float32 function correctly rounded; the vectorised ones of NumPy and torch can be some bits off."""
+    return np.float32(function(np.float64(value)))

@@ -151,7 +151,7 @@ class StableDiffusionDiffEditPipeline(Adapters):
                 (3, H, W) or (B, 3, H, W), or a list of one of these; or latents (B, C, h, w), which skip the VAE.
                 Sizes go down to the next multiple of 8 (of ``vae_scale_factor``). One picture serves any number of
                 prompts.
-            target_prompt: what it shall show, str or list of B str.
+            target_prompt: what it should show, str or list of B str.
             target_negative_prompt: what the target is guided away from, of the same type; None is the empty text.
                 Without guidance it has no effect.
             target_prompt_embeds: embeddings (B, L, D) instead of ``target_prompt``.
@@ -592,7 +592,7 @@ class StableDiffusionDiffEditPipeline(Adapters):
         Section 3.2 of arXiv 2210.11427, step 3; the reference's call.
 
         Args:
-            prompt: what the picture shall show, str or list of B str.
+            prompt: what the picture should show, str or list of B str.
             mask_image: where it may change, on the latents' grid: (h, w), (B, h, w) or (B, 1, h, w) in [0, 1], as
                 array, tensor or PIL picture (white changes), or a list of one of these; or of the size of the picture
                 that the latents are of (W10). From 0.5 on a value counts as 1. One mask serves all B.
@@ -766,7 +766,7 @@ class StableDiffusionDiffEditPipeline(Adapters):
         Args:
             image: picture(s) of one size, or latents (B, C, h, w), as for ``generate_mask``.
             source_prompt: what is there, str or list of B str.
-            target_prompt: what shall be there, str or list of B str.
+            target_prompt: what should be there, str or list of B str.
             negative_prompt: what the edit moves away from; None is the source prompt.
             source_prompt_embeds: embeddings (B, L, D) instead of ``source_prompt``.
             target_prompt_embeds: embeddings (B, L, D) instead of ``target_prompt``.
@@ -777,7 +777,7 @@ class StableDiffusionDiffEditPipeline(Adapters):
             num_maps_per_mask: as for ``generate_mask``.
             mask_encode_strength: as for ``generate_mask``.
             mask_thresholding_ratio: as for ``generate_mask``.
-            mask_options: how the map becomes a mask; None: ``mindiffedit.editing.EDIT_MASK``.
+            mask_options: how the map becomes a mask; None: ``mindiffedit.inputs.EDIT_MASK``.
             mask_image: own mask(s) of any size, white (1) where the picture may change.
             mask_combination: what becomes of it and the computed mask: "replace" (nothing is computed), "union",
                 "subtract" (computed without own) or "intersection".

@@ -21,7 +21,7 @@ from mindiffedit.checkpoints import lora, models, weight_files
 from mindiffedit.checkpoints.layout import CheckpointError
 from mindiffedit.checkpoints.survey import check_folder
 from mindiffedit.errors import InputError
-from mindiffedit.runtime import compile_cache, devices
+from mindiffedit.runtime import devices, graph_keys
 from mindiffedit.stages import host, tensor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -194,7 +194,7 @@ def bits(pipe):
 
 def test_predictions_and_embeddings_at_every_scale_without_a_compilation(ours, theirs, files, parts):
     plain, weights = results(ours), bits(ours)
-    description = compile_cache.fingerprint(ours.unet)
+    description = graph_keys.fingerprint(ours.unet)
     with devices.CompileCounter() as compiled:
         ours.load_lora_weights(files[0])
         theirs.load_lora_weights(files[0])
@@ -202,7 +202,7 @@ def test_predictions_and_embeddings_at_every_scale_without_a_compilation(ours, t
             assert distance(ours, theirs, scale=scale) < ROUNDING, scale
             assert (change(ours, plain, scale=scale) > SEEN) == (scale != 0)
         results(ours, scale=0.3)
-        assert compile_cache.fingerprint(ours.unet) == description, "a stored graph serves every LoRA"
+        assert graph_keys.fingerprint(ours.unet) == description, "a stored graph serves every LoRA"
         ours.unload_lora_weights()
         assert all(map(np.array_equal, results(ours), plain)) and bits(ours) == weights
         other = saved(

@@ -9,7 +9,7 @@ from diffusers.utils.torch_utils import fourier_filter
 from test_pipeline import PICTURE, SOURCE, our_pipeline, their_pipeline
 
 from mindiffedit.checkpoints import freeu, models
-from mindiffedit.runtime import compile_cache, devices
+from mindiffedit.runtime import devices, graph_keys
 from mindiffedit.stages import host, tensor
 
 FACTORS = dict(s1=0.9, s2=0.2, b1=1.4, b2=1.6)
@@ -89,7 +89,7 @@ def test_on_and_off_again(ours, theirs):
     before, bare = predicted(ours), predicted_by_the_reference(theirs)
     assert parity.relative(before, bare) < CLOSE
     names = set(models.parameters_by_name(ours.unet))
-    described = compile_cache.fingerprint(ours.unet)
+    described = graph_keys.fingerprint(ours.unet)
 
     ours.enable_freeu(**FACTORS)
     theirs.enable_freeu(**FACTORS)
@@ -97,17 +97,17 @@ def test_on_and_off_again(ours, theirs):
     assert parity.relative(expected, bare) > 0.01  # it does something
     assert parity.relative(freed, expected) < CLOSE
     assert set(models.parameters_by_name(ours.unet)) == names  # it is saved as ever
-    assert compile_cache.fingerprint(ours.unet) != described
+    assert graph_keys.fingerprint(ours.unet) != described
     ours.enable_freeu(**dict(FACTORS, s2=0.3))  # whose graph no later process takes for the other's
-    others = compile_cache.fingerprint(ours.unet)
+    others = graph_keys.fingerprint(ours.unet)
     ours.enable_freeu(**FACTORS)
-    assert others not in (described, compile_cache.fingerprint(ours.unet))
+    assert others not in (described, graph_keys.fingerprint(ours.unet))
 
     # Off and on again: the graphs are still there.
     count = devices.compile_count()
     ours.disable_freeu()
     assert np.array_equal(predicted(ours), before)
-    assert compile_cache.fingerprint(ours.unet) == described
+    assert graph_keys.fingerprint(ours.unet) == described
     ours.enable_freeu(**FACTORS)
     assert np.array_equal(predicted(ours), freed)
     assert devices.compile_count() == count

@@ -797,20 +797,6 @@ def test_vae_equals_diffusers(vaes, mode, sliced):
     assert max(errors) <= (6e-5 if sliced else 4e-5), f"{errors}"
 
 
-@pytest.mark.parametrize("folder", ["sd1"], indirect=True)
-def test_vae_posterior(vaes):
-    model, reference = vaes
-    moments = noise(2, 8, 4, 6) * 3
-    with portable_kernels():
-        mode = model.diag_gauss_dist.mode(mindspore.Tensor(moments))
-        drawn = model.diag_gauss_dist.sample(mindspore.Tensor(moments), generator=np.random.default_rng(3))
-    mean, logvar = np.split(moments, 2, axis=1)
-    assert np.array_equal(mode.asnumpy(), mean)
-    std = np.exp(0.5 * np.clip(logvar, -30.0, 20.0))
-    draw = (drawn.asnumpy() - mean) / std
-    assert draw.shape == mean.shape and 0.7 < draw.std() < 1.3
-
-
 @families(("sd1", "eager"), ("sd1", "jit"), ("sd2", "eager"))
 def test_text_encoder_equals_transformers(text_encoders, mode):
     model, reference = text_encoders
@@ -882,27 +868,13 @@ def test_safety_checker_equals_diffusers(mode, tmp_path):
     assert np.array_equal(seen.asnumpy(), expected)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "DDIMScheduler",
-        "DDIMInverseScheduler",
-        "DPMSolverMultistepScheduler",
-        "DPMSolverMultistepInverseScheduler",
-        "PNDMScheduler",
-        "EulerDiscreteScheduler",
-        "UniPCMultistepScheduler",
-        pytest.param("LMSDiscreteScheduler", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("name", ["PNDMScheduler", "EulerDiscreteScheduler", "UniPCMultistepScheduler"])
 def test_schedulers_run(name):
     """Nearly all need no replacement (UniPC stacks); their tables differ from diffusers' in the last bits."""
     import diffusers
     import mindone.diffusers
 
     options = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    if name.startswith("DDIM"):
-        options.update(clip_sample=False)
     reference = getattr(diffusers, name)(**options)
     reference.set_timesteps(6)
     sample, expected = mindspore.Tensor(noise(1, 4, 8, 8)), torch.from_numpy(noise(1, 4, 8, 8))

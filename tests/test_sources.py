@@ -394,6 +394,7 @@ LOADING = {
     "parity.formulas",
     "parity.reference",
     "pipeline",
+    "runtime.exact_mint",
     "runtime.graphs",
     "runtime.kernels",
     "runtime.native.layers",

@@ -21,10 +21,10 @@ from mindone.diffusers.schedulers import DDIMInverseScheduler as _DDIMInverse
 from mindone.diffusers.schedulers import DDIMScheduler as _DDIM
 from mindone.diffusers.schedulers import DPMSolverMultistepInverseScheduler as _DPMInverse
 from mindone.diffusers.schedulers import DPMSolverMultistepScheduler as _DPM
-from mindspore import mint
 
 from mindiffedit.errors import InputError
 from mindiffedit.runtime import devices
+from mindiffedit.runtime.exact_mint import exact_mint
 from mindiffedit.runtime.kernels import portable_kernels
 from mindiffedit.solvers import schedules
 
@@ -71,26 +71,6 @@ def _with_exact_tables(cls):
     return cls
 
 
-class _ExactMint:
-    """``mindspore.mint`` with the exponential and logarithm of noise levels correctly rounded, on the host.
-
-    MindSpore's float32 ``exp`` on a CPU is off by up to 5e-6. The multistep formulas divide what remains of it after
-    a subtraction by small steps: latents were off by 1e-5 of their rms, with third order by 2e-4.
-    """
-
-    def __getattr__(self, name):
-        return getattr(mint, name)
-
-    @staticmethod
-    def exp(level: ms.Tensor) -> ms.Tensor:
-        return ms.Tensor(schedules.rounded(np.exp, level.asnumpy()))
-
-    @staticmethod
-    def log(level: ms.Tensor) -> ms.Tensor:
-        with np.errstate(divide="ignore"):  # the last noise level may be 0
-            return ms.Tensor(schedules.rounded(np.log, level.asnumpy()))
-
-
 def _with_exact_coefficients(cls):
     """Class decorator: mindone's multistep ``step`` on any device, with the coefficients that the plans have too."""
     parent = next(base for base in cls.__mro__ if base.__module__.startswith("mindone."))
@@ -98,12 +78,8 @@ def _with_exact_coefficients(cls):
 
     @functools.wraps(parent.step)
     def step(self, *args, **kwargs):
-        home.mint = _ExactMint()
-        try:
-            with portable_kernels():
-                return parent.step(self, *args, **kwargs)
-        finally:
-            home.mint = mint
+        with exact_mint(home), portable_kernels():
+            return parent.step(self, *args, **kwargs)
 
     cls.step = step
     return cls

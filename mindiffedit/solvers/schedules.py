@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mindiffedit.arrays import rounded
 from mindiffedit.errors import InputError
 
 F32 = np.float32
@@ -142,11 +143,6 @@ def dpm_rows(sigmas: np.ndarray, first: int, count: int, order: int, solver_type
                 weight = alphas[s + 1] * (shrink / h + F32(1))
             rows[i, 4] = weight * inverse_ratio
     return rows
-
-
-def rounded(function, value):
-    """A float32 function correctly rounded; the vectorised ones of NumPy and torch can be some bits off."""
-    return F32(function(np.float64(value)))
 
 
 def index_of_timestep(timesteps: np.ndarray, timestep: int) -> int:
