@@ -6,6 +6,7 @@ import contextlib
 import re
 import time
 import unicodedata
+from typing import Any
 
 import mindspore as ms
 import numpy as np
@@ -87,7 +88,7 @@ def edit(
     is_guided = options.check_guidance_scale(guidance_scale) > 1.0
     inverts_guided = options.check_guidance_scale(inversion_guidance_scale, "inversion_guidance_scale") > 1.0
 
-    def prompts(text, embeds, prefix="", negative=(None, None), guided=False):
+    def prompts(text, embeds, prefix="", negative=(None, None), *, guided=False):
         return Prompts.checked(model, text, negative[0], embeds, negative[1], guided, prefix)
 
     source = prompts(source_prompt, source_prompt_embeds, "source_")
@@ -126,7 +127,7 @@ def edit(
     originals = _originals(image, batch) if of_pixels else None
     if feather is None:
         feather = model.vae_scale_factor
-        if working_size is not None:
+        if originals and working_size is not None:
             feather *= originals[0].shown.width / working_size[0]
     factor = model.vae_scale_factor if of_pixels else 1
     grid = tuple(side // factor for side in pixels.shape[2:])
@@ -242,8 +243,8 @@ def edit(
     return DiffEditOutput(images, mask, mask_map, image_latents.latents, latents, report, flags)
 
 
-def _own_mask(mask_image, combination, mask_options, grid, batch) -> np.ndarray | None:
-    """The user's mask on the latents' grid, (B, h, w) float32; 0 and 1 unless masks are soft."""
+def _own_mask(mask_image, combination, mask_options, grid, batch) -> Any:
+    """The user's mask on the latents' grid, (B, h, w) float32, or None; 0 and 1 unless masks are soft."""
     if mask_image is None:
         if combination != "replace":
             raise InputError(
@@ -322,7 +323,8 @@ def _for_each_map(generator, copies: int):
     """A list of generators, one for each picture, as ``generate_mask`` takes it: one for each of the maps."""
     if not isinstance(generator, (list, tuple)) or len(generator) == 1:
         return generator
-    return [source for source in randomness.resolve(generator) for _ in range(copies)]
+    streams: Any = randomness.resolve(generator)
+    return [stream for stream in streams for _ in range(copies)]
 
 
 def _originals(image, batch: int) -> list[colours.Original] | None:
@@ -340,8 +342,7 @@ def _scaled(image, size) -> list[Image]:
         raise InputTypeError(
             "{parameter} has to be (width, height) in pixels, but is {size!r}.", "working_size", size=size
         )
-    for side in size:
-        options.check_positive_int("working_size", side)
+    width, height = (options.check_positive_int("working_size", side) for side in size)
     listed = list(image) if isinstance(image, (list, tuple)) else [image]
     if not listed or not all(isinstance(picture, Image) for picture in listed):
         raise InputTypeError(
@@ -350,7 +351,7 @@ def _scaled(image, size) -> list[Image]:
             "working_size",
         )
     pictures.check_sizes(listed)
-    return [pictures.restore_size(colours.to_srgb(picture), size) for picture in listed]
+    return [pictures.restore_size(colours.to_srgb(picture), (width, height)) for picture in listed]
 
 
 def _finished(decoded, flags, originals, mask, feather, paste_back, report, as_pictures):
@@ -366,7 +367,7 @@ def _finished(decoded, flags, originals, mask, feather, paste_back, report, as_p
     images = pictures.resized_arrays(images, originals.shape[1:3])
     weights = masks.feathered(mask, originals.shape[1:3], feather)
     report.change_outside_before_paste_back = change_outside(images, originals, weights)
-    drawn = pictures.of_arrays(images) if as_pictures else None
+    drawn = pictures.of_arrays(images) if as_pictures else []
     # What the safety checker blackened stays black.
     kept = [i for i in range(len(images)) if paste_back and not (flags and flags[i])]
     if kept:
@@ -403,13 +404,13 @@ def _psnr(decoded: np.ndarray, pixels: np.ndarray) -> list[float]:
     return [float(value) for value in -20 * np.log10(np.maximum(error, 1e-5))]
 
 
-def _warnings(report: EditReport, source_prompt, target_prompt, own_mask: bool) -> list[Message]:
+def _warnings(report: EditReport, source_prompt, target_prompt, own_mask: bool) -> list[str]:
     """What looks wrong, and what to turn."""
-    found = []
+    found: list[str] = []
     for i, share in enumerate(report.mask_coverage):
         which = f"picture {i}: " if len(report.mask_coverage) > 1 else ""
         if share == 0:
-            remedy = Message("lower {mask_thresholding_ratio} or raise {num_maps_per_mask}")
+            remedy: str = Message("lower {mask_thresholding_ratio} or raise {num_maps_per_mask}")
             if own_mask:
                 remedy = "draw more of it"
             found.append(

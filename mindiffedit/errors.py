@@ -106,10 +106,10 @@ def _parts(template: str, parameter: str | None, values: dict) -> Iterator[str]:
         elif conversion == "r":
             yield shown(values[field])
         else:
-            yield cut(format(values[field], form), MAX_TEXT_LENGTH)
+            yield cut(format(values[field], form or ""), MAX_TEXT_LENGTH)
 
 
-class _AboutInput:
+class _AboutInput(Exception):
     """What the two kinds of error share; with a ``parameter`` or ``values`` the text is a ``Message``'s template."""
 
     parameter: str | None
@@ -127,7 +127,7 @@ class _AboutInput:
 
     def renamed(self, **names: str):
         """The same error about other parameters, for who has handed on what has another name with them."""
-        return type(self)(self.message.renamed(**names), names.get(self.parameter, self.parameter))
+        return type(self)(self.message.renamed(**names), self.parameter and names.get(self.parameter, self.parameter))
 
     def __reduce__(self):
         return type(self), (self.message, self.parameter), self.__dict__

@@ -70,7 +70,7 @@ class Prompts:
     """B prompts as texts or as embeddings, and what guidance leads away from.
 
     Attributes:
-        texts: B of them, or None with ``embeds``.
+        texts: B of them; none with ``embeds``.
         negatives: B texts; None is the empty text, or that ``negative_embeds`` were given.
         embeds, negative_embeds: float32 (B, L, D), or None.
         batch: B.
@@ -78,7 +78,7 @@ class Prompts:
         prefix: before their names in messages and stages, such as "target_".
     """
 
-    texts: list[str] | None
+    texts: list[str]
     negatives: list[str] | None
     embeds: np.ndarray | None
     negative_embeds: np.ndarray | None
@@ -124,11 +124,11 @@ class Prompts:
             for value in (prompt_embeds, negative_prompt_embeds)
         )
         negatives = _listed(negative_prompt, batch) if is_guided else None
-        return cls(_listed(prompt, batch), negatives, embeds, negative_embeds, batch, is_guided, prefix)
+        return cls(_listed(prompt, batch) or [], negatives, embeds, negative_embeds, batch, is_guided, prefix)
 
     def same_as(self, other: Prompts) -> bool:
         """Whether both are the same texts, with the same negatives as far as these count."""
-        if self.texts is None or self.texts != other.texts:
+        if not self.texts or self.texts != other.texts:
             return False
         return not self.is_guided or self.same_negatives(other)
 

@@ -58,6 +58,8 @@ __all__ = [
 class NumericalError(ArithmeticError, ValueError):
     """A stage produced NaN or infinity. `stage` (str) and `step` (int or None) say where; `message` is the sentence."""
 
+    trace: dict[str, np.ndarray]  # of a replay for parity: what there was before
+
     def __init__(self, message: str, stage: str | None = None, step: int | None = None):
         super().__init__(message)
         self.message = message

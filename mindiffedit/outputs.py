@@ -9,6 +9,7 @@ import numpy as np
 import PIL.Image
 
 
+@dataclass
 class _Output:
     """Attributes, and a mapping of those that are not None with access by position: diffusers' outputs."""
 

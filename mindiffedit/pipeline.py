@@ -132,7 +132,7 @@ class StableDiffusionDiffEditPipeline(Adapters):
         num_inference_steps: int = 50,
         guidance_scale: float = 7.5,
         generator=None,
-        output_type: str | None = "np",
+        output_type: str = "np",
         cross_attention_kwargs: dict[str, Any] | None = None,
         *,
         per_image_clamp: bool = False,
@@ -278,7 +278,7 @@ class StableDiffusionDiffEditPipeline(Adapters):
         """The UNet's outputs for the same latents with several embeddings: for each an array (B N, C, h, w)."""
         embeds = np.concatenate(embeddings)
         predict = self._stages.predictor(embeds, attention_kwargs, self.unet_batch_size, [timestep])
-        outputs = []
+        outputs: list[np.ndarray] = []
         with self.progress_bar(total=len(predict)) as bar:
             for output in map(host, predict.stream(noised, timestep)):
                 options.check_finite(output, "mask noise prediction", len(outputs))
@@ -301,7 +301,7 @@ class StableDiffusionDiffEditPipeline(Adapters):
         prompt_embeds=None,
         negative_prompt_embeds=None,
         decode_latents: bool = False,
-        output_type: str | None = "pil",
+        output_type: str = "pil",
         return_dict: bool = True,
         callback: Callable[[int, int, Any], None] | None = None,
         callback_steps: int | None = 1,
@@ -505,8 +505,7 @@ class StableDiffusionDiffEditPipeline(Adapters):
                 if step.pred_x0 is not None:
                     step.pred_x0 = self._crosses("clean_predictions", step.pred_x0, step.index)
                 step.latents = self._crosses(stage, step.latents, step.index)
-                if callbacks.on_step_end is not None:
-                    embeds = self._step_ended(step, callbacks, embeds, predictor)
+                embeds = self._step_ended(step, callbacks, embeds, predictor)
                 yield step
                 i = step.index
                 if i == count - 1 or ((i + 1) > warmup and (i + 1) % solver.order == 0):
@@ -517,6 +516,8 @@ class StableDiffusionDiffEditPipeline(Adapters):
 
     def _step_ended(self, step: diffedit.Step, callbacks: Callbacks, embeds, predictor: Predictor) -> np.ndarray:
         """Calls ``callback_on_step_end``; returns the embeddings to go on with, and puts the latents into the step."""
+        if callbacks.on_step_end is None:
+            return embeds
         values = {"latents": step.latents, "prompt_embeds": embeds, "pred_original_sample": step.pred_x0}
         tensors = {
             name: None if values[name] is None else self._result(values[name]).copy()
@@ -575,12 +576,12 @@ class StableDiffusionDiffEditPipeline(Adapters):
         latents=None,
         prompt_embeds=None,
         negative_prompt_embeds=None,
-        output_type: str | None = "pil",
+        output_type: str = "pil",
         return_dict: bool = True,
         callback: Callable[[int, int, Any], None] | None = None,
         callback_steps: int = 1,
         cross_attention_kwargs: dict[str, Any] | None = None,
-        clip_skip: int = None,
+        clip_skip: int | None = None,
         *,
         clean_latents=None,
         soft_mask: bool = False,

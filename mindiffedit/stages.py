@@ -12,7 +12,7 @@ graph of its own: it takes no time to compile, so that solvers and batch sizes m
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 import mindspore as ms
@@ -143,7 +143,7 @@ class Stages:
 
         return run(array) if tiles is None else tiling.in_tiles(run, array, tiles)
 
-    def predictor(self, prompt_embeds: np.ndarray, attention_kwargs: dict, rows: int, timesteps=()) -> Predictor:
+    def predictor(self, prompt_embeds: np.ndarray, attention_kwargs: Mapping, rows: int, timesteps=()) -> Predictor:
         """The UNet for samples with these embeddings (N, L, D), ``rows`` of them in each evaluation.
 
         The ``scale`` among ``attention_kwargs`` weighs its LoRAs, which are part of its weights: no graph knows of it.

@@ -78,8 +78,8 @@ class PipelineComponents:
         self.unet_batch_size = 2  # samples in one UNet evaluation: a guided step of one picture
         self.max_graphs = graphs.max_graphs(self.compile_cache)
         self._progress_bar_config: dict[str, Any] = {}
-        self._stages_built = None
-        self._own_inverse = None
+        self._stages_built: Any = None
+        self._own_inverse: tuple[Any, ...] | None = None
 
     @classmethod
     def _check_mode(cls, mode: str) -> None:

@@ -14,7 +14,7 @@ import logging
 import math
 import re
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -312,7 +312,7 @@ class Adapted:
     """
 
     def __init__(self, model):
-        self._model = weakref.ref(model)
+        self._model: Callable[[], Any] = weakref.ref(model)
         self.layers: dict[str, dict[str, LowRank]] = {}
         self.active: list[str] = []
         self.enabled = True

@@ -193,9 +193,10 @@ class SingleFile:
             return family if family.startswith("xl_") else "xl_base"
         if any(name.startswith(f"{unet}label_emb.") for name in self._stored):
             return "unclip" if family in ("v1", "v2") else family
-        ends = [self._stored.get(f"{unet}{name}.weight") for name in ("input_blocks.0.0", "out.2")]
-        if family in ("v1", "v2") and all(end is not None and len(end.shape) == 4 for end in ends):
-            takes, gives = ends[0].shape[1], ends[1].shape[0]
+        ends = [f"{unet}{name}.weight" for name in ("input_blocks.0.0", "out.2")]
+        shapes = [self._stored[name].shape for name in ends if name in self._stored]
+        if family in ("v1", "v2") and [len(shape) for shape in shapes] == [4, 4]:
+            takes, gives = shapes[0][1], shapes[1][0]
             return family if takes == gives else _CHANNELS.get(takes, family)
         # Told from SDXL's refiner by what the UNet has not.
         return "v2" if family == "xl_refiner" else family
@@ -283,7 +284,7 @@ def _convert(name: str, part: dict[str, Stored], config: Mapping[str, Any]) -> d
         blocks = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
         return convert.convert_ldm_vae_checkpoint(part, {**blocks, **config})
     prefix = re.compile(rf"({'|'.join(map(re.escape, _PREFIXES[name]))})(model|transformer)\.")
-    open_clip = any(prefix.match(key) and prefix.match(key)[2] == "model" for key in part)
+    open_clip = any(match[2] == "model" for match in map(prefix.match, part) if match)
     part = {prefix.sub("clip." if open_clip else "", key, count=1): stored for key, stored in part.items()}
     if open_clip:
         text_encoder = SimpleNamespace(config=SimpleNamespace(**config))

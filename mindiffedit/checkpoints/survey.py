@@ -98,7 +98,7 @@ class Survey:
             sources = find_sources(places, variant, folder)
         else:
             sources = {name: Source.elsewhere(name, place, weights) for name, place in places.items()}
-        schedulers = {
+        schedulers: dict[str, dict[str, Any]] = {
             name: read_json(folder / name / "scheduler_config.json")
             for name in ("scheduler", "inverse_scheduler")
             if name in classes
@@ -204,19 +204,19 @@ def place_of(folder: Path, name: str) -> tuple[Path, str]:
             f"{part} holds no {name}; it holds {held_by(part)}. Expected a checkpoint folder with a {INDEX_FILE}, or "
             f"the {name}'s own folder with its {small_files(name)[0]}."
         )
-    file, usual = files[0], next(iter(class_names(name)), None)
+    file = files[0]
     if name == "tokenizer":
         config = read_json(part / "tokenizer_config.json") if part / "tokenizer_config.json" in files else {}
-        stated = config.get("tokenizer_class", usual)
+        stated = config.get("tokenizer_class", class_names(name)[0])
     elif name == "feature_extractor":
         config = read_processor(part)
-        stated = config.get("image_processor_type", config.get("feature_extractor_type", usual))
+        stated = config.get("image_processor_type", config.get("feature_extractor_type", class_names(name)[0]))
     else:
         config = read_json(file)
         stated = config.get("_class_name") or next(iter(config.get("architectures") or ()), None)
         if stated is None:
             raise CheckpointError(f"{file} does not say which class it configures.")
-    return part, _class_of({name: [None, stated]}, part, name, where=file)
+    return part, _class_of({name: [None, stated]}, part, name, where=file) or stated
 
 
 def _class_of(index: Mapping[str, Any], folder: Path, name: str, where: Path | None = None) -> str | None:
@@ -262,7 +262,7 @@ def _configs_of(components: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The configs that have to agree, of models, as their config.json has them."""
     configs = {}
     for name in ("unet", "vae", "text_encoder"):
-        config = getattr(components.get(name), "config", None)
+        config: Any = getattr(components.get(name), "config", None)
         if hasattr(config, "to_dict"):
             configs[name] = config.to_dict()
         elif isinstance(config, Mapping):

@@ -71,12 +71,12 @@ def no_weights(folder: Path, stem: str, variant: str | None, writer: str = "diff
     `writer` is whose save_pretrained writes safetensors files of such a model.
     """
     files = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-    variants = {m[1] for f in files if (m := re.match(rf"{re.escape(stem)}\.([\w-]+?)[-.].*safetensors", f))}
-    variants = sorted(variants - {"safetensors"})
+    named = (re.match(rf"{re.escape(stem)}\.([\w-]+?)[-.].*safetensors", f) for f in files)
+    variants = sorted({match[1] for match in named if match} - {"safetensors"})
     pickles = [f for f in files if f.endswith(PICKLES)]
     if variants:
         what = f"holds only the variant{'s' if len(variants) > 1 else ''} {', '.join(variants)}"
-        do = Message("Give {variant} {name}.", name=variants[0])
+        do: str = Message("Give {variant} {name}.", name=variants[0])
     elif pickles:
         what = f"holds only pickle weights ({some(pickles)}), which are not read because a pickle can run code"
         do = f"Convert them with {writer}.save_pretrained(folder, safe_serialization=True)."

@@ -8,7 +8,7 @@ import math
 import os
 import re
 from argparse import Namespace
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ def _is_too_long(path: str) -> bool:
     return False
 
 
-_NUMBERS = {
+_NUMBERS: dict[str, Callable[[Any, str], Any]] = {
     "steps": options.check_steps,
     "strength": options.check_strength,
     "guidance": options.check_guidance_scale,

@@ -56,14 +56,14 @@ class Job:
     recipe: dict[str, Any] | None = None  # how `latents` were made
     mask: PIL.Image.Image | None = None
     grid_mask: np.ndarray | None = None  # `mask` on the latents' grid, (1, h, w) in [0, 1]
-    picture: PIL.Image.Image | None = None  # in its own mode and colours
-    original: colours.Original | None = None  # the way back to these
+    picture: PIL.Image.Image = field(init=False)  # in its own mode and colours
+    original: colours.Original = field(init=False)  # the way back to these
     losses: list[str] = field(default_factory=list)  # sentences: what the result cannot keep of these
     folder: Path | None = None  # the model's, once it is here
     single_file: Path | None = None  # the model's, where it is one
-    configs: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # of its components with weights
+    configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # of its components with weights
     factor: int = 0  # pixels per latent
-    fitted: PIL.Image.Image | None = None  # the picture at the size the model works at
+    fitted: PIL.Image.Image = field(init=False)  # the picture at the size the model works at
     device: str = ""
     scheduler: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
@@ -260,24 +260,24 @@ def fit(job: Job) -> None:
         job.fitted, notice = pictures.fit_picture(job.original.shown, job.factor, max_pixels)
         if notice is not None:
             note(notice)
-    grid = tuple(side // job.factor for side in job.fitted.size)
+    grid = job.fitted.width // job.factor, job.fitted.height // job.factor
     if job.mask is not None:
-        job.grid_mask = _mask_on_grid(job, grid)
+        job.grid_mask = _mask_on_grid(job, job.mask, grid)
     if job.latents is not None:
         channels = job.configs["vae"].get("latent_channels", 4)
         steps = options.effective_steps(job.settings["steps"], job.settings["strength"], "--strength")
         options.check_image_latents(job.latents, 1, steps, (channels, grid[1], grid[0]), "--latents")
 
 
-def _mask_on_grid(job: Job, grid: tuple[int, int]) -> np.ndarray:
+def _mask_on_grid(job: Job, mask: PIL.Image.Image, grid: tuple[int, int]) -> np.ndarray:
     """--mask as it goes to the edit: (1, h, w), of 0 and 1 unless masks are soft."""
     if job.args.reference:
-        return masks.fit_mask(job.mask, job.picture.size, grid, job.factor)[:, 0]
+        return masks.fit_mask(mask, job.picture.size, grid, job.factor)[:, 0]
     # Its shape is judged by the picture's, which the grid may cut by some pixels.
     width, height = job.picture.size
-    if abs(job.mask.width * height / job.mask.height - width) > 1 + 0.05 * width:
+    if abs(mask.width * height / mask.height - width) > 1 + 0.05 * width:
         note(
-            f"--mask is {job.mask.width} x {job.mask.height}, not of the shape of the picture, {width} x {height}; it "
+            f"--mask is {mask.width} x {mask.height}, not of the shape of the picture, {width} x {height}; it "
             f"is stretched."
         )
     return _user_mask(job, (grid[1], grid[0]))

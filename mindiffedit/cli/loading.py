@@ -215,9 +215,9 @@ def _note_idle_words(job: Job, pipe) -> None:
     texts = [job.source, job.target, job.caption, getattr(job.args, "negative", None)]
     texts += sum((job.prompts or {}).values(), [])
     text = "\n".join(filter(None, texts))
-    words = [word for _, word in job.embeddings]
-    used = textual_inversion.occurring(words, text)
-    for path, word in job.embeddings:
+    words = {word: path for path, word in job.embeddings if word is not None}
+    used = textual_inversion.occurring([*words], text)
+    for word, path in words.items():
         if word not in used:
             near = textual_inversion.occurring([word, Path(path).stem], text, re.IGNORECASE)
             advice = f"{near[0]!r} is, which has to be written {word!r}." if near else "write it there just so."

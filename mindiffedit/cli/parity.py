@@ -311,7 +311,8 @@ def _case(settings: dict[str, Any], images: list[PIL.Image.Image], folder: Path)
 
 def _mended(case: Case) -> list[str]:
     """Ids in docs/differences.md of crashes of the reference that were mended to record this case."""
-    return ["W1"] * (case.mask["guidance_scale"] <= 1) + ["W3"] * (case.scheduler != SCHEDULERS["ddim"][0])
+    unguided = case.mask is not None and case.mask["guidance_scale"] <= 1
+    return ["W1"] * unguided + ["W3"] * (case.scheduler != SCHEDULERS["ddim"][0])
 
 
 # --- check ---------------------------------------------------------------------------------------------------------

@@ -110,7 +110,8 @@ def _cell(picture: PIL.Image.Image) -> PIL.Image.Image:
     factor = CELL / max(picture.size)
     if factor >= 1:
         return picture
-    return picture.resize(tuple(max(1, round(side * factor)) for side in picture.size), PIL.Image.Resampling.LANCZOS)
+    width, height = (max(1, round(side * factor)) for side in picture.size)
+    return picture.resize((width, height), PIL.Image.Resampling.LANCZOS)
 
 
 def _sheet(job: Job, sweep: Sweep, rows, down: str, across: str) -> PIL.Image.Image:

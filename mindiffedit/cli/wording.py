@@ -101,7 +101,7 @@ def option_of(command: str) -> Callable[[str], str]:
     return named
 
 
-def told(sentence: str, command: str) -> str:
+def told(sentence: object, command: str) -> str:
     """A sentence as the command says it, on one line: a message in the names of its options, another text as it is."""
     return on_one_line(sentence.told(option_of(command)) if isinstance(sentence, Message) else str(sentence))
 
@@ -147,7 +147,7 @@ class _Notes(logging.Handler):
         self.said: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = record.args[0] if record.msg == "%s" and len(record.args) == 1 else record.getMessage()
+        text = record.args[0] if record.msg == "%s" and isinstance(record.args, tuple) else record.getMessage()
         sentence = told(text, self.command)
         if sentence not in self.said:
             self.said.add(sentence)

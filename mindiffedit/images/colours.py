@@ -26,7 +26,7 @@ _SPACES = {"RGB": "RGB ", "L": "GRAY", "CMYK": "CMYK"}
 # Levels out of 255 by which a profile may differ from sRGB and still be taken for it. The common sRGB profiles differ
 # by 1 from one another; taking them all for the same keeps a picture's numbers, and is what the reference does.
 _SAME = 2
-_BLACK_POINT_COMPENSATION = 0x2000  # of lcms2.h; Pillow names it from 10.3 on
+_BLACK_POINT_COMPENSATION: Any = 0x2000  # of lcms2.h; Pillow names it from 10.3 on
 _SRGB_GAMMA, _GAMMA_TOLERANCE = 0.45455, 0.01
 
 # What each format cannot hold, by Pillow's name.
@@ -61,7 +61,7 @@ class Original:
 
     def __init__(self, picture: PIL.Image.Image):
         self.losses: list[str] = []
-        self._info = {name: picture.info[name] for name in _KEPT_INFO if name in picture.info}
+        self._info: dict[Any, Any] = {name: picture.info[name] for name in _KEPT_INFO if name in picture.info}
         self._pixels, self._alpha = _split(picture)
         self._wide = self._pixels.mode == "I;16"
         pixels = _eight_bits(self._pixels)
@@ -77,13 +77,14 @@ class Original:
             self.losses.append(
                 "the picture is grey, so what is drawn into it is made grey; give it as RGB to have colours."
             )
-        to_srgb, self._from_srgb = self._conversions(pixels)
+        to_srgb, from_srgb = self._conversions(pixels)
         self.shown = to_srgb(pixels)
         if self.shown is not pixels:
             self.shown.info = {key: of for key, of in self.shown.info.items() if key not in ("icc_profile", "gamma")}
-        if self._from_srgb is None:
-            self._pixels, self._wide, self._from_srgb = self.shown, False, _unchanged
+        if from_srgb is None:
+            self._pixels, self._wide, from_srgb = self.shown, False, _unchanged
             self._info = {name: value for name, value in self._info.items() if name not in ("icc_profile", "gamma")}
+        self._from_srgb = from_srgb
         self.plain = self.shown is self._pixels and self._alpha is None
 
     @property
@@ -211,7 +212,7 @@ def fit_format(picture: PIL.Image.Image, format: str) -> tuple[PIL.Image.Image, 
         )
     if picture.has_transparency_data and format in _OPAQUE_FORMATS:
         pixels, alpha = _split(picture)
-        if alpha is not None and alpha.getextrema()[0] < 255:
+        if alpha is not None and np.asarray(alpha).min() < 255:
             losses.append(
                 f"the picture's transparency is lost: a {format} file has none, the colours under it show; a PNG, TIFF "
                 f"or WebP file keeps it."
@@ -333,10 +334,9 @@ def _profile_of(mode: str, data: bytes | None) -> tuple[Any, str | None]:
 
 def _transform(source, target, source_mode: str, target_mode: str) -> _Conversion:
     # Colours that both can show stay what they are, white stays white and black black, as photo editors do it.
-    transform = PIL.ImageCms.buildTransform(
+    return PIL.ImageCms.buildTransform(
         source, target, source_mode, target_mode, PIL.ImageCms.Intent.RELATIVE_COLORIMETRIC, _BLACK_POINT_COMPENSATION
-    )
-    return lambda picture: PIL.ImageCms.applyTransform(picture, transform)
+    ).apply
 
 
 def _is_unchanging(conversion: _Conversion) -> bool:

@@ -15,7 +15,7 @@ _SPREAD = 0.25
 """Standard deviation that latents are brought to as guides: about that of pictures' values in [0, 1]."""
 
 
-def guides_of(pixels: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+def guides_of(pixels: np.ndarray, grid: tuple[int, ...]) -> np.ndarray:
     """What `follow_edges` takes its edges from.
 
     Args:

@@ -223,7 +223,7 @@ def _nearest(length: int, wanted: int, dtype) -> np.ndarray:
     The position is rounded down after arithmetic in float64 for float64 values and in float32 for others; the
     two differ in some positions.
     """
-    real = np.float64 if dtype == np.float64 else np.float32
+    real: type[np.floating] = np.float64 if dtype == np.float64 else np.float32
     scale = real(length) / real(wanted)
     index = np.floor(np.arange(wanted, dtype=real) * scale).astype(np.int64)
     return np.minimum(index, length - 1)
@@ -370,7 +370,7 @@ def restore_size(picture: PIL.Image.Image, size: tuple[int, int]) -> PIL.Image.I
         return picture
     nearest = picture.mode in ("L", "1")
     resample = PIL.Image.Resampling.NEAREST if nearest else PIL.Image.Resampling.LANCZOS
-    return picture.resize(tuple(size), resample=resample)
+    return picture.resize(size, resample=resample)
 
 
 def resized_arrays(images: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -269,11 +269,11 @@ def _upright(picture: PIL.Image.Image, name: str) -> PIL.Image.Image:
         orientation = picture.getexif().get(0x0112, 1)
     for key in ("exif", "Raw profile type exif"):
         bare.info.pop(key, None)
-    turns = [None, PIL.Image.Transpose.FLIP_LEFT_RIGHT, PIL.Image.Transpose.ROTATE_180,
+    turns = [PIL.Image.Transpose.FLIP_LEFT_RIGHT, PIL.Image.Transpose.ROTATE_180,
              PIL.Image.Transpose.FLIP_TOP_BOTTOM, PIL.Image.Transpose.TRANSPOSE, PIL.Image.Transpose.ROTATE_270,
              PIL.Image.Transpose.TRANSVERSE, PIL.Image.Transpose.ROTATE_90]  # fmt: skip
     if orientation in range(2, 9):
-        return bare.transpose(turns[int(orientation) - 1])
+        return bare.transpose(turns[int(orientation) - 2])
     return bare
 
 

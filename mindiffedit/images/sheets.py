@@ -128,7 +128,7 @@ def contact_sheet(
     return _table(rows, [str(label) for label in row_labels], column_labels, corner or "", title or "", smallest_side)
 
 
-def _factor(rows: list[list[PIL.Image.Image]], smallest_side: int) -> int:
+def _factor(rows: Sequence[Sequence[PIL.Image.Image]], smallest_side: int) -> int:
     return max(1, -(-smallest_side // min(rows[0][0].size)))
 
 

@@ -72,9 +72,9 @@ class AnimatedStrip:
         self._map: np.ndarray | None = None
         self._clamp: float | None = None  # of the map
         self._mask: np.ndarray | None = None
-        self._clean: tuple[int, np.ndarray] | None = None  # of the step under way
+        self._clean: tuple[int | None, np.ndarray] | None = None  # of the step under way
         self._loops: list[list[_Frame]] = []
-        self._watching: contextlib.ExitStack | None = None
+        self._watching = contextlib.ExitStack()
 
     # --- watching ------------------------------------------------------------------------------------------------
 
@@ -94,7 +94,7 @@ class AnimatedStrip:
             self._mask = np.array(array[0])
         elif stage == "clean_predictions":
             self._clean = (step, np.array(array[0]))
-        elif stage in _LOOPS:
+        elif stage in _LOOPS and step is not None:
             if step == 0 or not self._loops:
                 self._loops.append([])
             clean = self._clean[1] if self._clean is not None and self._clean[0] == step else None
@@ -103,7 +103,6 @@ class AnimatedStrip:
 
     def __enter__(self) -> AnimatedStrip:
         self._forget()
-        self._watching = contextlib.ExitStack()
         self._watching.enter_context(self.pipeline.debugging(self))
         return self
 
@@ -136,28 +135,26 @@ class AnimatedStrip:
             for frame in loop
             if frame.step % self.every == 0 or frame is loop[-1]
         ]
-        if not shown and self._map is None and self._mask is None:
+        grids = [x for x in (self._map, self._mask, *(frame.latents for frame, _ in shown)) if x is not None]
+        if not grids:
             raise InputError(
                 "there is nothing to animate: no call of the pipeline was watched; call it within the block."
             )
-        grid = next((x for x in (self._map, self._mask) if x is not None), None)
-        grid = shown[0][0].latents.shape[1:] if grid is None else grid.shape
-        width, height = self._tile_size(grid)
-        head = []
+        width, height = self._tile_size(grids[0].shape[-2:])
+        masks = []
         if self._map is not None:
             clamp = self._clamp or float(self._map.max()) or 1
-            head.append(("map", np.clip(self._map / clamp, 0, 1)))
+            masks.append(("map", np.clip(self._map / clamp, 0, 1)))
         if self._mask is not None:
-            head.append(("mask", self._mask))
+            masks.append(("mask", self._mask))
         nearest = PIL.Image.Resampling.NEAREST
-        head = [(name, pictures.mask_to_pil(values)[0].resize((width, height), nearest)) for name, values in head]
+        head = [(name, pictures.mask_to_pil(values)[0].resize((width, height), nearest)) for name, values in masks]
         strips = []
         for frame, count in shown:
             where = f"{frame.loop}, step {frame.step + 1} of {count}"
-            tiles = [(f"{where}: latents", frame.latents), (f"{where}: predicted picture", frame.clean)]
             tiles = [
-                (name, self._picture(latents).resize((width, height), self._resample))
-                for name, latents in tiles
+                (f"{where}: {what}", self._picture(latents).resize((width, height), self._resample))
+                for what, latents in (("latents", frame.latents), ("predicted picture", frame.clean))
                 if latents is not None
             ]
             strips.append(sheets.labelled_grid([*head, *tiles], smallest_side=1))
@@ -165,7 +162,7 @@ class AnimatedStrip:
             strips = [sheets.labelled_grid(head, smallest_side=1)]
         return _one_size(strips)
 
-    def _tile_size(self, grid: tuple[int, int]) -> tuple[int, int]:
+    def _tile_size(self, grid: tuple[int, ...]) -> tuple[int, int]:
         """Width and height of a tile: the picture's, made smaller or, by a whole factor, larger for the captions."""
         height, width = (side * self.pipeline.vae_scale_factor for side in grid)
         longer = max(width, height)
@@ -192,10 +189,10 @@ class AnimatedStrip:
 
 def _one_size(strips: list[PIL.Image.Image]) -> list[PIL.Image.Image]:
     """The frames on white of the largest's size, tiles over tiles: a caption may take a line more in one of them."""
-    size = tuple(max(strip.size[i] for strip in strips) for i in range(2))
+    width, height = (max(strip.size[i] for strip in strips) for i in range(2))
     framed = []
     for strip in strips:
-        frame = PIL.Image.new("RGB", size, "white")
-        frame.paste(strip, (0, size[1] - strip.height))
+        frame = PIL.Image.new("RGB", (width, height), "white")
+        frame.paste(strip, (0, height - strip.height))
         framed.append(frame)
     return framed

@@ -177,14 +177,14 @@ def fit_mask(
             height=mask.height,
             sizes=sizes,
         )
-    share = PIL.Image.fromarray(preprocess_mask(mask)[0, 0]).resize(tuple(latent_size), PIL.Image.Resampling.BOX)
+    share = PIL.Image.fromarray(preprocess_mask(mask)[0, 0]).resize(latent_size, PIL.Image.Resampling.BOX)
     return preprocess_mask(np.clip(np.asarray(share), 0, 1))
 
 
 # --- masks of any kind and size --------------------------------------------------------------------
 
 
-def user_mask(mask, size: tuple[int, int], batch: int = 1, name: str = "mask", soft: bool = True) -> np.ndarray:
+def user_mask(mask, size: tuple[int, ...], batch: int = 1, name: str = "mask", soft: bool = True) -> np.ndarray:
     """A mask drawn by the user, of any size and kind, on the latents' grid.
 
     Args:
@@ -226,7 +226,7 @@ def user_mask(mask, size: tuple[int, int], batch: int = 1, name: str = "mask", s
     return resampled if check_switch(soft, "soft") else (resampled >= 0.5).astype(np.float32)
 
 
-def on_latents(mask, size: tuple[int, int], factor: int, batch: int, soft: bool) -> np.ndarray:
+def on_latents(mask, size: tuple[int, ...], factor: int, batch: int, soft: bool) -> np.ndarray:
     """A mask of the picture's size, on the grid of its latents: what `user_mask` makes of it, (batch, 1, h, w).
 
     W10: for the call that mirrors the reference's, which takes masks of the latents' size alone.

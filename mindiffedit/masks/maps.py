@@ -111,9 +111,9 @@ def clamp_of(maps, ratio: float = 3.0, per_image: bool = False) -> np.ndarray:
             of.
         ValueError, TypeError: `maps` or `ratio` is not as above.
     """
-    maps, ratio = _maps(maps), np.float32(check_ratio(ratio, "ratio"))
+    maps, ratio = _maps(maps), check_ratio(ratio, "ratio")
     groups = maps if check_switch(per_image, "per_image") else [maps]
-    magnitudes = np.array([group.mean(dtype=np.float64) for group in groups]).astype(np.float32) * ratio
+    magnitudes = np.array([group.mean(dtype=np.float64) for group in groups]).astype(np.float32) * np.float32(ratio)
     empty = np.flatnonzero(magnitudes == 0)
     if len(empty):
         which = f" (picture {empty[0] + 1} of {len(maps)})" if per_image and len(maps) > 1 else ""

@@ -112,7 +112,7 @@ def overlay(
     opacity = check_strength(opacity, "opacity")
     check_switch(outline, "outline")
     pixels = np.asarray(to_srgb(picture)).astype(np.float32)
-    values = user_mask(mask, pixels.shape[:2])[0]
+    values = user_mask(mask, (picture.height, picture.width))[0]
     weights = np.float32(opacity) * values
     if outline:
         inside = values >= 0.5

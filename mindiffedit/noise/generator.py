@@ -137,13 +137,13 @@ class Generator:
                 "{parameter} has to be 'cpu', 'cuda' or 'cuda:N', but is {value!r}.", "device", value=device
             )
         options = {"multiprocessors": multiprocessors, "threads_per_multiprocessor": threads_per_multiprocessor}
-        options = {name: value for name, value in options.items() if value is not None}
-        if kind == "cpu" and options:
+        self._options = {name: value for name, value in options.items() if value is not None}
+        if kind == "cpu" and self._options:
             raise InputError(
-                "{parameter} describes a GPU; it goes with {device='cuda'}, not 'cpu'.", parameter=next(iter(options))
+                "{parameter} describes a GPU; it goes with {device='cuda'}, not 'cpu'.",
+                parameter=next(iter(self._options)),
             )
-        self._options = options
-        self._stream = _CudaStream(**options) if kind == "cuda" else _CpuStream()
+        self._stream = _CudaStream(**self._options) if kind == "cuda" else _CpuStream()
         self._stream.start(DEFAULT_SEED)
 
     def __repr__(self) -> str:
@@ -215,7 +215,7 @@ class Generator:
         return {"device": self.device, "options": self._options, "state": self.get_state()}
 
     def __setstate__(self, kept):
-        self.__init__(kept["device"], **kept["options"])
+        Generator.__init__(self, kept["device"], **kept["options"])
         self.set_state(kept["state"])
 
     def randn(self, *size, dtype="float32") -> np.ndarray:
@@ -324,13 +324,13 @@ class _CpuStream:
     def get_state(self) -> np.ndarray:
         state = np.zeros(self.STATE.itemsize, np.uint8)
         fields = state.view(self.STATE)[0]
-        _, words, position = self._twister.get_state()[:3]
+        twister = self._twister.get_state(legacy=False)["state"]
         fields["seed"] = self.seed
         # PyTorch counts the words left before it renews them, one too many: 1 for an untouched stream also.
-        fields["left"] = 625 - position
+        fields["left"] = 625 - twister["pos"]
         fields["seeded"] = 1
-        fields["next"] = 0 if self._untouched else position
-        fields["words"] = words
+        fields["next"] = 0 if self._untouched else twister["pos"]
+        fields["words"] = twister["key"]
         if self._next_double is not None:
             fields["normal_is_valid"] = 1
             fields["normal_y"] = self._next_double
@@ -355,7 +355,8 @@ class _CpuStream:
         if not all(map(math.isfinite, kept)):
             raise _no_state(f"the kept numbers are {kept}")
         self.seed = int(fields["seed"])
-        self._twister.set_state(("MT19937", fields["words"].astype(np.uint32), 625 - left))
+        twister = {"key": fields["words"].astype(np.uint32), "pos": 625 - left}
+        self._twister.set_state({"bit_generator": "MT19937", "state": twister})
         self._untouched = untouched
         self._next_double = float(fields["normal_y"]) if flags[0] else None
         self._next_float = np.float32(fields["next_float"]) if flags[1] else None

@@ -64,7 +64,7 @@ def kl_divergence(noise: np.ndarray) -> tuple[float, np.ndarray]:
 def regularise(
     noise_pred: np.ndarray,
     latent_model_input: np.ndarray,
-    alpha_prod_t: float,
+    alpha_prod_t: float | np.float32,
     prediction_type: str,
     draw_roll: Callable[[int], int],
     lambda_auto_corr: float,

@@ -6,6 +6,7 @@ each tensor, which remembers what it is multiplied with; no formula of diffusers
 
 from __future__ import annotations
 
+from typing import Any
 from unittest import mock
 
 import diffusers
@@ -104,7 +105,7 @@ def _dpm_rows(scheduler, timesteps, dtype) -> np.ndarray:
     rows, convert = np.zeros((len(timesteps), 5), dtype), type(scheduler).convert_model_output
     kind = scheduler.config.prediction_type
     for i, t in enumerate(timesteps):
-        cleans = []
+        cleans: list[Any] = []
 
         def watched(output, sample, i=i, cleans=cleans):
             cleans.append(convert(scheduler, output, sample=sample))

@@ -87,13 +87,13 @@ def run(pipe, case: Case, substitutes: Mapping[str, np.ndarray] | None = None) -
     with _default_dtype(pipe.unet.dtype):
         if case.mask is not None:
             tape.call = "mask"
-            mask = _generate_mask(pipe, case, tape)
+            mask = _generate_mask(pipe, case, _arguments(case.mask, pipe.dtype), tape)
         if case.invert is not None:
             tape.call = "invert"
-            latents = _invert(pipe, case, tape)
+            latents = _invert(pipe, case, _arguments(case.invert, pipe.dtype), tape)
         if case.edit is not None:
             tape.call = "edit"
-            _edit(pipe, case, tape, mask, latents)
+            _edit(pipe, case, _arguments(case.edit, pipe.dtype), tape, mask, latents)
     return tape.trace()
 
 
@@ -139,7 +139,8 @@ class _Rows:
 
     def __init__(self, tape: Tape, stage: str, copies: int = 1):
         self._tape, self._stage, self._copies = tape, stage, copies
-        self._parts, self._count = [], 0
+        self._parts: list[np.ndarray] = []
+        self._count = 0
 
     def __call__(self, tensor):
         self._parts.append(_host(tensor))
@@ -159,7 +160,8 @@ class _Rows:
 def _watched_text(pipe, tape: Tape, prefixes, copies: int, mend: bool = False):
     """Token ids and embeddings of each ``encode_prompt``; ``prefixes`` name them in the order of the calls."""
     prefixes = iter(prefixes)
-    original, ids = pipe.encode_prompt, []
+    original = pipe.encode_prompt
+    ids: list[np.ndarray] = []
 
     def encode_prompt(prompt, device, repeats, guided, *args, **kwargs):
         prefix = next(prefixes)
@@ -226,9 +228,9 @@ def _watched_draws(module: str, seen):
         yield
 
 
-def _generate_mask(pipe, case: Case, tape: Tape):
-    copies = case.mask.get("num_maps_per_mask", 10)
-    ratio = case.mask.get("mask_thresholding_ratio", 3.0)
+def _generate_mask(pipe, case: Case, arguments: Mapping[str, Any], tape: Tape):
+    copies = arguments.get("num_maps_per_mask", 10)
+    ratio = arguments.get("mask_thresholding_ratio", 3.0)
     add_noise, clamp = pipe.scheduler.add_noise, torch.Tensor.clamp
 
     def watched_add_noise(latents, noise, timestep):
@@ -239,7 +241,7 @@ def _generate_mask(pipe, case: Case, tape: Tape):
 
     def watched_unet(module, args, kwargs, output):
         # The rows: source, source negative, target, target negative (D1); without guidance source and target.
-        parts = list(output.sample.chunk(4 if case.mask.get("guidance_scale", 7.5) > 1 else 2))
+        parts = list(output.sample.chunk(4 if arguments.get("guidance_scale", 7.5) > 1 else 2))
         embeds = kwargs["encoder_hidden_states"].chunk(len(parts))
         half = len(parts) // 2
         parts[::half] = _through(tape, "noise_predictions", torch.cat(parts[::half])).chunk(2)
@@ -266,9 +268,7 @@ def _generate_mask(pipe, case: Case, tape: Tape):
             stack.enter_context(_watched_draws(_PIPELINE.__name__, noise))
             stack.enter_context(mock.patch.object(pipe.scheduler, "add_noise", watched_add_noise))
             stack.enter_context(mock.patch.object(torch.Tensor, "clamp", watched_clamp))
-            mask = pipe.generate_mask(
-                case.image, generator=_generators(case.seeds["mask"]), **_arguments(case.mask, pipe.dtype)
-            )
+            mask = pipe.generate_mask(case.image, generator=_generators(case.seeds["mask"]), **arguments)
     finally:
         hook.remove()
     return tape("mask", mask)
@@ -280,7 +280,8 @@ def _watched_loop(pipe, scheduler, chooser: str, tape: Tape, eta: float, after_s
 
     A ``regularised`` loop of ours takes the scheduler's own step, which does not say what clean latents it predicts.
     """
-    choose, step, convert = getattr(pipe, chooser), scheduler.step, getattr(scheduler, "convert_model_output", None)
+    choose, step = getattr(pipe, chooser), scheduler.step
+    convert: Any = getattr(scheduler, "convert_model_output", None)
     rows, count = None, 0
 
     def watched_choose(*args):
@@ -330,7 +331,7 @@ def _watched_loop(pipe, scheduler, chooser: str, tape: Tape, eta: float, after_s
         yield
 
 
-def _invert(pipe, case: Case, tape: Tape):
+def _invert(pipe, case: Case, arguments: Mapping[str, Any], tape: Tape):
     decode = pipe.vae.decode
 
     def watched_decode(*args, **kwargs):
@@ -342,25 +343,24 @@ def _invert(pipe, case: Case, tape: Tape):
     with contextlib.ExitStack() as stack:
         stack.enter_context(_watched_text(pipe, tape, ("",), 1))
         stack.enter_context(_watched_encoder(pipe, tape, 1))
-        scheduler, regularised = pipe.inverse_scheduler, case.invert.get("num_reg_steps", 0) > 0
+        scheduler, regularised = pipe.inverse_scheduler, arguments.get("num_reg_steps", 0) > 0
         stack.enter_context(_watched_loop(pipe, scheduler, "get_inverse_timesteps", tape, 0.0, after_step, regularised))
         stack.enter_context(mock.patch.object(pipe.vae, "decode", watched_decode))
         return pipe.invert(
             image=case.image,
             generator=_generators(case.seeds["invert"]),
             output_type="np",
-            **_arguments(case.invert, pipe.dtype),
+            **arguments,
         ).latents
 
 
-def _edit(pipe, case: Case, tape: Tape, mask, latents) -> None:
-    arguments = _arguments(case.edit, pipe.dtype)
+def _edit(pipe, case: Case, arguments: dict[str, Any], tape: Tape, mask, latents) -> None:
     copies = arguments.get("num_images_per_prompt", 1)
     mask = np.array(arguments.pop("mask_image", mask))  # a copy: the reference writes into it
     latents = arguments.pop("image_latents", latents)
     backgrounds = latents.transpose(0, 1).repeat_interleave(copies, dim=1)
     prepare = _PIPELINE.preprocess_mask
-    inside = None
+    inside: Any = None
 
     def watched_mask(*args):
         nonlocal inside

@@ -190,7 +190,7 @@ class _Description:
         return [[self.of(key), self.of(item)] for key, item in items]
 
     def _class(self, cls: type) -> list[Any]:
-        name = [cls.__module__, cls.__qualname__]
+        name: list[Any] = [cls.__module__, cls.__qualname__]
         if self.numbers.get(id(cls), 0) < 0:
             return name
         self.numbers[id(cls)] = -1

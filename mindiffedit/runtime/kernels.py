@@ -123,7 +123,7 @@ def _whole_scores() -> None:
 _MODELS = "mindone.diffusers.models"
 
 
-def _layers(name: str, function: Callable, layer: type, probe: Callable[[], Any], reason: str) -> tuple[Kernel, Kernel]:
+def _layers(name: str, function: Callable, layer: Any, probe: Callable[[], Any], reason: str) -> tuple[Kernel, Kernel]:
     """The entries of a function of `mint.nn.functional` and of the layer that is made of it."""
     return (
         Kernel(f"mint.nn.functional.{name}", function, probe, reason),

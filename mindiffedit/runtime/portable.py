@@ -6,6 +6,8 @@ default that is not a constant. `input` shadows a builtin because mint's argumen
 
 from __future__ import annotations
 
+from typing import Any
+
 import mindspore
 from mindspore import mint, ops
 
@@ -62,15 +64,15 @@ def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     if goes_through_float64(input, weight, stride, padding, groups):
         return _conv2d_float64(input, weight, bias, stride, padding, dilation)
     if isinstance(padding, str):
-        mode, pads = padding, 0
+        mode, rows, columns = padding, 0, 0
     else:
+        mode = "pad"
         rows, columns = pair(padding)
-        mode, pads = "pad", (rows, rows, columns, columns)
     convolve = ops.Conv2D(
         out_channel=weight.shape[0],
         kernel_size=weight.shape[2:],
         pad_mode=mode,
-        pad=pads,
+        pad=(rows, rows, columns, columns),
         stride=stride,
         dilation=dilation,
         group=groups,
@@ -240,21 +242,21 @@ class Conv2d:
 class LayerNorm:
     """For `mint.nn.LayerNorm`, while LayerNormExt does not run on CPU."""
 
-    def construct(self, input):
+    def construct(self: Any, input):
         return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
 class Linear:
     """For `mint.nn.Linear`, on a CPU; see `linear`."""
 
-    def construct(self, input):
+    def construct(self: Any, input):
         return linear(input, self.weight, self.bias)
 
 
 class Embedding:
     """For `mint.nn.Embedding`, while Embedding is registered for Ascend only."""
 
-    def construct(self, input):
+    def construct(self: Any, input):
         return embedding(input, self.weight, self.padding_idx, self.max_norm)
 
 
@@ -264,7 +266,7 @@ class GEGLU:
     A Tensor method cannot be replaced for the graph compiler, so the one layer that needs it is.
     """
 
-    def construct(self, hidden_states):
+    def construct(self: Any, hidden_states):
         hidden_states = self.proj(hidden_states)
         hidden_states, gate = ops.split(hidden_states, hidden_states.shape[-1] // 2, axis=-1)
         return hidden_states * self.gelu(gate)
@@ -280,7 +282,7 @@ class Attention:
     At 64 x 64 latents these are 1 GB, at 96 x 96 5.4 GB, for each picture and of both halves of a guided step.
     """
 
-    def math_attention_op(self, query, key, value, attn_mask=None):
+    def math_attention_op(self: Any, query, key, value, attn_mask=None):
         """softmax(scale * query key^T + mask) value, some rows of the scores after the others.
 
         Args:

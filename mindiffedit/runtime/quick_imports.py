@@ -19,6 +19,7 @@ import types
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
+from typing import Any
 
 __all__ = ["PACKAGES", "install"]
 
@@ -67,6 +68,8 @@ class _Loader(Loader):
 class _Package(types.ModuleType):
     """A package that imports its submodules when they are asked for."""
 
+    __spec__: Any
+
     def __getattr__(self, name: str):
         missing = AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
         if name.startswith("__") and name not in ("__all__", "__version__"):
@@ -108,6 +111,6 @@ def _contents(source: str) -> tuple[dict[str, tuple[str, str]], dict[str, str]]:
             names = (alias for alias in node.names if alias.name != "*")
             homes.update({alias.asname or alias.name: (node.module, alias.name) for alias in names})
         elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
-            names = (target.id for target in node.targets if isinstance(target, ast.Name))
-            constants.update({name: node.value.value for name in names if isinstance(node.value.value, str)})
+            targets = [target.id for target in node.targets if isinstance(target, ast.Name)]
+            constants.update({name: node.value.value for name in targets if isinstance(node.value.value, str)})
     return homes, constants

@@ -27,10 +27,9 @@ def from_class_name(class_name: str, config, **options):
     from mindiffedit.runtime.kernels import portable_kernels
     from mindiffedit.solvers import schedulers
 
+    home = schedulers if class_name in vars(schedulers) else mindone.diffusers
     with portable_kernels():
-        return getattr(schedulers, class_name, getattr(mindone.diffusers, class_name, None)).from_config(
-            config, **options
-        )
+        return getattr(home, class_name).from_config(config, **options)
 
 
 def solver_name(scheduler) -> str | None:

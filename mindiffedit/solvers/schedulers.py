@@ -14,6 +14,8 @@ import contextlib
 import functools
 import inspect
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import mindspore as ms
 import numpy as np
@@ -74,7 +76,7 @@ def _with_exact_tables(cls):
 def _with_exact_coefficients(cls):
     """Class decorator: mindone's multistep ``step`` on any device, with the coefficients that the plans have too."""
     parent = next(base for base in cls.__mro__ if base.__module__.startswith("mindone."))
-    home = sys.modules[parent.__module__]
+    home: Any = sys.modules[parent.__module__]
 
     @functools.wraps(parent.step)
     def step(self, *args, **kwargs):
@@ -91,6 +93,10 @@ class _DDIMTables:
     Only the level that a step's jump reaches may lie beyond the cleanest timestep. The timestep itself is an index
     into the table, as in the reference, also where trailing spacing rounds the last one to -1 (61 steps do).
     """
+
+    config: Any
+    timesteps: ms.Tensor
+    exact_alphas_cumprod: np.ndarray
 
     @property
     def exact_end_alpha(self) -> np.float32:
@@ -158,6 +164,14 @@ class DDIMInverseScheduler(_DDIMTables, _DDIMInverse):
 
 class _DPMTables:
     """Noise levels and plan rows shared by DPM-Solver++ and its inverse."""
+
+    config: Any
+    sigmas: ms.Tensor
+    exact_alphas_cumprod: np.ndarray
+    exact_sigmas: np.ndarray
+    exact_timesteps: np.ndarray
+    _last_level: Callable[[np.ndarray], np.float32]
+    _falls_to_first_order: Callable[[int], bool]
 
     def _rescaled_levels(self) -> bool:
         options = (
@@ -238,7 +252,7 @@ class DPMSolverMultistepInverseScheduler(_DPMTables, _DPMInverse):
         return index == count - 1 and (config.euler_at_final or (config.lower_order_final and count < 15))
 
 
-INVERSES = {
+INVERSES: dict[str, Any] = {
     "DDIMScheduler": DDIMInverseScheduler,
     "DPMSolverMultistepScheduler": DPMSolverMultistepInverseScheduler,
 }

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from mindiffedit.errors import InputError
 F32 = np.float32
 
 
-def linspace(start: float, end: float, count: int) -> np.ndarray:
+def linspace(start: float | F32, end: float | F32, count: int) -> np.ndarray:
     """``torch.linspace`` in float32: counted up from the start for one half and down from the end for the other."""
     start, end = F32(start), F32(end)
     if count == 1:
@@ -40,7 +41,7 @@ def betas(config) -> np.ndarray:
     count = config["num_train_timesteps"]
     schedule = config["beta_schedule"]
     if config.get("trained_betas") is not None:
-        table = np.asarray(config["trained_betas"], F32)
+        table: np.ndarray = np.asarray(config["trained_betas"], F32)
     elif schedule == "linear":
         table = linspace(config["beta_start"], config["beta_end"], count)
     elif schedule == "scaled_linear":
@@ -158,7 +159,7 @@ def index_of_timestep(timesteps: np.ndarray, timestep: int) -> int:
 
 def obstacles(config) -> dict:
     """Options of a DPM-Solver++ that cannot be run backwards, as ``{option: (why, value that can be)}``."""
-    found = {}
+    found: dict[str, tuple[str, Any]] = {}
     if str(config.get("algorithm_type", "")).startswith("sde"):
         found["algorithm_type"] = ("it adds noise in every step", "dpmsolver++")
     if config.get("thresholding"):

@@ -50,6 +50,7 @@ class _Writer:
 
     KIND: str
     CLASS: str
+    DECODER: str
 
     def __init__(self, model, mode: str, compile_cache):
         _check_mode(mode)
@@ -71,7 +72,7 @@ class _Writer:
 
     @classmethod
     def from_pretrained(
-        cls,
+        cls: Any,
         path_or_id,
         *,
         mindspore_dtype=None,
@@ -332,7 +333,7 @@ class Captioner(_Writer):
             options.NumericalError: for NaN or inf in the model's scores.
         """
         several = isinstance(image, (list, tuple))
-        images = list(image) if several else [image]
+        images: list[Any] = list(image) if isinstance(image, (list, tuple)) else [image]
         if not images:
             raise InputError("{parameter} is an empty list; give at least one picture.", parameter="image")
         for i, picture in enumerate(images):

@@ -39,9 +39,9 @@ def library_path() -> Path | None:
 
 def identity() -> tuple:
     """What tells the operators in use from others: the file that a compiled graph names, its time and its size."""
-    if not available():
-        return ("none",)
     path = library_path()
+    if path is None or not available():
+        return ("none",)
     state = path.stat()
     return str(path), state.st_mtime_ns, state.st_size
 

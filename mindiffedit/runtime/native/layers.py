@@ -7,6 +7,8 @@ plain way. All of it is parsed by MindSpore's graph compiler: conditions are dec
 
 from __future__ import annotations
 
+from typing import Any
+
 import mindspore
 from mindspore import ops
 
@@ -75,14 +77,14 @@ def interpolate(input, size=None, scale_factor=None, mode="nearest", align_corne
 class LayerNorm:
     """For `mint.nn.LayerNorm`."""
 
-    def construct(self, input):
+    def construct(self: Any, input):
         return layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
 class GroupNorm:
     """For `mint.nn.GroupNorm`."""
 
-    def construct(self, input):
+    def construct(self: Any, input):
         if input.dtype != mindspore.float32:
             return ops.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
         return operators.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
@@ -98,7 +100,7 @@ class Conv2d:
 class GEGLU:
     """For mindone's GEGLU."""
 
-    def construct(self, hidden_states):
+    def construct(self: Any, hidden_states):
         if hidden_states.dtype == mindspore.float32 and self.proj.bias is not None:
             return operators.geglu(portable.product(hidden_states, self.proj.weight), self.proj.bias)
         hidden_states = self.proj(hidden_states)
@@ -109,7 +111,7 @@ class GEGLU:
 class Linear:
     """For `mint.nn.Linear`."""
 
-    def construct(self, input):
+    def construct(self: Any, input):
         if self.bias is None or input.dtype != mindspore.float32:
             return portable.linear(input, self.weight, self.bias)
         return operators.bias_add_tokens(portable.product(input, self.weight), self.bias)
@@ -118,7 +120,7 @@ class Linear:
 class ResnetBlock2D:
     """For mindone's residual block: activations with the norms, biases and additions with what is next to them."""
 
-    def construct(self, input_tensor, temb):
+    def construct(self: Any, input_tensor, temb):
         fused = input_tensor.dtype == mindspore.float32 and self.nonlinearity.cls_name == "SiLU"
         hidden_states = _norm_and_activation(self.norm1, self.nonlinearity, input_tensor, fused)
         if self.upsample is not None:
@@ -231,13 +233,13 @@ def _by_heads(tokens, heads, size):
 class Transformer2DModel:
     """For mindone's transformer: images to tokens and back."""
 
-    def _operate_on_continuous_inputs(self, hidden_states):
+    def _operate_on_continuous_inputs(self: Any, hidden_states):
         norm = self.norm
         tokens = operators.group_norm_tokens(hidden_states, norm.num_groups, norm.weight, norm.bias, norm.eps, False)
         tokens = _projected(self.proj_in, tokens)
         return tokens, tokens.shape[2]
 
-    def _get_output_for_continuous_inputs(self, hidden_states, residual, batch_size, height, width, inner_dim):
+    def _get_output_for_continuous_inputs(self: Any, hidden_states, residual, batch_size, height, width, inner_dim):
         return operators.tokens_to_image(_projected(self.proj_out, hidden_states), residual)
 
 
