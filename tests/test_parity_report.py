@@ -199,13 +199,13 @@ def test_failures_are_drawn_first_then_the_nearest_to_their_tolerance(tmp_path):
 def panels(monkeypatch, tmp_path):
     """Draws one tensor; gives captions, and tiles as arrays."""
     drawn = []
-    original = report.pictures.labelled_grid
+    original = report.sheets.labelled_grid
 
     def watched(items, **options):
         drawn[:] = [(caption, np.asarray(tile)) for caption, tile in items]
         return original(items, **options)
 
-    monkeypatch.setattr(report.pictures, "labelled_grid", watched)
+    monkeypatch.setattr(report.sheets, "labelled_grid", watched)
 
     def panels(one, ours, theirs):
         (path,) = report.save_diff(tmp_path, [one], {one.name: ours}, {one.name: theirs})
