@@ -994,12 +994,13 @@ class StableDiffusionDiffEditPipeline(Adapters):
     @property
     def _limits(self) -> ModelLimits:
         width = self.unet.config.cross_attention_dim
+        reads_text = self.text_encoder is not None and self.tokenizer is not None  # embeddings do without
         return ModelLimits(
             self.vae_scale_factor,
             self.vae.config.latent_channels,
             width if isinstance(width, int) else None,
-            self._tokens_read,
-            self.text_encoder.config.num_hidden_layers,
+            self._tokens_read if reads_text else None,
+            self.text_encoder.config.num_hidden_layers if reads_text else 0,
         )
 
     @property
