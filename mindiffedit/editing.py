@@ -156,7 +156,7 @@ def edit(
         prompts(*caption, guided=inverts_guided),
         schedule,
         guidance_scale=inversion_guidance_scale,
-        generator=generator,
+        generator=generator if image_latents is None else None,  # a list has to fit the pictures if they are encoded
         attention_kwargs=attention_kwargs,
         inversion_iterations=inversion_iterations,
     )
@@ -199,7 +199,7 @@ def edit(
                     pipeline._stacked(inverted), clean_latents=pipeline._result(clean)
                 )
         # 4. The edit
-        noisy, clean = _on_device(image_latents)
+        noisy, clean = _on_device(image_latents, batch)
         backgrounds = [*noisy[1:], clean] if aligned_background else noisy
         decoded = flags = None
         with _timed(seconds, "edit"):
@@ -255,25 +255,26 @@ def _own_mask(mask_image, combination, mask_options, grid, batch) -> np.ndarray 
     return np.broadcast_to(masks.user_mask(mask_image, grid, batch, "mask_image", mask_options.soft), (batch, *grid))
 
 
-def _check_inverted(given, shape) -> None:
-    if not isinstance(given, DiffEditInversionPipelineOutput) or given.clean_latents is None:
+def _check_inverted(value, shape) -> None:
+    if not isinstance(value, DiffEditInversionPipelineOutput) or value.clean_latents is None:
         raise InputTypeError(
             "{parameter} has to be what `invert` or `noise_image` returned, with its clean latents, but is "
-            "{given!t}; pass the whole output, not its latents.",
+            "{value!t}; pass the whole output, not its latents.",
             parameter="image_latents",
-            given=given,
+            value=value,
         )
-    batch, steps, *one = shape
-    options.check_image_latents(given.latents, batch, steps, one)
-    options.check_clean_latents(given.clean_latents, (batch, *one))
+    batch, steps, *latent_shape = shape
+    options.check_image_latents(value.latents, batch, steps, latent_shape)
+    options.check_clean_latents(value.clean_latents, (batch, *latent_shape))
 
 
-def _on_device(inverted: DiffEditInversionPipelineOutput):
+def _on_device(inverted: DiffEditInversionPipelineOutput, batch: int):
     """Latents of an inversion, float32 tensors (B, C, h, w): of each level, noisiest first, and the clean ones."""
     latents, clean = (
         value.astype(ms.float32) if isinstance(value, ms.Tensor) else tensor(to_numpy(value))
         for value in (inverted.latents, inverted.clean_latents)
     )
+    latents = latents.reshape(batch, -1, *clean.shape[1:])  # a user's may be (B * T, C, h, w)
     return [latents[:, i] for i in range(latents.shape[1])], clean
 
 
