@@ -1166,13 +1166,14 @@ class StableDiffusionDiffEditPipeline(Adapters):
             return value
         array = host(value) if isinstance(value, ms.Tensor) else value
         with turns.turn_given_up():
-            seen = array if observer is None else observer(stage, array, step)
-            seen = array if seen is None else seen
+            replacement = None if observer is None else observer(stage, array, step)
+            array = array if replacement is None else replacement
             if viewer is not None:
-                viewer(stage, seen, step)
-        if seen is array:
+                viewer(stage, array, step)
+        if observer is None:
             return value
-        return tensor(seen) if isinstance(value, ms.Tensor) else seen
+        # Also where the same array comes back: the observer may have written into it, a copy of what is on the device.
+        return tensor(array) if isinstance(value, ms.Tensor) else array
 
     @contextlib.contextmanager
     def debugging(self, callback: Observer):

@@ -93,3 +93,20 @@ def test_what_an_observer_returns_is_gone_on_with(pipe):
     for stage in ("predictions", "inverted_latents"):
         changed = run(lambda name, array, step: array * 1.5 if (name, step) == (stage, 2) else array)  # noqa: B023
         assert np.array_equal(changed[:, 2:], plain[:, 2:]) and not np.array_equal(changed[:, 1], plain[:, 1])
+
+
+def test_what_an_observer_writes_into_its_array_counts_as_returned(pipe, monkeypatch):
+    """On every device: on a CPU the array happens to share the tensor's memory, elsewhere it is a copy."""
+    monkeypatch.setattr(pipeline, "host", lambda tensor: stages.host(tensor).copy())
+
+    def inverted(observer):
+        monkeypatch.setattr(pipe, "observer", observer)
+        return pipe.invert(SOURCE, PICTURE, num_inference_steps=5, guidance_scale=1.0, generator=0).latents.asnumpy()
+
+    def halved(stage, array, step):
+        if stage == "inverted_latents":
+            array *= 0.5
+        return array
+
+    replaced = inverted(lambda stage, array, step: array * 0.5 if stage == "inverted_latents" else array)
+    assert np.array_equal(inverted(halved), replaced)
