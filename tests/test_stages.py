@@ -110,3 +110,20 @@ def test_what_an_observer_writes_into_its_array_counts_as_returned(pipe, monkeyp
 
     replaced = inverted(lambda stage, array, step: array * 0.5 if stage == "inverted_latents" else array)
     assert np.array_equal(inverted(halved), replaced)
+
+
+def test_another_call_may_set_the_scheduler_up_anew_while_an_observer_looks_on(pipe, monkeypatch):
+    """Another thread's call on the same pipeline may run then, with another number of steps."""
+    for scheduler in (mindiffedit.DDIMScheduler, mindiffedit.DPMSolverMultistepScheduler):
+        pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+
+        def noised_and_edited():
+            background = pipe.noise_image(PICTURE, num_inference_steps=5, generator=0).latents
+            edit = dict(prompt=TARGET, mask_image=np.ones((8, 10)), image_latents=background, output_type="latent")
+            edited = pipe(**edit, num_inference_steps=5, generator=0).images
+            return background.asnumpy(), edited.asnumpy()
+
+        alone = noised_and_edited()
+        with monkeypatch.context() as patch:
+            patch.setattr(pipe, "observer", lambda stage, array, step: pipe.scheduler.set_timesteps(50))
+            assert all(map(np.array_equal, noised_and_edited(), alone)), scheduler
