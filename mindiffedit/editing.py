@@ -212,9 +212,9 @@ def edit(
     report = EditReport(mask_coverage=masks.mask_coverage(mask), seconds=seconds)
     latents = images = pipeline._result(edited)
     if decoded is not None:
-        given = pictures.originals(image, batch) if of_pixels else None
+        original_pixels = pictures.originals(image, batch) if of_pixels else None
         as_pictures = originals if output_type == "pil" else None
-        images = _finished(decoded, flags, given, mask, feather, paste_back, report, as_pictures)
+        images = _finished(decoded, flags, original_pixels, mask, feather, paste_back, report, as_pictures)
         images = pictures.of_arrays(images) if isinstance(images, np.ndarray) and output_type == "pil" else images
     if inverts:
         # The edit's first step has predicted what the inversion's way back would, where its negative is the caption.
@@ -328,11 +328,11 @@ def _for_each_map(generator, copies: int):
 
 def _originals(image, batch: int) -> list[colours.Original] | None:
     """For each prompt the PIL picture that it is about; None where others than PIL pictures were given."""
-    given = list(image) if isinstance(image, (list, tuple)) else [image]
-    if not all(isinstance(picture, Image) for picture in given):
+    listed = list(image) if isinstance(image, (list, tuple)) else [image]
+    if not all(isinstance(picture, Image) for picture in listed):
         return None
-    pictures.check_sizes(given)
-    return [colours.Original(picture) for picture in given] * (batch // len(given))
+    pictures.check_sizes(listed)
+    return [colours.Original(picture) for picture in listed] * (batch // len(listed))
 
 
 def _scaled(image, size) -> list[Image]:
@@ -406,14 +406,14 @@ def _psnr(decoded: np.ndarray, pixels: np.ndarray) -> list[float]:
 
 def _warnings(report: EditReport, source_prompt, target_prompt, own_mask: bool) -> list[Message]:
     """What looks wrong, and what to turn."""
-    found = []
+    warnings = []
     for i, share in enumerate(report.mask_coverage):
         which = f"picture {i}: " if len(report.mask_coverage) > 1 else ""
         if share == 0:
             remedy = Message("lower {mask_thresholding_ratio} or raise {num_maps_per_mask}")
             if own_mask:
                 remedy = "draw more of it"
-            found.append(
+            warnings.append(
                 Message("{which}the mask is empty, so nothing has changed; {remedy}.", which=which, remedy=remedy)
             )
         elif share > 0.9:
@@ -422,7 +422,7 @@ def _warnings(report: EditReport, source_prompt, target_prompt, own_mask: bool) 
             )
             if own_mask:
                 remedy = "draw less of it"
-            found.append(
+            warnings.append(
                 Message(
                     "{which}the mask covers {share:.0%} of the picture; {remedy}.",
                     which=which,
@@ -431,7 +431,7 @@ def _warnings(report: EditReport, source_prompt, target_prompt, own_mask: bool) 
                 )
             )
         if report.inversion_error is not None and report.inversion_error[i] > LARGE_ERROR:
-            found.append(
+            warnings.append(
                 Message(
                     "{which}the inversion does not lead back to the picture (error {error:.0%}); raise "
                     "{num_inference_steps} or {inversion_iterations}, lower {inpaint_strength}, or say in the source "
@@ -443,7 +443,7 @@ def _warnings(report: EditReport, source_prompt, target_prompt, own_mask: bool) 
     for source, target in zip(_listed(source_prompt), _listed(target_prompt)):
         words = [_words(text) for text in (source, target)]
         if all(words) and not words[0] & words[1]:
-            found.append(
+            warnings.append(
                 Message(
                     "the prompts {source!r} and {target!r} have no word in common, so that the mask may take in "
                     "everything; repeat in the target prompt what should stay.",
@@ -451,7 +451,7 @@ def _warnings(report: EditReport, source_prompt, target_prompt, own_mask: bool) 
                     target=target,
                 )
             )
-    return found
+    return warnings
 
 
 # Tibetan, and from Thai to Khmer; Javanese and its kin; kana, Chinese characters, Hangul and their extensions.

@@ -1052,16 +1052,16 @@ class StableDiffusionDiffEditPipeline(Adapters):
         """
         return remaining(self._solver(inverse=True).scheduler, num_inference_steps, strength, inverse=True)
 
-    def _attention_kwargs(self, given) -> dict[str, Any]:
+    def _attention_kwargs(self, kwargs) -> dict[str, Any]:
         """Checked ``cross_attention_kwargs``: the LoRAs' ``scale``, and what the attention processors know.
 
         Others are ignored with a warning.
         """
-        given = options.check_attention_kwargs(given)
+        kwargs = options.check_attention_kwargs(kwargs)
         scale = {}
-        if "scale" in given:
-            scale["scale"] = options.check_scale(given.pop("scale"), "cross_attention_kwargs['scale']")
-        if not given:
+        if "scale" in kwargs:
+            scale["scale"] = options.check_scale(kwargs.pop("scale"), "cross_attention_kwargs['scale']")
+        if not kwargs:
             return scale
         known = set()
         for processor in self.unet.attn_processors.values():
@@ -1077,10 +1077,10 @@ class StableDiffusionDiffEditPipeline(Adapters):
             "args",
             "kwargs",
         }
-        for name in [name for name in given if name not in known]:
+        for name in [name for name in kwargs if name not in known]:
             logger.warning("cross_attention_kwargs %r is not known to the attention processors and is ignored.", name)
-            del given[name]
-        return {**given, **scale}
+            del kwargs[name]
+        return {**kwargs, **scale}
 
     def _image_latents(self, pixels: np.ndarray, batch: int, copies: int, rng) -> np.ndarray:
         """Clean scaled latents (batch * copies, C, h, w) with a posterior draw for each copy of each picture.
