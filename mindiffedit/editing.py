@@ -157,7 +157,7 @@ def edit(
         prompts(*caption, guided=inverts_guided),
         schedule,
         guidance_scale=inversion_guidance_scale,
-        generator=generator,
+        generator=generator if image_latents is None else None,  # a list has to fit the pictures if they are encoded
         attention_kwargs=attention_kwargs,
         inversion_iterations=inversion_iterations,
     )
@@ -200,7 +200,7 @@ def edit(
                     pipeline._stacked(inverted), clean_latents=pipeline._result(clean)
                 )
         # 4. The edit
-        noisy, clean = _on_device(image_latents)
+        noisy, clean = _on_device(image_latents, batch)
         backgrounds = [*noisy[1:], clean] if aligned_background else noisy
         decoded = flags = None
         with _timed(seconds, "edit"):
@@ -213,9 +213,9 @@ def edit(
     report = EditReport(mask_coverage=masks.mask_coverage(mask), seconds=seconds)
     latents = images = pipeline._result(edited)
     if decoded is not None:
-        given = pictures.originals(image, batch) if of_pixels else None
+        original_pixels = pictures.originals(image, batch) if of_pixels else None
         as_pictures = originals if output_type == "pil" else None
-        images = _finished(decoded, flags, given, mask, feather, paste_back, report, as_pictures)
+        images = _finished(decoded, flags, original_pixels, mask, feather, paste_back, report, as_pictures)
         images = pictures.of_arrays(images) if isinstance(images, np.ndarray) and output_type == "pil" else images
     if inverts:
         # The edit's first step has predicted what the inversion's way back would, where its negative is the caption.
@@ -256,25 +256,26 @@ def _own_mask(mask_image, combination, mask_options, grid, batch) -> Any:
     return np.broadcast_to(masks.user_mask(mask_image, grid, batch, "mask_image", mask_options.soft), (batch, *grid))
 
 
-def _check_inverted(given, shape) -> None:
-    if not isinstance(given, DiffEditInversionPipelineOutput) or given.clean_latents is None:
+def _check_inverted(value, shape) -> None:
+    if not isinstance(value, DiffEditInversionPipelineOutput) or value.clean_latents is None:
         raise InputTypeError(
             "{parameter} has to be what `invert` or `noise_image` returned, with its clean latents, but is "
-            "{given!t}; pass the whole output, not its latents.",
+            "{value!t}; pass the whole output, not its latents.",
             parameter="image_latents",
-            given=given,
+            value=value,
         )
-    batch, steps, *one = shape
-    options.check_image_latents(given.latents, batch, steps, one)
-    options.check_clean_latents(given.clean_latents, (batch, *one))
+    batch, steps, *latent_shape = shape
+    options.check_image_latents(value.latents, batch, steps, latent_shape)
+    options.check_clean_latents(value.clean_latents, (batch, *latent_shape))
 
 
-def _on_device(inverted: DiffEditInversionPipelineOutput):
+def _on_device(inverted: DiffEditInversionPipelineOutput, batch: int):
     """Latents of an inversion, float32 tensors (B, C, h, w): of each level, noisiest first, and the clean ones."""
     latents, clean = (
         value.astype(ms.float32) if isinstance(value, ms.Tensor) else tensor(to_numpy(value))
         for value in (inverted.latents, inverted.clean_latents)
     )
+    latents = latents.reshape(batch, -1, *clean.shape[1:])  # a user's may be (B * T, C, h, w)
     return [latents[:, i] for i in range(latents.shape[1])], clean
 
 
@@ -329,11 +330,11 @@ def _for_each_map(generator, copies: int):
 
 def _originals(image, batch: int) -> list[colours.Original] | None:
     """For each prompt the PIL picture that it is about; None where others than PIL pictures were given."""
-    given = list(image) if isinstance(image, (list, tuple)) else [image]
-    if not all(isinstance(picture, Image) for picture in given):
+    listed = list(image) if isinstance(image, (list, tuple)) else [image]
+    if not all(isinstance(picture, Image) for picture in listed):
         return None
-    pictures.check_sizes(given)
-    return [colours.Original(picture) for picture in given] * (batch // len(given))
+    pictures.check_sizes(listed)
+    return [colours.Original(picture) for picture in listed] * (batch // len(listed))
 
 
 def _scaled(image, size) -> list[Image]:
@@ -406,14 +407,14 @@ def _psnr(decoded: np.ndarray, pixels: np.ndarray) -> list[float]:
 
 def _warnings(report: EditReport, source_prompt, target_prompt, own_mask: bool) -> list[str]:
     """What looks wrong, and what to turn."""
-    found: list[str] = []
+    warnings: list[str] = []
     for i, share in enumerate(report.mask_coverage):
         which = f"picture {i}: " if len(report.mask_coverage) > 1 else ""
         if share == 0:
             remedy: str = Message("lower {mask_thresholding_ratio} or raise {num_maps_per_mask}")
             if own_mask:
                 remedy = "draw more of it"
-            found.append(
+            warnings.append(
                 Message("{which}the mask is empty, so nothing has changed; {remedy}.", which=which, remedy=remedy)
             )
         elif share > 0.9:
@@ -422,7 +423,7 @@ def _warnings(report: EditReport, source_prompt, target_prompt, own_mask: bool) 
             )
             if own_mask:
                 remedy = "draw less of it"
-            found.append(
+            warnings.append(
                 Message(
                     "{which}the mask covers {share:.0%} of the picture; {remedy}.",
                     which=which,
@@ -431,7 +432,7 @@ def _warnings(report: EditReport, source_prompt, target_prompt, own_mask: bool) 
                 )
             )
         if report.inversion_error is not None and report.inversion_error[i] > LARGE_ERROR:
-            found.append(
+            warnings.append(
                 Message(
                     "{which}the inversion does not lead back to the picture (error {error:.0%}); raise "
                     "{num_inference_steps} or {inversion_iterations}, lower {inpaint_strength}, or say in the source "
@@ -443,7 +444,7 @@ def _warnings(report: EditReport, source_prompt, target_prompt, own_mask: bool) 
     for source, target in zip(_listed(source_prompt), _listed(target_prompt)):
         words = [_words(text) for text in (source, target)]
         if all(words) and not words[0] & words[1]:
-            found.append(
+            warnings.append(
                 Message(
                     "the prompts {source!r} and {target!r} have no word in common, so that the mask may take in "
                     "everything; repeat in the target prompt what should stay.",
@@ -451,7 +452,7 @@ def _warnings(report: EditReport, source_prompt, target_prompt, own_mask: bool) 
                     target=target,
                 )
             )
-    return found
+    return warnings
 
 
 # Tibetan, and from Thai to Khmer; Javanese and its kin; kana, Chinese characters, Hangul and their extensions.

@@ -41,14 +41,14 @@ class ModelLimits:
         vae_scale_factor: pixels of a latent, along one side.
         latent_channels: C.
         embed_width: D, or None where the UNet does not say.
-        max_tokens: the most tokens that the text encoder reads.
+        max_tokens: the most tokens that the text encoder reads; None where there is none, or no tokenizer.
         text_layers: of the text encoder.
     """
 
     vae_scale_factor: int
     latent_channels: int
     embed_width: int | None
-    max_tokens: int
+    max_tokens: int | None
     text_layers: int
 
     def pixels(self, image) -> np.ndarray:
@@ -110,6 +110,12 @@ class Prompts:
                     width=model.embed_width,
                 )
         makes_negative = prompt_embeds is not None and negative_prompt_embeds is None and is_guided
+        if model.max_tokens is None and (prompt is not None or makes_negative):
+            raise InputError(
+                "There is no text encoder or no tokenizer here; give {parameter} (and {negative}, with guidance).",
+                parameter=f"{prefix}prompt_embeds",
+                negative=named(f"{prefix}negative_prompt_embeds"),
+            )
         if makes_negative and prompt_embeds.shape[1] > model.max_tokens:
             raise InputError(
                 "{parameter} is {length} tokens long, but the text encoder, which makes the negative, reads {most}; "

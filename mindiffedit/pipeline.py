@@ -995,12 +995,13 @@ class StableDiffusionDiffEditPipeline(Adapters):
     @property
     def _limits(self) -> ModelLimits:
         width = self.unet.config.cross_attention_dim
+        reads_text = self.text_encoder is not None and self.tokenizer is not None  # embeddings do without
         return ModelLimits(
             self.vae_scale_factor,
             self.vae.config.latent_channels,
             width if isinstance(width, int) else None,
-            self._tokens_read,
-            self.text_encoder.config.num_hidden_layers,
+            self._tokens_read if reads_text else None,
+            self.text_encoder.config.num_hidden_layers if reads_text else 0,
         )
 
     @property
@@ -1052,16 +1053,16 @@ class StableDiffusionDiffEditPipeline(Adapters):
         """
         return remaining(self._solver(inverse=True).scheduler, num_inference_steps, strength, inverse=True)
 
-    def _attention_kwargs(self, given) -> dict[str, Any]:
+    def _attention_kwargs(self, kwargs) -> dict[str, Any]:
         """Checked ``cross_attention_kwargs``: the LoRAs' ``scale``, and what the attention processors know.
 
         Others are ignored with a warning.
         """
-        given = options.check_attention_kwargs(given)
+        kwargs = options.check_attention_kwargs(kwargs)
         scale = {}
-        if "scale" in given:
-            scale["scale"] = options.check_scale(given.pop("scale"), "cross_attention_kwargs['scale']")
-        if not given:
+        if "scale" in kwargs:
+            scale["scale"] = options.check_scale(kwargs.pop("scale"), "cross_attention_kwargs['scale']")
+        if not kwargs:
             return scale
         known = set()
         for processor in self.unet.attn_processors.values():
@@ -1077,10 +1078,10 @@ class StableDiffusionDiffEditPipeline(Adapters):
             "args",
             "kwargs",
         }
-        for name in [name for name in given if name not in known]:
+        for name in [name for name in kwargs if name not in known]:
             logger.warning("cross_attention_kwargs %r is not known to the attention processors and is ignored.", name)
-            del given[name]
-        return {**given, **scale}
+            del kwargs[name]
+        return {**kwargs, **scale}
 
     def _image_latents(self, pixels: np.ndarray, batch: int, copies: int, rng) -> np.ndarray:
         """Clean scaled latents (batch * copies, C, h, w) with a posterior draw for each copy of each picture.
@@ -1166,13 +1167,14 @@ class StableDiffusionDiffEditPipeline(Adapters):
             return value
         array = host(value) if isinstance(value, ms.Tensor) else value
         with turns.turn_given_up():
-            seen = array if observer is None else observer(stage, array, step)
-            seen = array if seen is None else seen
+            replacement = None if observer is None else observer(stage, array, step)
+            array = array if replacement is None else replacement
             if viewer is not None:
-                viewer(stage, seen, step)
-        if seen is array:
+                viewer(stage, array, step)
+        if observer is None:
             return value
-        return tensor(seen) if isinstance(value, ms.Tensor) else seen
+        # Also where the same array comes back: the observer may have written into it, a copy of what is on the device.
+        return tensor(array) if isinstance(value, ms.Tensor) else array
 
     @contextlib.contextmanager
     def debugging(self, callback: Observer):

@@ -18,7 +18,7 @@ from mindiffedit import (
 from mindiffedit.arrays import to_numpy
 from mindiffedit.images import edges
 from mindiffedit.images.colours import Original
-from mindiffedit.outputs import EditReport
+from mindiffedit.outputs import DiffEditInversionPipelineOutput, EditReport
 
 SHORT = dict(num_inference_steps=4, inpaint_strength=0.75)
 # The masks of edit() are for larger grids than these checkpoints have.
@@ -423,6 +423,17 @@ def test_latents_of_an_inversion_serve_several_edits(ours, inverted):
     assert ours._stages.calls["rows"] == rows + 6
     whole = edit(ours, mask_image=BOX)
     assert np.array_equal(np.asarray(done.images[0]), np.asarray(whole.images[0]))
+    in_a_row = DiffEditInversionPipelineOutput(inverted.latents[0], clean_latents=inverted.clean_latents)
+    assert np.array_equal(edit(ours, image_latents=in_a_row, mask_image=BOX).latents.asnumpy(), done.latents.asnumpy())
+
+
+def test_generators_have_to_fit_the_pictures_only_where_these_are_encoded(ours):
+    prompts = dict(source=[SOURCE, "a photo of a cat"], target=[TARGET, "a photo of a dog"])
+    with pytest.raises(ValueError, match="one picture for each prompt, but 1 pictures"):
+        edit(ours, **prompts, generator=[1, 2])
+    inverted = ours.invert(prompts["source"], PICTURE, generator=0, guidance_scale=1.0, **SHORT)
+    edited = edit(ours, **prompts, generator=[1, 2], eta=0.5, image_latents=inverted, mask_image=BOX).latents.asnumpy()
+    assert not np.array_equal(edited[0], edited[1])
 
 
 def test_an_empty_source_prompt_is_a_prompt(ours):

@@ -336,6 +336,22 @@ def test_edit_with_embeddings_and_flat_latents(ours, theirs, inverted):
     assert flat.shape == (1, 4, 8, 10)
 
 
+def test_embeddings_need_no_text_encoder(ours):
+    positive, negative = ours.encode_prompt(TARGET, None, 1, True, SOURCE)
+    without = {**ours.components, "text_encoder": None, "tokenizer": None}
+    bare = StableDiffusionDiffEditPipeline(**without, requires_safety_checker=False, mode="pynative")
+    bare.set_progress_bar_config(disable=True)
+    steps = dict(num_inference_steps=3)
+    embeds = dict(prompt_embeds=positive, negative_prompt_embeds=negative)
+    inverted = bare.invert(image=PICTURE, **embeds, **steps)
+    edited = bare(mask_image=np.ones((8, 10)), image_latents=inverted.latents, output_type="latent", **embeds, **steps)
+    assert np.isfinite(edited.images.asnumpy()).all()
+    assert bare.noise_image(PICTURE, **steps).latents.shape == inverted.latents.shape
+    for arguments in (dict(prompt=SOURCE), dict(prompt_embeds=positive, guidance_scale=2.0)):
+        with pytest.raises(ValueError, match="no text encoder or no tokenizer here; give `prompt_embeds`"):
+            bare.invert(image=PICTURE, **arguments, **steps)
+
+
 @pytest.mark.parametrize("order", [1, 2])
 def test_dpm_solver_inverts_and_edits(ours, theirs, sd1_folder, order):
     mine = our_pipeline(sd1_folder, scheduler="DPMSolverMultistepScheduler", solver_order=order)

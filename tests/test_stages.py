@@ -93,3 +93,37 @@ def test_what_an_observer_returns_is_gone_on_with(pipe):
     for stage in ("predictions", "inverted_latents"):
         changed = run(lambda name, array, step: array * 1.5 if (name, step) == (stage, 2) else array)  # noqa: B023
         assert np.array_equal(changed[:, 2:], plain[:, 2:]) and not np.array_equal(changed[:, 1], plain[:, 1])
+
+
+def test_what_an_observer_writes_into_its_array_counts_as_returned(pipe, monkeypatch):
+    """On every device: on a CPU the array happens to share the tensor's memory, elsewhere it is a copy."""
+    monkeypatch.setattr(pipeline, "host", lambda tensor: stages.host(tensor).copy())
+
+    def inverted(observer):
+        monkeypatch.setattr(pipe, "observer", observer)
+        return pipe.invert(SOURCE, PICTURE, num_inference_steps=5, guidance_scale=1.0, generator=0).latents.asnumpy()
+
+    def halved(stage, array, step):
+        if stage == "inverted_latents":
+            array *= 0.5
+        return array
+
+    replaced = inverted(lambda stage, array, step: array * 0.5 if stage == "inverted_latents" else array)
+    assert np.array_equal(inverted(halved), replaced)
+
+
+def test_another_call_may_set_the_scheduler_up_anew_while_an_observer_looks_on(pipe, monkeypatch):
+    """Another thread's call on the same pipeline may run then, with another number of steps."""
+    for scheduler in (mindiffedit.DDIMScheduler, mindiffedit.DPMSolverMultistepScheduler):
+        pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+
+        def noised_and_edited():
+            background = pipe.noise_image(PICTURE, num_inference_steps=5, generator=0).latents
+            edit = dict(prompt=TARGET, mask_image=np.ones((8, 10)), image_latents=background, output_type="latent")
+            edited = pipe(**edit, num_inference_steps=5, generator=0).images
+            return background.asnumpy(), edited.asnumpy()
+
+        alone = noised_and_edited()
+        with monkeypatch.context() as patch:
+            patch.setattr(pipe, "observer", lambda stage, array, step: pipe.scheduler.set_timesteps(50))
+            assert all(map(np.array_equal, noised_and_edited(), alone)), scheduler

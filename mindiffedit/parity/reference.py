@@ -114,11 +114,11 @@ def _generators(seeds):
     return torch.Generator().manual_seed(seeds)
 
 
-def _arguments(given: Mapping[str, Any], dtype) -> dict[str, Any]:
+def _arguments(arguments: Mapping[str, Any], dtype) -> dict[str, Any]:
     """Keyword arguments with arrays as tensors."""
     return {
         name: torch.tensor(value, dtype=dtype) if isinstance(value, np.ndarray) else value
-        for name, value in given.items()
+        for name, value in arguments.items()
     }
 
 
@@ -129,9 +129,9 @@ def _host(tensor) -> np.ndarray:
 
 def _through(tape: Tape, stage: str, tensor, step=None):
     """A tensor past the tape and back."""
-    own = _host(tensor)
-    seen = tape(stage, own, step)
-    return tensor if seen is own else torch.as_tensor(seen).to(tensor.device, tensor.dtype)
+    array = _host(tensor)
+    seen = tape(stage, array, step)
+    return tensor if seen is array else torch.as_tensor(seen).to(tensor.device, tensor.dtype)
 
 
 class _Rows:

@@ -75,8 +75,8 @@ def run(
         if case.edit is not None:
             tape.call = "edit"
             arguments = {"mask_image": mask, "image_latents": latents, **_arguments(case.edit)}
-            done = pipe(generator=_generators(case.seeds["edit"]), output_type="pil", **arguments)
-            tape.keep("picture", np.stack([np.asarray(picture) for picture in done.images]))
+            edited = pipe(generator=_generators(case.seeds["edit"]), output_type="pil", **arguments)
+            tape.keep("picture", np.stack([np.asarray(picture) for picture in edited.images]))
     except options.NumericalError as error:
         error.trace = tape.trace()
         raise
@@ -91,11 +91,11 @@ def _generators(seeds):
     return Generator().manual_seed(seeds)
 
 
-def _arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+def _arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments with arrays of embeddings as tensors."""
     import mindspore as ms
 
     return {
         name: ms.Tensor(value) if isinstance(value, np.ndarray) and name.endswith("embeds") else value
-        for name, value in given.items()
+        for name, value in arguments.items()
     }

@@ -148,10 +148,10 @@ def dpm_rows(sigmas: np.ndarray, first: int, count: int, order: int, solver_type
 
 def index_of_timestep(timesteps: np.ndarray, timestep: int) -> int:
     """Where a multistep run starts: the second match if there are several, the last step if there is none."""
-    found = np.flatnonzero(timesteps == timestep)
-    if len(found) == 0:
+    matches = np.flatnonzero(timesteps == timestep)
+    if len(matches) == 0:
         return len(timesteps) - 1
-    return int(found[1] if len(found) > 1 else found[0])
+    return int(matches[1] if len(matches) > 1 else matches[0])
 
 
 # --- configurations: which can be run backwards, and which options go from one solver to another ---
@@ -159,16 +159,16 @@ def index_of_timestep(timesteps: np.ndarray, timestep: int) -> int:
 
 def obstacles(config) -> dict:
     """Options of a DPM-Solver++ that cannot be run backwards, as ``{option: (why, value that can be)}``."""
-    found: dict[str, tuple[str, Any]] = {}
+    reasons: dict[str, tuple[str, Any]] = {}
     if str(config.get("algorithm_type", "")).startswith("sde"):
-        found["algorithm_type"] = ("it adds noise in every step", "dpmsolver++")
+        reasons["algorithm_type"] = ("it adds noise in every step", "dpmsolver++")
     if config.get("thresholding"):
-        found["thresholding"] = ("backwards it makes latents several times too large", False)
+        reasons["thresholding"] = ("backwards it makes latents several times too large", False)
     if config.get("use_flow_sigmas"):
-        found["use_flow_sigmas"] = ("its noise levels are not Stable Diffusion's", False)
+        reasons["use_flow_sigmas"] = ("its noise levels are not Stable Diffusion's", False)
     if config.get("variance_type") in ("learned", "learned_range"):
-        found["variance_type"] = ("it takes a UNet that predicts a variance, too", None)
-    return found
+        reasons["variance_type"] = ("it takes a UNet that predicts a variance, too", None)
+    return reasons
 
 
 def why_not(config) -> str:

@@ -32,14 +32,13 @@ class Solver:
     """Any scheduler, run by its own methods.
 
     Attributes:
-        scheduler: mindone's, or ours.
+        scheduler: mindone's, or ours; a copy of it once ``schedule`` has set its timesteps.
         inverse: whether it runs from clean to noisy.
         name: its class's.
     """
 
     def __init__(self, scheduler, inverse: bool):
         self.scheduler, self.inverse, self.name = scheduler, inverse, type(scheduler).__name__
-        self._running = scheduler  # a copy, once a run has begun
 
     @property
     def prediction_type(self) -> str:
@@ -58,6 +57,10 @@ class Solver:
 
     def schedule(self, num_inference_steps: int, strength: float) -> tuple[np.ndarray, int]:
         """Sets the scheduler's timesteps; returns those that a strength leaves, and the number of steps.
+
+        From here on the solver has a copy of the scheduler for its run. A scheduler keeps timesteps, and what it has
+        seen from step to step; pipelines may share it, and while an observer or callback runs, another call may set
+        it up anew.
 
         Raises:
             InputError: more steps than the model was trained with, a schedule that cannot be made, or timesteps beyond
@@ -90,6 +93,7 @@ class Solver:
                 reached=int(timesteps.max()),
                 last=trained - 1,
             )
+        self.scheduler = copy.deepcopy(self.scheduler)
         return timesteps, steps
 
     def alpha_cumprod(self, timestep) -> np.float32:
@@ -109,14 +113,14 @@ class Solver:
     def scale_input(self, latents: ms.Tensor, timestep) -> ms.Tensor:
         """What the UNet is given of latents."""
         with eagerly():
-            return self._running.scale_model_input(latents, self._own(timestep))
+            return self.scheduler.scale_model_input(latents, self._own(timestep))
 
     def plan(self, timesteps: np.ndarray, eta: float = 0.0) -> schedules.StepPlan | None:
         """Coefficients of a run along ``timesteps``; None where only ``stepper`` covers scheduler and options."""
         return None
 
     def stepper(self, timesteps: np.ndarray, eta: float, draw: Callable[[tuple, int], np.ndarray]) -> Callable:
-        """A run by the scheduler's own ``step``.
+        """A run by the scheduler's own ``step``; one for each call of ``schedule``.
 
         Args:
             timesteps: those of the run.
@@ -126,8 +130,7 @@ class Solver:
         Returns:
             A function (index, latents, output) -> (latents, pred_x0 or None), of float32 tensors (B, C, h, w).
         """
-        # A scheduler keeps what it has seen from step to step, and may be shared.
-        scheduler = self._running = copy.deepcopy(self.scheduler)
+        scheduler = self.scheduler
         accepted = inspect.signature(scheduler.step).parameters
         options: dict[str, Any] = {"eta": eta} if "eta" in accepted else {}
         wants_noise = "variance_noise" in accepted
