@@ -68,6 +68,11 @@ def test_every_size_is_drawn_as_pytorch_draws_it(dtype):
                 drawn = ours.randn(size, dtype=dtype)
                 assert_same(drawn, torch_randn(size, reference, dtype), dtype, (seed, size, turn))
             assert_same_state(ours, reference, (seed, size))
+    # A number that is kept goes to the next small draw of any dtype; a seed drops it.
+    ours, reference = Generator().manual_seed(3), theirs(3)
+    for each, size in (("float32", 1), ("float32", 20), (dtype, 1), (dtype, 3), (dtype, 1)):
+        assert_same(ours.randn(size, dtype=each), torch_randn((size,), reference, each), each, (dtype, each, size))
+    assert_same_state(ours.manual_seed(4), theirs(4))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -118,9 +123,7 @@ def test_the_ends_of_the_uniform_numbers():
         drawn = ours.randn(608, dtype=dtype)
         assert_same(drawn, torch_randn((608,), reference, dtype), dtype, dtype)
     assert np.abs(drawn).max() > 5.7
-
-
-def test_there_is_no_minus_zero():
+    # There is no minus zero.
     words = np.array([2**20, 0, 0, 0] * 5, np.uint64)  # for a double: angle pi, so cosine -1, and no radius
     for dtype in DTYPES:
         ours, reference = both_at(about_to_give(words))
@@ -155,24 +158,14 @@ def test_any_order_of_draws_keeps_the_position():
     assert 100 < kept < 460  # both with and without a number kept for the next draw
 
 
-def test_a_kept_number_goes_to_the_next_small_draw_of_any_dtype_and_a_seed_drops_it():
-    for dtype in DTYPES:
-        ours, reference = Generator().manual_seed(3), theirs(3)
-        for each, size in (("float32", 1), ("float32", 20), (dtype, 1), (dtype, 3)):
-            drawn = ours.randn(size, dtype=each)
-            assert_same(drawn, torch_randn((size,), reference, each), each, (dtype, each, size))
-    ours.randn(1)
-    assert_same_state(ours.manual_seed(4), theirs(4))
-
-
-@pytest.mark.parametrize("high", [1, 2, 3, 10, 2**16 + 1, 2**28 - 1, 2**28, 2**32, 2**53 + 1, 2**63 - 1])
-def test_whole_numbers(high):
-    for seed in range(30):
-        ours, reference = Generator().manual_seed(seed), theirs(seed)
-        assert ours.randint(high, (5, 7)).tolist() == torch.randint(high, (5, 7), generator=reference).tolist()
-        single = ours.integers(high)
-        assert type(single) is int and single == torch.randint(high, (1,), generator=reference).item()
-        assert ours.randint(high).shape == () and ours.randint(high, 3).shape == (3,)
+def test_whole_numbers():
+    for high in (1, 2, 3, 10, 2**16 + 1, 2**28 - 1, 2**28, 2**32, 2**53 + 1, 2**63 - 1):
+        for seed in range(30):
+            ours, reference = Generator().manual_seed(seed), theirs(seed)
+            assert ours.randint(high, (5, 7)).tolist() == torch.randint(high, (5, 7), generator=reference).tolist()
+            single = ours.integers(high)
+            assert type(single) is int and single == torch.randint(high, (1,), generator=reference).item()
+            assert ours.randint(high).shape == () and ours.randint(high, 3).shape == (3,)
 
 
 # --- seeds ----------------------------------------------------------------------------------------
@@ -183,14 +176,11 @@ def test_seeds_are_those_of_pytorch():
         assert Generator().manual_seed(seed).initial_seed() == theirs(seed).initial_seed()
     assert Generator().manual_seed(np.int64(-5)).initial_seed() == theirs(-5).initial_seed()
     assert Generator().manual_seed(np.uint64(2**64 - 5)).initial_seed() == theirs(2**64 - 5).initial_seed()
-    generator = Generator()
-    assert generator.manual_seed(1) is generator
+    ours = Generator()
+    assert ours.manual_seed(1) is ours
     assert_same_state(Generator(), torch.Generator())
     assert Generator().initial_seed() == torch.Generator().initial_seed()
-
-
-def test_a_fresh_seed_is_another_each_time():
-    ours = Generator()
+    # A fresh seed is another each time.
     seeds = {ours.seed() for _ in range(20)}
     assert len(seeds) == 20 and all(0 <= seed < 2**53 for seed in seeds)
     assert_same_state(ours, theirs(ours.initial_seed()))
@@ -216,62 +206,43 @@ def test_other_seeds_are_refused():
 
 def positions():
     """Pairs of generators at the same place: fresh, inside, at the ends of the words, with a number kept."""
-    for seed, draws in [
-        (0, ()),
-        (1, (("randn", 1),)),
-        (2, (("randn", 2),)),
-        (3, (("randn", 17), ("randn", 5))),
-        (4, (("randint", 623),)),
-        (5, (("randint", 624),)),
-        (6, (("randint", 625),)),
-        (7, (("randint", 1248), ("randn", 3))),
-        (-8, (("randn", 0),)),
-    ]:
+    for seed, *draws in (
+        (0,), (1, "randn 1"), (2, "randn 2"), (3, "randn 17", "randn 5"), (4, "randint 623"), (5, "randint 624"),
+        (6, "randint 625"), (7, "randint 1248", "randn 3"), (-8, "randn 0"),
+    ):  # fmt: skip
         ours, reference = Generator().manual_seed(seed), theirs(seed)
-        for kind, count in draws:
+        for kind, count in (draw.split() for draw in draws):
             if kind == "randn":
-                ours.randn(count), torch.randn(count, generator=reference)
+                ours.randn(int(count)), torch.randn(int(count), generator=reference)
             else:
-                ours.randint(9, count), torch.randint(9, (count,), generator=reference)
+                ours.randint(9, int(count)), torch.randint(9, (int(count),), generator=reference)
         yield (seed, draws), ours, reference
+    state = torch.Generator().get_state().numpy()
+    state[5048:5052].view(np.float32)[:], state[5052] = 1.5, 1  # a float that PyTorch kept
+    yield ("kept", state), *both_at(state)
 
 
 def test_states_are_exchanged_with_pytorch_byte_for_byte():
     for what, ours, reference in positions():
         assert_same_state(ours, reference, what)
+        state = ours.get_state()
         taken = torch.Generator()
-        taken.set_state(torch.from_numpy(ours.get_state()))
+        taken.set_state(torch.from_numpy(state.copy()))
         given = Generator().set_state(reference.get_state().numpy())
         also = Generator()
         assert also.set_state(reference.get_state()) is also  # NumPy reads a tensor, too
         assert taken.initial_seed() == given.initial_seed() == ours.initial_seed()
+        before = state.copy()
         for size in (3, 40, 700):
             expected = torch_randn((size,), reference, "float32")
             assert_same(torch_randn((size,), taken, "float32"), expected, "float32", what)
             for generator in (ours, given, also):
                 assert_same(generator.randn(size), expected, "float32", what)
         assert_same_state(given, reference, what)
-
-
-def test_a_state_is_a_snapshot():
-    ours = Generator().manual_seed(0)
-    state = ours.get_state()
-    before = state.copy()
-    first = ours.randn(20)
-    assert np.array_equal(state, before)
-    state[:] = 0
-    assert np.array_equal(ours.set_state(before).randn(20), first)
-
-
-def test_a_kept_float_of_pytorch_survives():
-    state = torch.Generator().get_state().numpy()
-    state[5048:5052].view(np.float32)[:] = 1.5
-    state[5052] = 1
-    ours, reference = Generator().set_state(state), torch.Generator()
-    reference.set_state(torch.from_numpy(state.copy()))
-    ours.randn(3), torch.randn(3, generator=reference)
-    assert_same_state(ours, reference)
-    assert ours.get_state()[5052] == 1
+        assert np.array_equal(state, before), "a state is a snapshot, and one that was set is not written to"
+        first = ours.set_state(state).randn(20)
+        state[:] = 0
+        assert np.array_equal(ours.set_state(before).randn(20), first)
 
 
 def changed(**fields):
@@ -294,20 +265,12 @@ def test_what_is_no_state_is_refused_and_changes_nothing():
     zeros = changed()
     zeros[24:5016] = 0
     for state, words in (
-        (np.zeros(5056, np.uint8), "seeded 0"),
-        (np.zeros(5055, np.uint8), r"\(5056,\)"),
-        (np.zeros((1, 5056), np.uint8), r"\(5056,\)"),
-        (zeros, "all of its words"),
-        (changed(left=0), "left 0"),
-        (changed(left=625), "left 625"),
-        (changed(next=3), "next 3"),
-        (changed(next=2**63), "do not go together"),
-        (changed(seeded=2), "seeded 2"),
-        (changed(word=2**32), "32 bits"),
-        (changed(flag=2), "flags"),
-        (changed(float_flag=9), "flags"),
-        (changed(kept=np.nan), "nan"),
-    ):
+        (np.zeros(5056, np.uint8), "seeded 0"), (np.zeros(5055, np.uint8), r"\(5056,\)"),
+        (np.zeros((1, 5056), np.uint8), r"\(5056,\)"), (zeros, "all of its words"), (changed(left=0), "left 0"),
+        (changed(left=625), "left 625"), (changed(next=3), "next 3"), (changed(next=2**63), "do not go together"),
+        (changed(seeded=2), "seeded 2"), (changed(word=2**32), "32 bits"), (changed(flag=2), "flags"),
+        (changed(float_flag=9), "flags"), (changed(kept=np.nan), "nan"),
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=words):
             ours.set_state(state)
     for state in (np.zeros(5056, np.int8), np.zeros(5056), [0] * 5056, b"0" * 5056, None):
@@ -331,30 +294,21 @@ def test_a_copy_goes_its_own_way():
 # --- as a random stream ---------------------------------------------------------------------------
 
 
-def test_it_is_a_random_stream_with_numpys_names():
+def test_arguments_in_every_form_and_bad_ones_which_draw_nothing():
     ours = Generator()
     assert isinstance(ours, randomness.RandomStream) and randomness.resolve(ours) is ours
-    drawn = ours.manual_seed(1).standard_normal(size=(2, 9), dtype=np.float64)
-    assert drawn.shape == (2, 9) and drawn.dtype == np.float64
-    assert np.array_equal(drawn, ours.manual_seed(1).randn(2, 9, dtype="float64"))
-    single = ours.standard_normal()
-    assert single.shape == () and single.dtype == np.float32
-    assert ours.standard_normal(5, np.float16).dtype == np.float16
-
-
-def test_sizes_in_every_form():
-    expected = Generator().manual_seed(1).randn(2, 9)
+    expected = ours.manual_seed(1).randn(2, 9)
     for size in (((2, 9),), ([2, 9],), (np.int64(2), np.uint8(9))):
-        assert np.array_equal(Generator().manual_seed(1).randn(*size), expected)
-    assert Generator().randn().shape == () and Generator().randn(()).shape == ()
-    assert Generator().randn(3, 0, 2).shape == (3, 0, 2)
-
-
-def test_bad_arguments_are_refused_and_draw_nothing():
-    ours = Generator().manual_seed(2)
-    for size, error in (((-1,), ValueError), ((2.0,), TypeError), ((True,), TypeError), (("2",), TypeError)):
+        assert np.array_equal(ours.manual_seed(1).randn(*size), expected)
+    assert ours.randn().shape == ours.randn(()).shape == () and ours.randn(3, 0, 2).shape == (3, 0, 2)
+    drawn = ours.manual_seed(1).standard_normal(size=(2, 9), dtype=np.float64)  # NumPy's names
+    assert np.array_equal(drawn, ours.manual_seed(1).randn(2, 9, dtype="float64")) and drawn.dtype == np.float64
+    assert ours.standard_normal().shape == () and ours.standard_normal().dtype == np.float32
+    assert ours.standard_normal(5, np.float16).dtype == np.float16
+    ours.manual_seed(2)
+    for size, error in ((-1, ValueError), (2.0, TypeError), (True, TypeError), ("2", TypeError)):
         with pytest.raises(error, match="size"):
-            ours.randn(*size)
+            ours.randn(size)
     for dtype in ("float8", "double", np.int32, torch.float32, None.__class__, "torch.float16"):
         with pytest.raises(ValueError, match="dtype"):
             ours.randn(20, dtype=dtype)
@@ -401,20 +355,18 @@ def test_noise_of_diffusers_is_met():
 # There is no GPU here. What GPUs draw is known from public pages, cited where their numbers stand.
 
 
-@pytest.mark.parametrize(
-    "counter, key, words",
-    [  # the vectors of philox4x32 with 10 rounds in kat_vectors of DEShawResearch/random123
-        ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
-        ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
-        ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
-    ],
-)
-def test_philox_gives_the_known_answers(counter, key, words):
-    counter, key, words = ([int(word, 16) for word in text.split()] for text in (counter, key, words))
-    assert philox4x32_10(counter, key).tolist() == words
-    many = philox4x32_10([np.full((2, 3), word) for word in counter], key)
-    assert many.shape == (4, 2, 3) and many.dtype == np.uint32
-    assert np.array_equal(many[:, 1, 2], words)
+def test_philox_gives_the_known_answers():
+    """The vectors of philox4x32 with 10 rounds in kat_vectors of DEShawResearch/random123."""
+    for text in (
+        "00000000 00000000 00000000 00000000 00000000 00000000 6627e8d5 e169c58d bc57ac4c 9b00dbd8",
+        "ffffffff ffffffff ffffffff ffffffff ffffffff ffffffff 408f276d 41c83b0e a20bc7c6 6d5451fd",
+        "243f6a88 85a308d3 13198a2e 03707344 a4093822 299f31d0 d16cfe09 94fdcceb 5001e420 24126ea1",
+    ):
+        numbers = [int(word, 16) for word in text.split()]
+        counter, key, words = numbers[:4], numbers[4:6], numbers[6:]
+        assert philox4x32_10(counter, key).tolist() == words
+        many = philox4x32_10([np.full((2, 3), word) for word in counter], key)
+        assert many.shape == (4, 2, 3) and many.dtype == np.uint32 and np.array_equal(many[:, 1, 2], words)
 
 
 def numbers(text):
@@ -425,19 +377,21 @@ def cuda(seed, **options):
     return Generator("cuda", **options).manual_seed(seed)
 
 
-def test_cuda_is_near_another_imitation():
-    """The docstring of modules/rng_philox.py of AUTOMATIC1111/stable-diffusion-webui, computed by NumPy."""
-    expected = numbers(
-        """-0.92466259 -0.42534415 -2.6438457 0.14518388 -0.12086647 -0.57972564 -0.62285122 -0.32838709
-        -1.07454231 -0.36314407 -1.67105067 2.26550497"""
-    ).reshape(3, 4)
-    drawn = cuda(0).randn(3, 4)
-    assert drawn.dtype == np.float32
-    assert np.abs(drawn - expected).max() <= 1e-6
-
-
-def test_cuda_is_what_a_gpu_printed_for_three_draws():
-    """Seed 0: a C++ test's x, bias and y in the README.md of kapilsh/cuda-mode-lecture."""
+def test_cuda_is_what_gpus_printed():
+    # Seed 42, corners of the first ten of 1823 rows of 781: the output noted at the end of a public exercise
+    # in Triton on softmax. Seed 1, with and without a draw of 1000 before: a public note on an RTX A4500.
+    corners = cuda(42).randn(1823, 781)[[0, 1, 2, 7, 8, 9]][:, [0, 1, 2, -3, -2, -1]]
+    printed = numbers(
+        """0.1940 2.1614 -0.1721 -0.8353 -1.6443 0.1315 -0.1797 0.9744 -2.0136 0.0543 0.2508 -0.2370
+        1.1266 1.5895 0.1072 -0.4797 1.4313 1.7260 1.9695 0.5996 0.5583 -0.0692 2.9254 0.9274
+        -1.7301 1.2562 -1.2144 -0.4262 -2.0327 -1.0277 -0.2987 0.1946 1.1640 -0.2081 -1.0439 0.7082"""
+    )
+    assert np.abs(corners.ravel() - printed).max() <= 5.1e-5
+    ours = cuda(1)
+    assert np.abs(ours.randn(3) - [-0.2963, 2.6764, -0.1408]).max() <= 5.1e-5
+    ours.manual_seed(1).randn(1000)
+    assert np.abs(ours.randn(3) - [-0.6340, -0.6431, -0.6420]).max() <= 5.1e-5
+    # Seed 0: a C++ test's x, bias and y in the README.md of kapilsh/cuda-mode-lecture.
     ours = cuda(0)
     for shape, printed in (
         (
@@ -465,22 +419,6 @@ def test_cuda_is_what_a_gpu_printed_for_three_draws():
         ),
     ):
         assert np.abs(ours.randn(shape) - numbers(printed).reshape(shape)).max() <= 5.1e-5
-
-
-def test_cuda_is_what_gpus_printed_for_other_seeds():
-    # Seed 42, corners of the first ten of 1823 rows of 781: the output noted at the end of a public exercise
-    # in Triton on softmax. Seed 1, with and without a draw of 1000 before: a public note on an RTX A4500.
-    corners = cuda(42).randn(1823, 781)[[0, 1, 2, 7, 8, 9]][:, [0, 1, 2, -3, -2, -1]]
-    printed = numbers(
-        """0.1940 2.1614 -0.1721 -0.8353 -1.6443 0.1315 -0.1797 0.9744 -2.0136 0.0543 0.2508 -0.2370
-        1.1266 1.5895 0.1072 -0.4797 1.4313 1.7260 1.9695 0.5996 0.5583 -0.0692 2.9254 0.9274
-        -1.7301 1.2562 -1.2144 -0.4262 -2.0327 -1.0277 -0.2987 0.1946 1.1640 -0.2081 -1.0439 0.7082"""
-    )
-    assert np.abs(corners.ravel() - printed).max() <= 5.1e-5
-    ours = cuda(1)
-    assert np.abs(ours.randn(3) - [-0.2963, 2.6764, -0.1408]).max() <= 5.1e-5
-    ours.manual_seed(1).randn(1000)
-    assert np.abs(ours.randn(3) - [-0.6340, -0.6431, -0.6420]).max() <= 5.1e-5
 
 
 def test_cuda_half_is_what_a_gpu_printed():
@@ -601,14 +539,11 @@ def test_cuda_states_and_seeds():
 def test_cuda_refuses_what_it_does_not_know():
     with pytest.raises(NotImplementedError, match="float64"):
         cuda(0).randn(3, dtype="float64")
-    for options, error in (
-        ({"multiprocessors": 0}, ValueError),
-        ({"multiprocessors": 1.5}, TypeError),
-        ({"multiprocessors": True}, TypeError),
-        ({"threads_per_multiprocessor": 255}, ValueError),
-    ):
-        with pytest.raises(error, match=next(iter(options))):
-            Generator("cuda", **options)
+    for name, value, error in (("multiprocessors", 0, ValueError), ("multiprocessors", 1.5, TypeError),
+                               ("multiprocessors", True, TypeError),
+                               ("threads_per_multiprocessor", 255, ValueError)):  # fmt: skip
+        with pytest.raises(error, match=name):
+            Generator("cuda", **{name: value})
     with pytest.raises(ValueError, match="multiprocessors"):
         Generator("cpu", multiprocessors=4)
     for device in ("npu", "cuda:", "cuda:x", "", None, "cpu0"):

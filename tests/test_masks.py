@@ -1,6 +1,7 @@
 """Masks: from maps to masks, masks of users, combinations, feathering, pasting back, and what is drawn of them."""
 
 import dataclasses
+import itertools
 import math
 import warnings
 
@@ -54,21 +55,23 @@ def message(error, function, *args, **kwargs):
 # --- from a map to a mask --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(1, 16, 16), (3, 8, 13), (2, 64, 48)])
-@pytest.mark.parametrize("ratio", [3.0, 0.7, 10])
-def test_defaults_are_the_reference_s_to_the_bit(shape, ratio):
+def test_defaults_are_the_reference_s_to_the_bit():
     torch = pytest.importorskip("torch")
-    maps = random_maps(*shape)
-    maps[0, 1, 2] = maps.mean(dtype=np.float64).astype(np.float32) * np.float32(ratio) * np.float32(0.5)
-    mask = masks.mask_of(maps, ratio)
-    assert mask.dtype == np.int64
-    magnitude = maps.mean(dtype=np.float64).astype(np.float32) * np.float32(ratio)
-    np.testing.assert_array_equal(mask, np.where(np.clip(maps, 0, magnitude) / magnitude <= 0.5, 0, 1))
-    # The reference's own lines, in its own framework, with this clamp (its float32 mean may differ in the last bit).
-    tensor = torch.from_numpy(maps)
-    tensor = tensor.clamp(0, float(magnitude)) / float(magnitude)
-    np.testing.assert_array_equal(mask, torch.where(tensor <= 0.5, 0, 1).numpy())
-    assert 0 < mask.mean() < 1
+    for shape, ratio in itertools.product([(1, 16, 16), (3, 8, 13), (2, 64, 48)], [3.0, 0.7, 10]):
+        maps = random_maps(*shape)
+        magnitude = maps.mean(dtype=np.float64).astype(np.float32) * np.float32(ratio)
+        maps[0, 1, 2] = magnitude * np.float32(0.5)
+        mask = masks.mask_of(maps, ratio)
+        magnitude = maps.mean(dtype=np.float64).astype(np.float32) * np.float32(ratio)
+        # The reference's own lines, in its own framework, with this clamp (its float32 mean may differ at the end).
+        tensor = torch.from_numpy(maps)
+        tensor = tensor.clamp(0, float(magnitude)) / float(magnitude)
+        np.testing.assert_array_equal(mask, torch.where(tensor <= 0.5, 0, 1).numpy())
+        assert mask.dtype == np.int64 and 0 < mask.mean() < 1
+        # Other number types.
+        np.testing.assert_array_equal(masks.mask_of(maps.astype(np.float64), ratio), mask)
+        halves = torch.from_numpy(maps).bfloat16()
+        np.testing.assert_array_equal(masks.mask_of(halves, ratio), masks.mask_of(halves.float().numpy(), ratio))
 
 
 def test_a_value_at_the_threshold_is_outside():
@@ -86,8 +89,13 @@ def test_clamps():
     assert whole == maps.mean(dtype=np.float64).astype(np.float32) * np.float32(3)
     own = masks.clamp_of(maps, 3.0, True)
     assert own.dtype == np.float32 and own.shape == (3, 1, 1)
-    for value, one in zip(own.ravel(), maps):
-        assert value == masks.clamp_of(one[None], 3.0, False)
+    assert own.ravel().tolist() == [masks.clamp_of(one[None], 3.0, False) for one in maps]
+    # One that is given takes the place of the computed.
+    for per_image, clamps in ((False, [whole]), (True, [own, own.ravel()])):
+        for clamp in clamps:
+            mask = masks.mask_of(maps, clamp=clamp)
+            np.testing.assert_array_equal(mask, masks.mask_of(maps, 3.0, per_image=per_image))
+    assert masks.mask_of(maps, clamp=np.float32(1e6)).sum() == 0
 
 
 def test_per_image_masks_do_not_depend_on_their_mates():
@@ -97,16 +105,6 @@ def test_per_image_masks_do_not_depend_on_their_mates():
     np.testing.assert_array_equal(kept[0], masks.mask_of(maps[:1])[0])
     np.testing.assert_array_equal(kept[1], masks.mask_of(mates[1:])[0])
     assert (masks.mask_of(mates)[0] != kept[0]).any(), "the reference's masks do"
-
-
-def test_a_given_clamp_takes_the_place_of_the_computed():
-    maps = random_maps(2, 8, 8)
-    for per_image in (False, True):
-        clamp = masks.clamp_of(maps, 2.0, per_image)
-        expected = masks.mask_of(maps, 2.0, per_image=per_image)
-        np.testing.assert_array_equal(masks.mask_of(maps, clamp=clamp), expected)
-    np.testing.assert_array_equal(masks.mask_of(maps, clamp=clamp.ravel()), expected)
-    assert masks.mask_of(maps, clamp=np.float32(1e6)).sum() == 0
 
 
 def test_no_difference_is_an_error():
@@ -128,25 +126,14 @@ def test_bad_maps_are_refused():
     ):
         assert words in message(error, masks.mask_of, maps)
         assert words in message(error, masks.clamp_of, maps)
-
-
-def test_other_bad_arguments_of_mask_of():
     maps = random_maps(2, 4, 4)
-    assert "dict" in message(TypeError, masks.mask_of, maps, options={"threshold": 0.5})
-    assert "`ratio`" in message(ValueError, masks.mask_of, maps, ratio=0)
-    assert "`ratio`" in message(TypeError, masks.mask_of, maps, ratio=True)
-    assert "`per_image`" in message(TypeError, masks.mask_of, maps, per_image=1)
-    assert "(3,)" in message(ValueError, masks.mask_of, maps, clamp=np.ones(3))
-    for bad in (0.0, -1.0, np.nan):
-        assert "above 0" in message(ValueError, masks.mask_of, maps, clamp=np.array(bad))
-
-
-def test_bfloat16_tensors_and_double_arrays_are_maps_too():
-    torch = pytest.importorskip("torch")
-    maps = random_maps(1, 8, 8)
-    np.testing.assert_array_equal(masks.mask_of(maps.astype(np.float64)), masks.mask_of(maps))
-    rounded = torch.from_numpy(maps).bfloat16()
-    np.testing.assert_array_equal(masks.mask_of(rounded), masks.mask_of(rounded.float().numpy()))
+    for error, words, arguments in (
+        (TypeError, "dict", dict(options={"threshold": 0.5})), (ValueError, "`ratio`", dict(ratio=0)),
+        (TypeError, "`ratio`", dict(ratio=True)), (TypeError, "`per_image`", dict(per_image=1)),
+        (ValueError, "(3,)", dict(clamp=np.ones(3))),
+        *((ValueError, "above 0", dict(clamp=np.array(bad))) for bad in (0.0, -1.0, np.nan)),
+    ):  # fmt: skip
+        assert words in message(error, masks.mask_of, maps, **arguments)
 
 
 # --- options ---------------------------------------------------------------------------------------
@@ -165,28 +152,25 @@ def test_defaults_and_values_of_the_options():
     assert mindiffedit.MaskOptions is MaskOptions
 
 
-BAD_OPTIONS = [
-    ("threshold", ValueError, (0, 1, -0.5, 1.5, math.nan, math.inf, None)),
-    ("threshold", TypeError, (True, "0.5", [0.5])),
-    ("smoothing", ValueError, (-0.1, math.nan, math.inf, 1e9, None)),
-    ("smoothing", TypeError, (False, "1")),
-    ("erosion", ValueError, (-1, 10**9)),
-    ("erosion", TypeError, (1.0, True, None, "1", math.nan)),
-    ("dilation", ValueError, (-1, 10**9)),
-    ("dilation", TypeError, (0.5, False, None)),
-    ("smallest_region", ValueError, (-3,)),
-    ("smallest_region", TypeError, (2.5, True, None)),
-    ("fill_holes", TypeError, (1, 0, None, "yes")),
-    ("soft", TypeError, (1, 0, None, "no")),
-    ("edges", ValueError, (-1, 101)),
-    ("edges", TypeError, (1.5, True, None, "2")),
-    ("edge_contrast", ValueError, (0, -0.1, math.nan, math.inf, None)),
-    ("edge_contrast", TypeError, (True, "0.1")),
-]
-
-
 def test_bad_options_are_refused():
-    for name, error, values in BAD_OPTIONS:
+    for name, error, values in (
+        ("threshold", ValueError, (0, 1, -0.5, 1.5, math.nan, math.inf, None)),
+        ("threshold", TypeError, (True, "0.5", [0.5])),
+        ("smoothing", ValueError, (-0.1, math.nan, math.inf, 1e9, None)),
+        ("smoothing", TypeError, (False, "1")),
+        ("erosion", ValueError, (-1, 10**9)),
+        ("erosion", TypeError, (1.0, True, None, "1", math.nan)),
+        ("dilation", ValueError, (-1, 10**9)),
+        ("dilation", TypeError, (0.5, False, None)),
+        ("smallest_region", ValueError, (-3,)),
+        ("smallest_region", TypeError, (2.5, True, None)),
+        ("fill_holes", TypeError, (1, 0, None, "yes")),
+        ("soft", TypeError, (1, 0, None, "no")),
+        ("edges", ValueError, (-1, 101)),
+        ("edges", TypeError, (1.5, True, None, "2")),
+        ("edge_contrast", ValueError, (0, -0.1, math.nan, math.inf, None)),
+        ("edge_contrast", TypeError, (True, "0.1")),
+    ):
         for value in values:
             text = message(error, MaskOptions, **{name: value})
             assert f"`{name}`" in text and (str(value) in text or f"{value:g}" in text)
@@ -199,28 +183,21 @@ def made(text, **knobs):
     return lines(masks.mask_of(shaped(text), ratio=0.5, options=MaskOptions(**knobs))[0])
 
 
-SPECK = "....... ....... ....... ...#... ....... ....... ......."
-
-
 def test_dilation_adds_a_disc():
+    speck = "....... ....... ....... ...#... ....... ....... ......."
     for radius, count in {1: 5, 2: 13, 3: 29}.items():
-        grown = made(SPECK, dilation=radius)
-        assert grown == [
-            "".join("#" if (x - 3) ** 2 + (y - 3) ** 2 <= radius**2 else "." for x in range(7)) for y in range(7)
-        ]
-        assert sum(line.count("#") for line in grown) == count
+        disc = ["".join(".#"[(x - 3) ** 2 + (y - 3) ** 2 <= radius**2] for x in range(7)) for y in range(7)]
+        assert made(speck, dilation=radius) == disc and "".join(disc).count("#") == count
 
 
 def test_erosion_takes_the_border_off_but_not_at_the_edge_of_the_grid():
-    assert made("..... .###. .###. .###. .....", erosion=1) == ["....." if y != 2 else "..#.." for y in range(5)]
-    assert made("..... .###. .###. .###. .....", erosion=2) == ["....."] * 5
-    assert made("###.. ###.. ###.. ..... .....", erosion=1) == ["##...", "##...", ".....", ".....", "....."]
+    square = "..... .###. .###. .###. ....."
+    assert made(square, erosion=1) == "..... ..... ..#.. ..... .....".split()
+    assert made(square, erosion=2) == ["....."] * 5
+    assert made("###.. ###.. ###.. ..... .....", erosion=1) == "##... ##... ..... ..... .....".split()
     assert made("### ### ###", erosion=5) == ["###"] * 3
-
-
-def test_erosion_then_dilation_takes_off_what_is_thin():
-    text = "........ .###.... .####### .###.... ........"
-    assert made(text, erosion=1, dilation=1) == ["........", "..##....", ".####...", "..##....", "........"]
+    thin = "........ .###.... .####### .###.... ........"
+    assert made(thin, erosion=1, dilation=1) == "........ ..##.... .####... ..##.... ........".split()
 
 
 def test_holes_are_filled_where_they_are_enclosed():
@@ -255,45 +232,36 @@ def test_the_order_of_the_knobs():
 
 
 def test_smoothing_drops_specks_and_closes_gaps():
+    def mask_of(maps, smoothing):
+        return masks.mask_of(maps, clamp=np.ones(1), options=MaskOptions(smoothing=smoothing))
+
     maps = np.zeros((1, 24, 24), np.float32)
     maps[0, 4:14, 4:14] = 1
     maps[0, 9, 9] = 0  # a gap
-    maps[0, 20, 20] = 1  # a speck
-    plain = masks.mask_of(maps, clamp=np.ones(1))
-    smooth = masks.mask_of(maps, clamp=np.ones(1), options=MaskOptions(smoothing=1))
+    maps[0, 20, 20] = 1000  # a speck; unclamped, it would cover whatever the Gaussian reaches
+    plain, smooth = mask_of(maps, 0), mask_of(maps, 1)
     assert plain[0, 9, 9] == 0 and plain[0, 20, 20] == 1
-    assert smooth[0, 9, 9] == 1 and smooth[0, 20, 20] == 0
+    assert smooth[0, 9, 9] == 1 and smooth[0, 18:, 18:].sum() == 0
     assert abs(int(smooth.sum()) - 100) <= 4, "the border stays where it was, but for the corners"
-
-
-def test_outliers_are_clamped_before_they_are_smoothed():
-    maps = np.zeros((1, 21, 21), np.float32)
-    maps[0, 10, 10] = 1000
-    mask = masks.mask_of(maps, clamp=np.ones(1), options=MaskOptions(smoothing=1))
-    assert mask.sum() == 0, "unclamped, it would cover whatever the Gaussian reaches"
-
-
-def test_smoothing_goes_on_at_the_edges_with_the_values_there():
+    # Beyond the edges of the grid it goes on with the values there.
     maps = np.zeros((1, 12, 12), np.float32)
     maps[0, :, :4] = 1
-    smooth = masks.mask_of(maps, clamp=np.ones(1), options=MaskOptions(smoothing=2))
-    np.testing.assert_array_equal(smooth, maps)
+    np.testing.assert_array_equal(mask_of(maps, 2), maps)
 
 
 # --- soft masks ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("threshold", [0.5, 0.2, 0.85])
-@pytest.mark.parametrize("smoothing", [0.0, 1.3])
-def test_soft_masks_agree_with_the_hard_ones(threshold, smoothing):
+def test_soft_masks_agree_with_the_hard_ones():
     maps = random_maps(2, 32, 40)
     maps[:, 8:20, 10:30] += 2
-    hard = masks.mask_of(maps, options=MaskOptions(threshold, smoothing))
-    soft = masks.mask_of(maps, options=MaskOptions(threshold, smoothing, soft=True))
-    assert soft.dtype == np.float32 and soft.shape == hard.shape
-    assert soft.min() == 0 and soft.max() <= 1
-    np.testing.assert_array_equal(soft > 0.5, hard == 1)
-    assert ((soft > 0) & (soft < 1)).sum() > 20, "there are values between"
+    for threshold, smoothing in itertools.product([0.5, 0.2, 0.85], [0.0, 1.3]):
+        hard = masks.mask_of(maps, options=MaskOptions(threshold, smoothing))
+        soft = masks.mask_of(maps, options=MaskOptions(threshold, smoothing, soft=True))
+        assert soft.dtype == np.float32 and soft.shape == hard.shape
+        assert soft.min() == 0 and soft.max() <= 1
+        np.testing.assert_array_equal(soft > 0.5, hard == 1)
+        assert ((soft > 0) & (soft < 1)).sum() > 20, "there are values between"
 
 
 def test_soft_masks_follow_their_formula():
@@ -303,27 +271,27 @@ def test_soft_masks_follow_their_formula():
     soft = masks.mask_of(maps, clamp=np.ones(1), options=MaskOptions(soft=True))[0]
     # Outside: 0.45 is next to the mask at one place, far from it at the other. Inside: 0.55 is 1 when it is deep.
     np.testing.assert_allclose(soft[2], [0, 0, 0, 0.4, 0.6, 1, 1, 1], atol=1 / 255)
+    # Of everything; and of nothing, where a third of the clamp is near the threshold, but no mask to be near to.
+    for ratio, expected in ((1.0, 1), (3.0, 0)):
+        assert (masks.mask_of(np.ones((1, 6, 6), np.float32), ratio, options=MaskOptions(soft=True)) == expected).all()
 
 
-@pytest.mark.parametrize(
-    "knobs",
-    [{}, {"dilation": 2}, {"erosion": 1}, {"fill_holes": True, "smallest_region": 5}, {"threshold": 0.3}],
-    ids=str,
-)
-def test_a_soft_mask_never_falls_where_the_map_rises(knobs):
-    rng = np.random.default_rng(4)
-    low = random_maps(1, 24, 24, seed=5) * (rng.random((1, 24, 24)) < 0.1).astype(np.float32)
-    clamp = masks.clamp_of(low, 3.0, False)
-    chosen = MaskOptions(soft=True, **knobs)
-    low[0, 8:16, 8:16] = np.linspace(0.2, 1.2, 64, dtype=np.float32).reshape(8, 8) * clamp
-    raised = 0
-    for _ in range(5):
-        high = low + (rng.random(low.shape) < 0.05) * rng.random(low.shape).astype(np.float32)
-        before, after = (masks.mask_of(m, clamp=clamp, options=chosen) for m in (low, high))
-        assert (after >= before).all()
-        raised += (after > before).sum()
-        low = high
-    assert raised > 10
+def test_a_soft_mask_never_falls_where_the_map_rises():
+    for knobs in ({}, {"dilation": 2}, {"erosion": 1}, {"fill_holes": True, "smallest_region": 5}, {"threshold": 0.3}):
+        rng = np.random.default_rng(4)
+        low = random_maps(1, 24, 24, seed=5) * (rng.random((1, 24, 24)) < 0.1).astype(np.float32)
+        clamp = masks.clamp_of(low, 3.0, False)
+        low[0, 8:16, 8:16] = np.linspace(0.2, 1.2, 64, dtype=np.float32).reshape(8, 8) * clamp
+        raised = 0
+        for _ in range(5):
+            high = low + (rng.random(low.shape) < 0.05) * rng.random(low.shape).astype(np.float32)
+            before, after = (
+                masks.mask_of(m, clamp=clamp, options=MaskOptions(soft=True, **knobs)) for m in (low, high)
+            )
+            assert (after >= before).all(), knobs
+            raised += (after > before).sum()
+            low = high
+        assert raised > 10, knobs
 
 
 def test_the_hard_mask_decides_where_a_soft_one_is():
@@ -336,14 +304,6 @@ def test_the_hard_mask_decides_where_a_soft_one_is():
     assert soft[0, 4, 4] == 1, "in the filled hole, although the map is 0 there"
     assert soft[0, 3, 10] == 0, "the speck that was dropped, although the map is large there"
     assert soft[0, 3, 11] == 0, "further than the reach from the mask"
-
-
-def test_soft_masks_of_nothing_and_of_everything():
-    flat = np.ones((1, 6, 6), np.float32)
-    whole = masks.mask_of(flat, ratio=1.0, options=MaskOptions(soft=True))
-    assert (whole == 1).all()
-    none = masks.mask_of(flat, ratio=3.0, options=MaskOptions(soft=True))
-    assert (none == 0).all(), "a third of the clamp is near the threshold, but there is no mask to be near to"
 
 
 # --- coverage --------------------------------------------------------------------------------------
@@ -368,11 +328,9 @@ def test_a_line_of_one_pixel_survives():
         across = np.zeros((512, 512), np.uint8)
         across[position] = 255
         mask = masks.user_mask(PIL.Image.fromarray(across), (64, 64))
-        assert mask.dtype == np.float32 and mask.shape == (1, 64, 64)
-        np.testing.assert_array_equal(mask[0].any(axis=1).nonzero()[0], [position // 8])
-        assert mask.sum() == 64
-        down = masks.user_mask(across.T > 0, (64, 64))
-        np.testing.assert_array_equal(down[0], mask[0].T)
+        assert mask.dtype == np.float32 and mask.shape == (1, 64, 64) and mask.sum() == 64
+        assert mask[0].any(axis=1).nonzero()[0].tolist() == [position // 8]
+        np.testing.assert_array_equal(masks.user_mask(across.T > 0, (64, 64))[0], mask[0].T)
 
 
 def test_every_pixel_belongs_to_one_latent_at_any_size():
@@ -387,22 +345,20 @@ def test_every_pixel_belongs_to_one_latent_at_any_size():
             assert small[int((y + 0.5) * h / height), int((width // 2 + 0.5) * w / width)] == 1
 
 
-def test_small_masks_are_enlarged_to_the_nearest():
-    mask = np.array([[0, 0.25], [1, 0.5]])
-    expected = np.kron(mask, np.ones((3, 3))).astype(np.float32)
-    np.testing.assert_array_equal(masks.user_mask(mask, (6, 6))[0], expected)
+def test_values_and_sizes_of_masks():
+    small = np.array([[0, 0.25], [1, 0.5]])
+    for result in (masks.user_mask(small, (6, 6)), masks.enlarged(small[None], (6, 6))):  # to the nearest
+        assert result.dtype == np.float32
+        np.testing.assert_array_equal(result[0], np.kron(small, np.ones((3, 3))))
+    assert masks.enlarged(small[None], (5, 7)).shape == (1, 5, 7)
     np.testing.assert_array_equal(masks.user_mask(np.ones((1, 1)), (3, 5)), np.ones((1, 3, 5)))
     row = masks.user_mask(np.array([[0, 1, 0.5]] * 2), (4, 7))[0]
     assert row[0].tolist() == [0, 0, 1, 1, 1, 0.5, 0.5]
-
-
-def test_continuous_values_are_kept():
-    mask = np.zeros((16, 16), np.float32)
-    mask[3, 3], mask[2, 2], mask[12, 9] = 0.3, 0.7, 0.125
-    np.testing.assert_array_equal(masks.user_mask(mask, (2, 2))[0], np.array([[0.7, 0], [0, 0.125]], np.float32))
-    np.testing.assert_array_equal(masks.user_mask(mask, (2, 2), soft=False)[0], [[1, 0], [0, 0]])
-    text = message(TypeError, masks.user_mask, mask, (2, 2), soft="no")
-    assert "`soft`" in text
+    large = np.zeros((16, 16), np.float32)  # values are kept
+    large[3, 3], large[2, 2], large[12, 9] = 0.3, 0.7, 0.125
+    np.testing.assert_array_equal(masks.user_mask(large, (2, 2))[0], np.array([[0.7, 0], [0, 0.125]], np.float32))
+    np.testing.assert_array_equal(masks.user_mask(large, (2, 2), soft=False)[0], [[1, 0], [0, 0]])
+    assert "`soft`" in message(TypeError, masks.user_mask, large, (2, 2), soft="no")
 
 
 def test_masks_survive_the_way_to_the_picture_and_back():
@@ -414,6 +370,7 @@ def test_masks_survive_the_way_to_the_picture_and_back():
         hard = (mask[:1] > 0.5).astype(np.float32)
         written = pictures.restore_size(pictures.mask_to_pil(hard)[0], size[::-1])
         np.testing.assert_array_equal(masks.user_mask(written, grid), hard)
+        np.testing.assert_array_equal(masks.fit_mask(written, size[::-1], grid[::-1], 8)[0], hard)
         np.testing.assert_array_equal(np.asarray(written) / 255, masks.enlarged(hard, size)[0])
 
 
@@ -421,112 +378,66 @@ HALVES = np.zeros((8, 8), np.uint8)
 HALVES[:, 4:] = 255
 
 
-def kinds():
-    """The same mask, right half white, in every kind."""
+def test_masks_of_every_kind():
     mindspore, torch = pytest.importorskip("mindspore"), pytest.importorskip("torch")
     grey = PIL.Image.fromarray(HALVES)
     clear = PIL.Image.new("RGBA", (8, 8), (255, 255, 255, 0))  # white, but nothing drawn
     clear.paste((255, 255, 255, 255), (4, 0, 8, 8))
-    palette = grey.convert("P")
     ones = (HALVES > 0).astype(np.uint8)
-    yield from {
-        "L": grey,
-        "RGB": grey.convert("RGB"),
-        "RGBA": clear,
-        "LA": clear.convert("LA"),
-        "1": grey.convert("1"),
-        "P": palette,
-        "CMYK": grey.convert("CMYK"),
-        "mindspore": mindspore.Tensor(ones.astype(np.float32)),
-        "F": PIL.Image.fromarray(ones.astype(np.float32)),
-        "I;16": PIL.Image.fromarray(HALVES.astype(np.uint16) * 257),
-        "I": PIL.Image.fromarray(HALVES.astype(np.int32)),
-        "L of 0 and 1": PIL.Image.fromarray(ones),
-        "list of PIL": [grey],
-        "bool": HALVES > 0,
-        "uint8": HALVES,
-        "uint8 of 0 and 1": ones,
-        "int64": ones.astype(np.int64),
-        "float64": ones.astype(np.float64),
-        "float16": ones.astype(np.float16),
-        "(B, H, W)": HALVES[None],
-        "(B, 1, H, W)": HALVES[None, None],
-        "list of arrays": [HALVES],
-        "list of numbers": ones.tolist(),
-        "list of lists of lists": [ones.tolist()],
-        "torch": torch.from_numpy(ones).float(),
-        "torch bool": torch.from_numpy(ones).bool(),
-        "torch bytes": torch.from_numpy(HALVES)[None],
-        "list of tensors": [torch.from_numpy(ones).bfloat16()],
-    }.items()
-
-
-def test_masks_of_every_kind():
-    expected = np.zeros((1, 4, 4), np.float32)
-    expected[..., 2:] = 1
-    for kind, mask in kinds():
+    tensor = torch.from_numpy(ones)
+    for number, mask in enumerate((
+        clear, clear.convert("LA"), *(grey.convert(mode) for mode in ("L", "RGB", "1", "P", "CMYK")), [grey],
+        *(PIL.Image.fromarray(values) for values in (
+            ones, ones.astype(np.float32), HALVES.astype(np.uint16) * 257, HALVES.astype(np.int32))),
+        HALVES, HALVES[None], HALVES[None, None], [HALVES], ones.tolist(), [ones.tolist()],
+        *(ones.astype(dtype) for dtype in (bool, np.uint8, np.int64, np.float64, np.float16)),
+        mindspore.Tensor(ones.astype(np.float32)), tensor.float(), tensor.bool(), torch.from_numpy(HALVES)[None],
+        [tensor.bfloat16()],
+    )):  # fmt: skip
         result = masks.user_mask(mask, (4, 4))
         assert result.dtype == np.float32
-        np.testing.assert_array_equal(result, expected, err_msg=kind)
+        np.testing.assert_array_equal(result, [[[0, 0, 1, 1]] * 4], err_msg=f"{number}: {type(mask)}")
     own = np.eye(4, dtype=np.float32)[None]
     masks.user_mask(own, (4, 4))[:] = 7
     np.testing.assert_array_equal(own[0], np.eye(4), "the caller's mask is left alone")
-
-
-def test_batches_of_masks():
+    # Batches.
     two = np.stack([HALVES, HALVES.T])
-    result = masks.user_mask(two, (2, 2), 2)
-    assert result.tolist() == [[[0, 1], [0, 1]], [[0, 0], [1, 1]]]
-    as_list = masks.user_mask([PIL.Image.fromarray(HALVES), PIL.Image.fromarray(HALVES.T.copy())], (2, 2), 2)
-    np.testing.assert_array_equal(as_list, result)
+    for batch in (two, [PIL.Image.fromarray(one) for one in two]):
+        assert masks.user_mask(batch, (2, 2), 2).tolist() == [[[0, 1], [0, 1]], [[0, 0], [1, 1]]]
     assert masks.user_mask(HALVES, (2, 2), 5).shape == (1, 2, 2), "one serves all"
 
 
-NOT_MASKS = [  # mask, batch, error, words
-    ("mask.png", 1, TypeError, "holds str"),
-    (None, 1, TypeError, "NoneType"),
-    ([0, 1], 1, TypeError, "int"),
-    ([], 1, ValueError, "empty list"),
-    (np.zeros((0, 4)), 1, ValueError, "empty"),
-    (np.zeros((0, 4), np.uint8), 1, ValueError, "empty"),
-    (np.zeros(4), 1, ValueError, "(4,)"),
-    (np.zeros((1, 1, 1, 4, 4)), 1, ValueError, "(1, 1, 1, 4, 4)"),
-    (np.full((4, 4), np.nan), 1, ValueError, "NaN"),
-    (np.full((4, 4), np.inf), 1, ValueError, "[0, 1]"),
-    (np.full((4, 4), -0.1), 1, ValueError, "-0.1"),
-    (np.eye(4) * 255, 1, ValueError, "divide"),
-    (np.eye(4, dtype=int) * 255, 1, ValueError, "divide"),
-    (np.zeros((4, 4), complex), 1, TypeError, "complex"),
-    (np.array([["a"]]), 1, TypeError, "numbers"),
-    (np.zeros((3, 4, 4)), 2, ValueError, "batch size 3"),
-    (np.zeros((8, 8, 3), np.uint8), 1, ValueError, "(h, w)"),
-    (np.zeros((1, 3, 8, 8)), 1, ValueError, "3 channels"),
-    ([np.zeros((4, 4)), np.zeros((5, 5))], 2, ValueError, "(4, 4), (5, 5)"),
-    ([PIL.Image.new("L", (4, 4)), PIL.Image.new("L", (4, 5))], 2, ValueError, "different shapes"),
-]
-
-
 def test_masks_that_mean_nothing_are_refused():
-    for mask, batch, error, words in NOT_MASKS:
+    zeros, eye = np.zeros((4, 4)), np.eye(4)
+    for mask, batch, error, words in (
+        ("mask.png", 1, TypeError, "holds str"), (None, 1, TypeError, "NoneType"), ([0, 1], 1, TypeError, "int"),
+        ([], 1, ValueError, "empty list"), (zeros[:0], 1, ValueError, "empty"),
+        (zeros[:0].astype(np.uint8), 1, ValueError, "empty"), (zeros[0], 1, ValueError, "(4,)"),
+        (zeros[None, None, None], 1, ValueError, "(1, 1, 1, 4, 4)"), (zeros + np.nan, 1, ValueError, "NaN"),
+        (zeros + np.inf, 1, ValueError, "[0, 1]"), (zeros - 0.1, 1, ValueError, "-0.1"),
+        (eye * 255, 1, ValueError, "divide"), (eye.astype(int) * 255, 1, ValueError, "divide"),
+        (zeros.astype(complex), 1, TypeError, "complex"), (np.array([["a"]]), 1, TypeError, "numbers"),
+        (np.zeros((3, 4, 4)), 2, ValueError, "batch size 3"), (np.zeros((8, 8, 3), np.uint8), 1, ValueError, "(h, w)"),
+        (np.zeros((1, 3, 8, 8)), 1, ValueError, "3 channels"),
+        ([zeros, np.zeros((5, 5))], 2, ValueError, "(4, 4), (5, 5)"),
+        ([PIL.Image.new("L", (4, 4)), PIL.Image.new("L", (4, 5))], 2, ValueError, "different shapes"),
+    ):  # fmt: skip
         assert words in message(error, masks.preprocess_mask, mask, batch)
         text = message(error, masks.user_mask, mask, (4, 4), batch)
         assert words in text and "`mask`" in text
         assert "`mine`" in message(error, masks.user_mask, mask, (4, 4), batch, name="mine")
-    mixed = [PIL.Image.new("L", (4, 4)), np.zeros((4, 4))]
-    assert "mixes" in message(TypeError, masks.preprocess_mask, mixed)
-    assert "divide" in message(ValueError, masks.preprocess_mask, np.eye(4, dtype=np.uint8) * 255)
+    assert "mixes" in message(TypeError, masks.preprocess_mask, [PIL.Image.new("L", (4, 4)), zeros])
+    assert "divide" in message(ValueError, masks.preprocess_mask, eye.astype(np.uint8) * 255)
     floats = [PIL.Image.fromarray(np.full((4, 4), value, np.float32)) for value in (np.nan, 255)]
     for mask, error, words in (
-        ([[0, 1], [1]], ValueError, "different lengths"),
-        ([["a", "b"]], TypeError, "numbers"),
-        (PIL.Image.new("L", (0, 4)), ValueError, "empty"),
-        (floats[0], ValueError, "NaN"),
+        ([[0, 1], [1]], ValueError, "different lengths"), ([["a", "b"]], TypeError, "numbers"),
+        (PIL.Image.new("L", (0, 4)), ValueError, "empty"), (floats[0], ValueError, "NaN"),
         (floats[1], ValueError, "divide"),
-    ):
+    ):  # fmt: skip
         assert words in message(error, masks.user_mask, mask, (4, 4))
     for size in (4, (4,), (4, 4, 4), (0, 4), (4, -1), (4.0, 4), (True, 4), None, "44"):
-        assert "`size`" in message(ValueError, masks.user_mask, np.zeros((4, 4)), size)
-        assert "`size`" in message(ValueError, masks.enlarged, np.zeros((4, 4)), size)
+        for function in (masks.user_mask, masks.enlarged):
+            assert "`size`" in message(ValueError, function, zeros, size)
 
 
 def test_a_mask_of_other_proportions_is_stretched_with_a_warning():
@@ -561,25 +472,17 @@ def reference_mask(mask, batch_size):
 def test_masks_equal_the_reference_s():
     torch = pytest.importorskip("torch")
     single, double, drawn = soft_mask(6, 9), soft_mask(2, 6, 9), PIL.Image.fromarray(picture(6, 9))
-    for mask, batch_size in (
-        (single, 1),
-        (single, 3),
-        (single[None], 2),
-        (double, 2),
-        (double[:, None], 2),
-        ([single, 1 - single], 2),
-        ([single[None], 1 - single[None]], 2),
-        (torch.from_numpy(single), 2),
-        (torch.from_numpy(double), 2),
-        (torch.from_numpy(single[None, None]), 2),
-        ([torch.from_numpy(single), torch.from_numpy(1 - single)], 2),
-        (drawn, 2),
-        ([drawn.convert("L"), drawn], 2),
-        ((double > 0.5).astype(np.int64), 2),
-    ):
-        ours = masks.preprocess_mask(mask, batch_size)
+    tensor = torch.from_numpy(single)
+    assert np.array_equal(masks.preprocess_mask(single, 1), reference_mask(single, 1))
+    assert np.array_equal(masks.preprocess_mask(single, 3), reference_mask(single, 3))
+    for mask in (
+        single[None], double, double[:, None], [single, 1 - single], [single[None], 1 - single[None]], tensor,
+        torch.from_numpy(double), tensor[None, None], [tensor, 1 - tensor], drawn, [drawn.convert("L"), drawn],
+        (double > 0.5).astype(np.int64),
+    ):  # fmt: skip
+        ours = masks.preprocess_mask(mask, 2)
         assert ours.dtype == np.float32
-        np.testing.assert_array_equal(ours, reference_mask(mask, batch_size))
+        np.testing.assert_array_equal(ours, reference_mask(mask, 2))
 
 
 def test_masks_of_any_number_type():
@@ -596,23 +499,11 @@ def test_the_caller_s_mask_is_not_written_to():
     assert not np.shares_memory(masks.preprocess_mask(binary), binary)
 
 
-def test_masks_survive_the_way_to_the_picture_s_size_and_back():
-    grid = (np.random.default_rng(9).random((1, 8, 11)) > 0.5).astype(np.float32)
-    drawn = pictures.restore_size(pictures.mask_to_pil(grid)[0], (117, 91))
-    back = masks.fit_mask(drawn, (117, 91), (11, 8), 8)
-    assert back.shape == (1, 1, 8, 11)
-    np.testing.assert_array_equal(back[0], grid)
-
-
-def test_a_latent_changes_where_half_of_it_is_marked():
+def test_masks_are_fitted_and_those_of_another_size_refused():
     mask = np.zeros((16, 16), np.float32)
-    mask[:8, :4] = 1  # half of the first latent
+    mask[:8, :4] = 1  # half of the first latent: it changes
     mask[8:, :3] = 1  # less than half of the third
-    result = masks.fit_mask(pictures.mask_to_pil(mask)[0], (16, 16), (2, 2), 8)
-    assert result[0, 0].tolist() == [[1, 0], [0, 0]]
-
-
-def test_masks_of_another_size_are_refused():
+    assert masks.fit_mask(pictures.mask_to_pil(mask)[0], (16, 16), (2, 2), 8)[0, 0].tolist() == [[1, 0], [0, 0]]
     mask = PIL.Image.new("L", (30, 20))
     for size in ((90, 70), (88, 64), (11, 8)):
         masks.fit_mask(mask.resize(size), (90, 70), (11, 8), 8)
@@ -622,82 +513,59 @@ def test_masks_of_another_size_are_refused():
 
 # --- combinations ----------------------------------------------------------------------------------
 
-A = np.array([[[0, 0, 1, 1]]], np.int64)
-B = np.array([[[0, 1, 0, 1]]], np.float32)
-
 
 def test_combinations():
-    for how, expected in (("replace", [0, 1, 0, 1]), ("union", [0, 1, 1, 1]), ("subtract", [0, 0, 1, 0]),
-                          ("intersection", [0, 0, 0, 1])):  # fmt: skip
-        result = masks.combine(A, B, how)
+    a, b = np.array([[[0, 0, 1, 1]]], np.int64), np.array([[[0, 1, 0, 1]]], np.float32)
+    soft_a, soft_b = np.array([[[0.2, 0.9]]], np.float32), np.array([[[0.6, 0.75]]], np.float32)
+    for how, expected, soft in (
+        ("replace", [0, 1, 0, 1], [0.6, 0.75]),
+        ("union", [0, 1, 1, 1], [0.6, 0.9]),
+        ("subtract", [0, 0, 1, 0], [0.2, 0.25]),
+        ("intersection", [0, 0, 0, 1], [0.2, 0.75]),
+    ):
+        result = masks.combine(a, b, how)
         assert result.dtype == np.float32 and result.tolist() == [[expected]]
+        np.testing.assert_array_equal(masks.combine(soft_a, soft_b, how)[0, 0], np.array(soft, np.float32), how)
         # One of them serves all of the other.
-        np.testing.assert_array_equal(masks.combine(np.repeat(A, 3, 0), B, how), np.repeat(result, 3, 0))
-        np.testing.assert_array_equal(masks.combine(A, np.repeat(B, 3, 0), how), np.repeat(result, 3, 0))
-
-
-def test_combinations_of_continuous_values():
-    a, b = np.array([[0.2, 0.9]], np.float32), np.array([[0.6, 0.75]], np.float32)
-    for how, expected in {
-        "replace": [0.6, 0.75],
-        "union": [0.6, 0.9],
-        "subtract": [0.2, 0.25],
-        "intersection": [0.2, 0.75],
-    }.items():
-        np.testing.assert_array_equal(masks.combine(a, b, how)[0, 0], np.array(expected, np.float32), how)
-
-
-def test_combinations_are_new_arrays():
-    own = B.copy()
-    masks.combine(None, own, "replace")[:] = 5
-    masks.combine(np.repeat(A, 2, 0), own, "replace")[0] = 5
-    np.testing.assert_array_equal(own, B)
-    assert masks.combine(None, own, "replace").tolist() == B.tolist()
+        np.testing.assert_array_equal(masks.combine(np.repeat(a, 3, 0), b, how), np.repeat(result, 3, 0))
+        np.testing.assert_array_equal(masks.combine(a, np.repeat(b, 3, 0), how), np.repeat(result, 3, 0))
+    # The results are new arrays.
+    masks.combine(None, b, "replace")[:] = 5
+    masks.combine(np.repeat(a, 2, 0), b, "replace")[0] = 5
+    assert b.tolist() == masks.combine(None, b, "replace").tolist() == [[[0, 1, 0, 1]]]
 
 
 def test_masks_that_cannot_be_combined():
-    assert "'xor'" in message(ValueError, masks.combine, A, B, "xor")
-    assert "user_mask" in message(ValueError, masks.combine, A, np.zeros((1, 2, 4)), "union")
-    counts = message(ValueError, masks.combine, np.repeat(A, 2, 0), np.repeat(B, 3, 0), "union")
-    assert "(3, 1, 4)" in counts
-    assert "`automatic` is None" in message(ValueError, masks.combine, None, B, "subtract")
-    assert "`own`" in message(ValueError, masks.combine, A, B * 2, "union")
-    assert "`automatic`" in message(ValueError, masks.combine, A * 2, B, "union")
-    assert "`own`" in message(TypeError, masks.combine, A, None, "union")
+    a, b = np.array([[[0, 0, 1, 1]]], np.int64), np.array([[[0, 1, 0, 1]]], np.float32)
+    for words, automatic, own, how in (
+        ("'xor'", a, b, "xor"), ("user_mask", a, np.zeros((1, 2, 4)), "union"),
+        ("(3, 1, 4)", np.repeat(a, 2, 0), np.repeat(b, 3, 0), "union"), ("`automatic` is None", None, b, "subtract"),
+        ("`own`", a, b * 2, "union"), ("`automatic`", a * 2, b, "union"),
+    ):  # fmt: skip
+        assert words in message(ValueError, masks.combine, automatic, own, how)
+    assert "`own`" in message(TypeError, masks.combine, a, None, "union")
 
 
 # --- feathering and pasting ------------------------------------------------------------------------
 
 
-def test_enlarged():
-    mask = np.array([[[0, 1], [0.5, 0]]])
-    result = masks.enlarged(mask, (4, 6))
-    assert result.dtype == np.float32
-    np.testing.assert_array_equal(result[0], np.kron(mask[0], np.ones((2, 3))))
-    assert masks.enlarged(mask, (5, 7)).shape == (1, 5, 7)
-
-
-@pytest.mark.parametrize("radius", [0, 1, 2.5, 8, 40])
-def test_feathers_end_exactly(radius):
+def test_feathers_end_exactly():
     mask = np.zeros((2, 8, 8), np.int64)
-    mask[0, 2:4, 3:6] = 1
-    mask[0, 6, 6] = 1
-    mask[1, 7, 0] = 1
-    weights = masks.feathered(mask, (64, 64), radius)
-    assert weights.dtype == np.float32 and weights.shape == (2, 64, 64)
-    inside = masks.enlarged(mask, (64, 64)) > 0
-    for weight, pixels in zip(weights, inside):
+    mask[0, 2:4, 3:6], mask[0, 6, 6], mask[1, 7, 0] = 1, 1, 1
+    y, x = np.mgrid[:64, :64]
+    for pixels, number in zip(masks.enlarged(mask, (64, 64)) > 0, range(2)):
         ys, xs = np.nonzero(pixels)
-        y, x = np.mgrid[:64, :64]
         squares = ((y[..., None] - ys) ** 2 + (x[..., None] - xs) ** 2).min(axis=-1)
-        assert (weight[pixels] == 1).all()
-        far = (squares >= radius**2) & ~pixels
-        assert (weight[far] == 0).all()
-        between = ~far & ~pixels
-        assert ((weight[between] > 0) & (weight[between] < 1)).all()
-        assert between.any() == (radius > 1)
-        expected = 0.5 + 0.5 * np.cos(np.pi * np.sqrt(squares[between]) / max(radius, 1))
-        np.testing.assert_allclose(weight[between], expected, atol=1e-6)
+        for radius in (0, 1, 2.5, 8, 40):
+            weights = masks.feathered(mask, (64, 64), radius)
+            assert weights.dtype == np.float32 and weights.shape == (2, 64, 64)
+            weight, far = weights[number], (squares >= radius**2) & ~pixels
+            between = ~far & ~pixels
+            assert (weight[pixels] == 1).all() and (weight[far] == 0).all()
+            assert ((weight[between] > 0) & (weight[between] < 1)).all()
+            assert between.any() == (radius > 1)
+            expected = 0.5 + 0.5 * np.cos(np.pi * np.sqrt(squares[between]) / max(radius, 1))
+            np.testing.assert_allclose(weight[between], expected, atol=1e-6)
 
 
 def test_feathers_of_nothing_of_everything_and_of_soft_masks():
@@ -743,15 +611,14 @@ def test_pasting_back_is_exact():
 
 def test_what_cannot_be_pasted():
     good, weights = np.zeros((2, 4, 6, 3), np.uint8), np.zeros((2, 4, 6))
-    paste = masks.paste_back
-    assert "`edited`" in message(TypeError, paste, good, good.astype(np.float32), weights)
-    assert "`original`" in message(TypeError, paste, good / 255, good, weights)
-    assert "(4, 6, 3)" in message(ValueError, paste, good[0], good[0], weights)
-    assert "(2, 4, 5, 3)" in message(ValueError, paste, good, good[:, :, 1:], weights)
-    assert "(2, 4, 6)" in message(ValueError, paste, good, good, np.zeros((2, 6, 4)))
-    assert "feathered" in message(ValueError, paste, good, good, np.zeros((3, 4, 6)))
-    assert "`weights`" in message(ValueError, paste, good, good, weights + 1.5)
-    assert "NaN" in message(ValueError, paste, good, good, weights * np.nan)
+    for words, *arguments in (
+        ("(4, 6, 3)", good[0], good[0], weights), ("(2, 4, 5, 3)", good, good[:, :, 1:], weights),
+        ("(2, 4, 6)", good, good, np.zeros((2, 6, 4))), ("feathered", good, good, np.zeros((3, 4, 6))),
+        ("`weights`", good, good, weights + 1.5), ("NaN", good, good, weights * np.nan),
+    ):  # fmt: skip
+        assert words in message(ValueError, masks.paste_back, *arguments)
+    assert "`edited`" in message(TypeError, masks.paste_back, good, good.astype(np.float32), weights)
+    assert "`original`" in message(TypeError, masks.paste_back, good / 255, good, weights)
 
 
 # --- pictures of masks -----------------------------------------------------------------------------
@@ -800,15 +667,10 @@ def test_overlays_that_cannot_be_drawn():
 # --- sweeps ----------------------------------------------------------------------------------------
 
 
-def test_values_of_a_sweep():
+def test_sweeps():
     assert masks.sweep_values("0.3, 0.5,7e-1", "threshold", options.check_threshold) == [0.3, 0.5, 0.7]
-    steps = masks.sweep_values("10,50", "steps", options.check_steps)
-    assert steps == [10, 50] and all(type(value) is int for value in steps)
-    assert masks.sweep_values("1", "guidance", options.check_guidance_scale) == [1.0]
-    assert len(masks.sweep_values(",".join(map(str, range(1, 13))), "steps", options.check_steps)) == 12
-
-
-def test_bad_sweeps_are_refused():
+    steps = masks.sweep_values(",".join(map(str, range(1, 13))), "steps", options.check_steps)
+    assert steps == [*range(1, 13)] and all(type(value) is int for value in steps)
     for text, words in (
         ("", "''"), (" ", "commas"), (None, "None"), ("0.3,,0.5", "an empty place"), ("0.3,", "an empty place"),
         ("0.3;0.5", "'0.3;0.5'"), ("a,b", "'a'"), ("0.3,1.5", "1.5"), ("0.3,nan", "nan"), ("0.3,inf", "inf"),

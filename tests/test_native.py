@@ -22,10 +22,11 @@ built = pytest.mark.skipif(ISA is None, reason="the C++ kernels were not built, 
 ULP = 2.0**-23  # of a float32 near 1; a correctly rounded result is off by half of it at most
 
 
-def environment(**changes):
-    """This process' environment for a Python that imports the package from here."""
+def python(*arguments, cwd=ROOT, **changes):
+    """A Python that imports the package from here, with this process' environment but for the changes."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    return {**os.environ, "PYTHONPATH": path, **changes}
+    environment = {**os.environ, "PYTHONPATH": path, **changes}
+    return subprocess.run([sys.executable, *arguments], env=environment, cwd=cwd, capture_output=True, text=True)
 
 
 def run(name, inputs, shape):
@@ -68,6 +69,11 @@ def exact_gelu(x):
     return x * 0.5 * np.vectorize(math.erfc, otypes=[float])(-x / math.sqrt(2))
 
 
+def exact_geglu(x):
+    first, gate = np.split(x, 2, axis=-1)
+    return wide(first) * exact_gelu(gate)
+
+
 def exact_attention(query, key, value, heads, scale):
     batch, queries, width = query.shape
 
@@ -108,20 +114,10 @@ def tokens_of(x):
 
 @built
 class TestKernels:
-    @pytest.mark.parametrize(
-        "batch, queries, keys, heads, size",
-        [
-            (1, 1, 1, 1, 1),
-            (2, 1, 5, 3, 7),
-            (1, 7, 1, 2, 40),
-            (2, 65, 77, 8, 40),
-            (1, 33, 289, 2, 64),
-            (2, 64, 64, 2, 160),
-            (1, 131, 577, 3, 80),
-            (1, 9, 300, 1, 512),
-            (1, 3, 20, 1, 1021),
-        ],
-    )
+    @pytest.mark.parametrize("batch, queries, keys, heads, size", [
+        (1, 1, 1, 1, 1), (2, 1, 5, 3, 7), (1, 7, 1, 2, 40), (2, 65, 77, 8, 40), (1, 33, 289, 2, 64),
+        (2, 64, 64, 2, 160), (1, 131, 577, 3, 80), (1, 9, 300, 1, 512), (1, 3, 20, 1, 1021),
+    ])  # fmt: skip
     @pytest.mark.parametrize("magnitude", [1e-3, 1.0, 4.0])
     def test_attention(self, batch, queries, keys, heads, size, magnitude):
         query = normal(batch, queries, heads * size, seed=1, scale=magnitude)
@@ -171,15 +167,10 @@ class TestKernels:
 
     @pytest.mark.parametrize("shape", [(1, 2), (3, 5, 14), (7, 34), (2, 4096, 18), (5, 128)])
     def test_geglu(self, shape):
-        x = normal(*shape, scale=3)
-        half = shape[-1] // 2
-        expected = wide(x[..., :half]) * exact_gelu(x[..., half:])
-        # 1e-36: where float32 has few digits left
-        assert_close(run("Geglu", [x], expected.shape), expected, 4e-7, 1e-36)
-        bias = normal(shape[-1], seed=1)
-        both = x + bias  # rounded as the kernel rounds it
-        expected = wide(both[..., :half]) * exact_gelu(both[..., half:])
-        assert_close(run("Geglu", [x, bias], expected.shape), expected, 4e-7, 1e-36)
+        x, bias = normal(*shape, scale=3), normal(shape[-1], seed=1)
+        # x + bias is rounded as the kernel rounds it. 1e-36: where float32 has few digits left
+        for inputs, expected in (([x], exact_geglu(x)), ([x, bias], exact_geglu(x + bias))):
+            assert_close(run("Geglu", inputs, expected.shape), expected, 4e-7, 1e-36)
 
     @pytest.mark.parametrize("shape", [(7,), (1, 1), (3, 5, 33), (2, 4096, 18)])
     def test_bias_add_tokens(self, shape):
@@ -197,16 +188,15 @@ class TestKernels:
         x = normal(*shape, scale=scale, mean=mean)
         weight, bias = normal(shape[1], seed=1, mean=1), normal(shape[1], seed=2)
         shift = normal(*shape[:2], seed=3, scale=scale) if shifted else None
-        eps = np.float32(1e-6)
-        expected = exact_group_norm(x, groups, weight, bias, float(eps), shift)
+        expected = exact_group_norm(x, groups, weight, bias, float(np.float32(1e-6)), shift)
         tensors = [x, weight, bias] + ([shift] if shifted else [])
-        plain = run("GroupNorm", [*tensors, [groups, eps, 0]], shape)
+        plain = run("GroupNorm", [*tensors, [groups, 1e-6, 0]], shape)
         assert_close(plain, expected, 0.51 * ULP, 1e-11)
         # SiLU of the rounded norm: at -5 it has five times the relative error of its input.
-        fused = run("GroupNorm", [*tensors, [groups, eps, 1]], shape)
+        fused = run("GroupNorm", [*tensors, [groups, 1e-6, 1]], shape)
         assert_close(fused, exact_silu(plain), 2e-7)
         for silu, image in enumerate((plain, fused)):
-            tokens = run("GroupNormTokens", [*tensors, [groups, eps, silu]], tokens_of(x).shape)
+            tokens = run("GroupNormTokens", [*tensors, [groups, 1e-6, silu]], tokens_of(x).shape)
             assert np.array_equal(tokens, tokens_of(image))
 
     def test_group_norm_passes_nan_on(self):
@@ -221,34 +211,24 @@ class TestKernels:
     def test_layer_norm(self, shape, scale, mean):
         x = normal(*shape, scale=scale, mean=mean)
         weight, bias = normal(shape[-1], seed=1, mean=1), normal(shape[-1], seed=2)
-        eps = np.float32(1e-5)
         centred = wide(x) - wide(x).mean(-1, keepdims=True)
-        normed = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + float(eps))
+        normed = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + float(np.float32(1e-5)))
         expected = normed * wide(weight) + wide(bias)
-        assert_close(run("LayerNorm", [x, weight, bias, [eps]], shape), expected, 0.51 * ULP, 1e-11)
+        assert_close(run("LayerNorm", [x, weight, bias, [1e-5]], shape), expected, 0.51 * ULP, 1e-11)
 
-    @pytest.mark.parametrize(
-        "batch, channels, height, width", [(1, 1, 1, 1), (2, 17, 3, 5), (1, 40, 16, 16), (2, 33, 20, 13)]
-    )
-    def test_layouts(self, batch, channels, height, width):
-        image = normal(batch, channels, height, width)
+    @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 17, 3, 5), (1, 40, 16, 16), (2, 33, 20, 13)])
+    def test_layouts(self, shape):
+        image, residual = normal(*shape), normal(*shape, seed=1)
         tokens = np.ascontiguousarray(tokens_of(image))
-        residual = normal(batch, channels, height, width, seed=1)
         assert np.array_equal(run("ImageToTokens", [image], tokens.shape), tokens)
         assert np.array_equal(run("TokensToImage", [tokens, residual], image.shape), image + residual)
 
     @pytest.mark.parametrize("filters", [1, 4, 5, 19])
     @pytest.mark.parametrize("stride, padding", [(1, 1), (1, 0), (2, 0), (2, 1)])
-    @pytest.mark.parametrize(
-        "shape, kernel",
-        [
-            ((2, 3, 9, 7), (3, 3)),
-            ((1, 65, 5, 67), (3, 3)),
-            ((1, 2, 3, 3), (3, 3)),
-            ((1, 9, 6, 131), (2, 3)),
-            ((1, 320, 4, 4), (3, 2)),
-        ],
-    )
+    @pytest.mark.parametrize("shape, kernel", [
+        ((2, 3, 9, 7), (3, 3)), ((1, 65, 5, 67), (3, 3)), ((1, 2, 3, 3), (3, 3)), ((1, 9, 6, 131), (2, 3)),
+        ((1, 320, 4, 4), (3, 2)),
+    ])  # fmt: skip
     def test_conv2d(self, shape, kernel, filters, stride, padding):
         x = normal(*shape, mean=3)  # a mean that makes float32 sums lose digits
         weight, bias = normal(filters, shape[1], *kernel, seed=1), normal(filters, seed=2)
@@ -288,11 +268,10 @@ def test_every_instruction_set(isa):
     """All of TestKernels with less than the best instruction set; the other tests ran with the best."""
     if INSTRUCTION_SETS.index(isa) >= INSTRUCTION_SETS.index(ISA):
         pytest.skip(f"{isa} is not below {ISA}, which the processor or MINDIFFEDIT_NATIVE_ISA sets")
-    changed = environment(MINDIFFEDIT_NATIVE_ISA=isa)
-    asked = [sys.executable, "-c", "from mindiffedit import native; print(native.instruction_set())"]
-    assert subprocess.run(asked, env=changed, capture_output=True, text=True).stdout.strip() == isa
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{__file__}::TestKernels"]
-    done = subprocess.run(command, env=changed, cwd=ROOT, capture_output=True, text=True)
+    code = "from mindiffedit.runtime import native; print(native.instruction_set())"
+    assert python("-c", code, MINDIFFEDIT_NATIVE_ISA=isa).stdout.strip() == isa
+    tests = ("-m", "pytest", "-q", "-p", "no:cacheprovider", f"{__file__}::TestKernels")
+    done = python(*tests, MINDIFFEDIT_NATIVE_ISA=isa)
     assert done.returncode == 0 and "skipped" not in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
 
 
@@ -319,18 +298,14 @@ def digests():
 
 @built
 def test_the_number_of_threads_does_not_change_the_values():
-    code = "import test_native; print(chr(10).join(test_native.digests()))"
+    code, expected = "import test_native; print(chr(10).join(test_native.digests()))", digests()
     for threads in "123":
-        changed = environment(OMP_NUM_THREADS=threads)
-        command = [sys.executable, "-c", code]
-        done = subprocess.run(command, env=changed, cwd=ROOT / "tests", capture_output=True, text=True)
-        assert done.stdout.split("\n")[:-1] == digests(), done.stderr
+        done = python("-c", code, cwd=ROOT / "tests", OMP_NUM_THREADS=threads)
+        assert done.stdout.split("\n")[:-1] == expected, done.stderr
 
 
 REFUSED = [
-    ("Silu", [(2, 3)], (3, 2)),
-    ("Silu", [(2, 3), (2, 3)], (2, 3)),
-    ("Geglu", [(2, 7)], (2, 3)),
+    ("Silu", [(2, 3)], (3, 2)), ("Silu", [(2, 3), (2, 3)], (2, 3)), ("Geglu", [(2, 7)], (2, 3)),
     ("Attention", [(1, 4, 6), (1, 4, 6), (1, 5, 6), [2, 1.0]], (1, 4, 6)),
     ("Attention", [(1, 4, 6), (1, 4, 6), (1, 4, 6), [4, 1.0]], (1, 4, 6)),
     ("Attention", [(1, 4, 6), (1, 4, 6), (1, 4, 6), [2, 0.0]], (1, 4, 6)),
@@ -340,19 +315,16 @@ REFUSED = [
     ("GroupNorm", [(1, 6, 2), (6,), (5,), [3, 1e-5, 0]], (1, 6, 2)),
     ("GroupNorm", [(1, 6, 2), (6,), (6,), (6,), [3, 1e-5, 0]], (1, 6, 2)),
     ("GroupNormTokens", [(1, 6, 2), (6,), (6,), [3, 1e-5, 0]], (1, 6, 2)),
-    ("LayerNorm", [(3, 6), (3,), (6,), [1e-5]], (3, 6)),
-    ("LayerNorm", [(3, 6), (6,), (6,), [np.nan]], (3, 6)),
-    ("TokensToImage", [(1, 6, 4), (1, 4, 2, 2)], (1, 4, 2, 2)),
-    ("ImageToTokens", [(1, 4, 2, 3)], (1, 4, 6)),
+    ("LayerNorm", [(3, 6), (3,), (6,), [1e-5]], (3, 6)), ("LayerNorm", [(3, 6), (6,), (6,), [np.nan]], (3, 6)),
+    ("TokensToImage", [(1, 6, 4), (1, 4, 2, 2)], (1, 4, 2, 2)), ("ImageToTokens", [(1, 4, 2, 3)], (1, 4, 6)),
     ("Conv2dPrecise", [(1, 3, 8, 8), (2, 4, 3, 3), (1, 2)], (1, 2, 8, 8)),
     ("Conv2dPrecise", [(1, 3, 8, 8), (2, 3, 5, 5), (1, 2)], (1, 2, 6, 6)),
     ("Conv2dPrecise", [(1, 3, 8, 8), (2, 3, 3, 3), (1, 1)], (1, 2, 8, 8)),
     ("Conv2dPrecise", [(1, 3, 2, 2), (2, 3, 3, 3), (1, 1)], (1, 2, 0, 0)),
     ("Conv2dPrecise", [(1, 3, 8, 8), (2, 3, 3, 3), (0, 2)], (1, 2, 8, 8)),
-    ("BiasAddResidual", [(1, 3, 8), (4,)], (1, 3, 8)),
-    ("ConcatChannels", [(1, 3, 8), (1, 2, 7)], (1, 5, 8)),
+    ("BiasAddResidual", [(1, 3, 8), (4,)], (1, 3, 8)), ("ConcatChannels", [(1, 3, 8), (1, 2, 7)], (1, 5, 8)),
     ("UpsampleNearest2x", [(1, 3, 8, 8)], (1, 3, 8, 16)),
-]
+]  # fmt: skip
 
 
 @built
@@ -368,120 +340,30 @@ def test_refuses_what_does_not_fit():
 # --- in MindSpore --------------------------------------------------------------------------------------
 
 
-native_ops = None  # mindiffedit.runtime.native.operators, which needs the library: the graph compiler reads a global
-
-
-def import_operators():
-    global native_ops
-    pytest.importorskip("mindspore")
-    if not native.available():
-        pytest.skip("the device is not the CPU, or MINDIFFEDIT_NATIVE is 0")
-    from mindiffedit.runtime.native import operators as native_ops
-
-
-def everything(x, tokens, weight, bias, shift, kernel):
-    """Every function of operators.py, each checked below; traced by the graph compiler."""
-    return (
-        native_ops.attention(tokens, tokens[:, :5], tokens[:, 2:7], 2, 0.25),
-        native_ops.geglu(tokens),
-        native_ops.geglu(tokens, bias),
-        native_ops.bias_add_tokens(tokens, bias),
-        native_ops.bias_add_tokens(tokens, bias, tokens),
-        native_ops.gelu(x),
-        native_ops.silu(x),
-        native_ops.group_norm(x, 4, weight, bias, 1e-6),
-        native_ops.group_norm(x, 2, weight, bias, 1e-5, True, shift),
-        native_ops.group_norm_tokens(x, 4, weight, bias, eps=1e-5, silu=True),
-        native_ops.group_norm_tokens(x, 2, weight, bias, 1e-5, False, shift),
-        native_ops.layer_norm(tokens, weight, bias, 1e-5),
-        native_ops.tokens_to_image(tokens, x),
-        native_ops.image_to_tokens(x),
-        native_ops.conv2d_precise(x, kernel),
-        native_ops.conv2d_precise(x, kernel, padding=1),
-        native_ops.conv2d_precise(x, kernel, None, 2),
-        native_ops.conv2d_precise(x, kernel, None, 2, 1),
-        native_ops.conv2d_precise(x, kernel, bias[:3]),
-        native_ops.conv2d_precise(x, kernel, bias[:3], padding=1),
-        native_ops.conv2d_precise(x, kernel, bias[:3], 2),
-        native_ops.conv2d_precise(x, kernel, bias[:3], 2, 1),
-        native_ops.bias_add_residual(x, bias),
-        native_ops.bias_add_residual(x, bias, x),
-        native_ops.concat_channels(x, x[:, :3]),
-        native_ops.upsample_nearest_2x(x),
-    )
-
-
-@built
-def test_operators_in_pynative_and_graph_mode():
-    import_operators()
-    import mindspore
-
-    x, tokens = normal(2, 8, 4, 6), normal(2, 24, 8, seed=1)
-    weight, bias, shift = normal(8, seed=2), normal(8, seed=3), normal(2, 8, seed=4)
-    kernel = normal(3, 8, 3, 3, seed=5)
-
-    normed = exact_group_norm(x, 4, weight, bias, 1e-6)
-    softened = exact_group_norm(x, 2, weight, bias, 1e-5, shift)
-    layer = wide(tokens) - wide(tokens).mean(-1, keepdims=True)
-    layer = layer / np.sqrt((layer**2).mean(-1, keepdims=True) + 1e-5) * weight + bias
-    again = exact_group_norm(x, 4, weight, bias, 1e-5)
-    none = np.zeros(3)
-    expected = [
-        exact_attention(tokens, tokens[:, :5], tokens[:, 2:7], 2, 0.25),
-        wide(tokens[..., :4]) * exact_gelu(tokens[..., 4:]),
-        wide(tokens + bias)[..., :4] * exact_gelu((tokens + bias)[..., 4:]),
-        tokens + bias,
-        tokens + bias + tokens,
-        exact_gelu(x),
-        exact_silu(x),
-        normed,
-        exact_silu(softened),
-        tokens_of(exact_silu(again)),
-        tokens_of(softened),
-        layer,
-        tokens.transpose(0, 2, 1).reshape(x.shape) + x,
-        tokens_of(x),
-        *[exact_conv2d(x, kernel, none, *pair) for pair in [(1, 0), (1, 1), (2, 0), (2, 1)]],
-        *[exact_conv2d(x, kernel, bias[:3], *pair) for pair in [(1, 0), (1, 1), (2, 0), (2, 1)]],
-        x + bias.reshape(1, -1, 1, 1),
-        x + bias.reshape(1, -1, 1, 1) + x,
-        np.concatenate([x, x[:, :3]], 1),
-        x.repeat(2, 2).repeat(2, 3),
-    ]
-    inputs = [mindspore.Tensor(value) for value in (x, tokens, weight, bias, shift, kernel)]
-    eager = [value.asnumpy() for value in everything(*inputs)]
-    graph = [value.asnumpy() for value in mindspore.jit(everything)(*inputs)]
-    assert len(eager) == len(graph) == len(expected)
-    for one, other, exact in zip(eager, graph, expected):
-        assert np.array_equal(one, other)
-        assert_close(one, wide(exact), 4e-7, 2e-6)
-
-
 @built
 def test_operators_refuse_wrong_calls():
-    import_operators()
-    import mindspore
+    """What they compute in MindSpore, in all modes, is compared with torch in test_kernels.py."""
+    mindspore = pytest.importorskip("mindspore")
+    if not native.available():
+        pytest.skip("the device is not the CPU, or MINDIFFEDIT_NATIVE is 0")
+    from mindiffedit.runtime.native import operators
 
+    image, rows, five, six = (mindspore.Tensor(normal(*shape)) for shape in ((1, 1, 4, 4), (3, 6), (5,), (6,)))
     with pytest.raises(ValueError, match="stride 3"):
-        image = mindspore.Tensor(normal(1, 1, 4, 4))
-        native_ops.conv2d_precise(image, image[:, :, :3, :3], stride=3)
+        operators.conv2d_precise(image, image[:, :, :3, :3], stride=3)
     with pytest.raises(RuntimeError):
-        native_ops.layer_norm(
-            mindspore.Tensor(normal(3, 6)), mindspore.Tensor(normal(5)), mindspore.Tensor(normal(6))
-        ).asnumpy()
+        operators.layer_norm(rows, five, six).asnumpy()
 
 
 # --- switching off, and building -------------------------------------------------------------------------
 
 
-def test_can_be_switched_off(monkeypatch):
-    monkeypatch.setenv("MINDIFFEDIT_NATIVE", "0")
-    assert native.available() is False
-
-
 def test_without_the_library(monkeypatch, tmp_path):
-    """Neither a missing file nor one that is no library raises."""
+    """Switched off, with a missing file, and with one that is no library, which does not raise."""
     path = tmp_path / "lib.so"
+    with monkeypatch.context() as patch:
+        patch.setenv("MINDIFFEDIT_NATIVE", "0")
+        assert native.available() is False
     monkeypatch.setattr(native, "library_path", lambda: path if path.exists() else None)
     cached = (native._works, native._library)
     try:
@@ -489,8 +371,7 @@ def test_without_the_library(monkeypatch, tmp_path):
             prepare()
             for function in cached:
                 function.cache_clear()
-            assert native.available() is False
-            assert native.instruction_set() is None
+            assert native.available() is False and native.instruction_set() is None
     finally:
         for function in cached:
             function.cache_clear()
@@ -502,12 +383,12 @@ def source_copy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("source")
     for name in ("setup.py", "README.md"):
         shutil.copy(ROOT / name, folder)
-    shutil.copytree(
-        ROOT / "mindiffedit",
-        folder / "mindiffedit",
-        ignore=shutil.ignore_patterns("*.so", "__pycache__", "demo"),
-    )
+    ignored = shutil.ignore_patterns("*.so", "__pycache__", "demo")
+    shutil.copytree(ROOT / "mindiffedit", folder / "mindiffedit", ignore=ignored)
     return folder
+
+
+BUILD = ("setup.py", "-q", "build_ext", "--inplace")
 
 
 @pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="needs the source tree")
@@ -516,15 +397,7 @@ def source_copy(tmp_path_factory):
 def test_a_build_that_fails_says_so_and_goes_on(source_copy, compiler):
     library = source_copy / "mindiffedit" / "runtime" / "native" / "libmindiffedit.so"
     library.write_bytes(b"an older build")
-    changed = environment(CXX=compiler)
-    changed["PYTHONPATH"] = os.environ.get("PYTHONPATH", "")
-    done = subprocess.run(
-        [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
-        env=changed,
-        cwd=source_copy,
-        capture_output=True,
-        text=True,
-    )
+    done = python(*BUILD, cwd=source_copy, CXX=compiler, PYTHONPATH=str(source_copy))
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stderr.splitlines() if "mindiffedit" in line and "not built" in line]
     assert len(lines) == 1 and compiler in lines[0], done.stderr
@@ -538,16 +411,9 @@ def test_a_build_that_fails_says_so_and_goes_on(source_copy, compiler):
 )
 @pytest.mark.tools
 def test_builds(source_copy):
-    done = subprocess.run(
-        [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
-        cwd=source_copy,
-        capture_output=True,
-        text=True,
-    )
+    done = python(*BUILD, cwd=source_copy, PYTHONPATH=str(source_copy))
     assert done.returncode == 0 and "not built" not in done.stderr, done.stderr
     code = "from mindiffedit.runtime import native; print(native.instruction_set(), native.library_path())"
-    changed = environment(PYTHONPATH=str(source_copy))
-    shown = subprocess.run([sys.executable, "-c", code], cwd=source_copy, env=changed, capture_output=True, text=True)
-    name, path = shown.stdout.split()
+    name, path = python("-c", code, cwd=source_copy, PYTHONPATH=str(source_copy)).stdout.split()
     assert name in INSTRUCTION_SETS
     assert Path(path) == source_copy / "mindiffedit" / "runtime" / "native" / "libmindiffedit.so"
