@@ -16,7 +16,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from safetensors.numpy import save_file
-from test_cli import SOURCE, TARGET, FakePipeline, edit, ran, refused, stages, work  # noqa: F401
+from test_cli import INVERT, SOURCE, TARGET, FakePipeline, edit, ran, refused, stages, work  # noqa: F401
 
 import mindiffedit
 import mindiffedit.parity
@@ -75,11 +75,8 @@ ADVICE = [
     (noised, dict(inpaint_strength=0.1), "inpaint_strength", "`num_inference_steps` of at least 10",
      dict(inpaint_strength=0.1, num_inference_steps=10)),
     (noised, dict(inpaint_strength=5e-324), "inpaint_strength", "give at least 0.5", dict(inpaint_strength=0.5)),
-    (noised, dict(inpaint_strength=1.5), "inpaint_strength", "in [0.0, 1.0]", dict(inpaint_strength=1.0)),
     (noised, dict(inpaint_strength=None), "inpaint_strength", "give a number from 0 to 1", dict(inpaint_strength=1)),
-    (noised, dict(num_inference_steps=0), "num_inference_steps", "from 1 to 1000", dict(num_inference_steps=2)),
     (noised, dict(num_inference_steps=10**400), "num_inference_steps", "characters", dict(num_inference_steps=2)),
-    (noised, dict(inpaint_strength=10**400), "inpaint_strength", "a number from 0 to 1", dict(inpaint_strength=1)),
     (noised, dict(batch_size=0), "batch_size", "positive integer", dict(batch_size=1)),
     (noised, dict(image=[PICTURE] * 2, batch_size=3), "image", "one for all", dict(image=PICTURE, batch_size=3)),
     (noised, dict(generator=[]), "generator", "or None", dict(generator=None)),
@@ -92,38 +89,33 @@ ADVICE = [
     (map_of, dict(outlier_quantile=0), "outlier_quantile", "None switches it off", dict(outlier_quantile=None)),
     (map_of, dict(mask_options={}), "mask_options", "MaskOptions(smoothing=1.0)",
      dict(mask_options=MaskOptions(smoothing=1.0))),
-    (map_of, dict(guidance_scale=-1), "guidance_scale", "1 or less means no guidance", dict(guidance_scale=1)),
     (map_of, dict(guidance_scale="7"), "guidance_scale", "'7' of type str", dict(guidance_scale=7)),
     (map_of, dict(target_prompt=None), "target_prompt", "Provide either `target_prompt` or `target_prompt_embeds`",
      dict(target_prompt="a dog")),
-    (map_of, dict(target_prompt=["a", 1]), "target_prompt", "`target_prompt[1]`", dict(target_prompt="a dog")),
     (inverted, dict(image=None), "image", "give a picture", dict(image=PICTURE)),
     (inverted, dict(inversion_iterations=1, num_reg_steps=1), "inversion_iterations", "one of the two to 0",
      dict(inversion_iterations=1, num_reg_steps=0)),
-    (inverted, dict(lambda_kl=-1), "lambda_kl", "0 switches it off", dict(lambda_kl=0)),
     (inverted, dict(cross_attention_kwargs={"scale": [1]}), "cross_attention_kwargs",
      "`cross_attention_kwargs['scale']` is list", dict(cross_attention_kwargs={"scale": 1.0})),
     (edited, dict(mask_image=None, mask_combination="union"), "mask_combination", "no `mask_image`",
      dict(mask_combination="replace")),
     (edited, dict(inversion_iterations=2), "inversion_iterations", "leave them out", {}),
-    (edited, dict(target_prompt=["a dog"] * 2), "target_prompt", "as many of each", {}),
     (edited, dict(feather=-1), "feather", "0 switches it off", dict(feather=0)),
-    (edited, dict(output_type="pt"), "output_type", "'latent'", dict(output_type="latent")),
     (edited, dict(callback_on_step_end_tensor_inputs="latents"), "callback_on_step_end_tensor_inputs", "['latents']",
      dict(callback_on_step_end_tensor_inputs=["latents"])),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("call, wrong, parameter, words, right", ADVICE, ids=itertools.count())
-def test_advice_of_the_pipeline(pipe, call, wrong, parameter, words, right):
-    before = dict(pipe._stages.calls)
-    with pytest.raises((InputError, InputTypeError)) as caught:
-        call(pipe, **wrong)
-    said = str(caught.value)
-    assert caught.value.parameter == parameter and words in said, said
-    assert len(said) < 500 and "\n" not in said and "--" not in said
-    assert dict(pipe._stages.calls) == before  # no model ran
-    call(pipe, **right)
+def test_advice_of_the_pipeline(pipe):
+    for call, wrong, parameter, words, right in ADVICE:
+        before = dict(pipe._stages.calls)
+        with pytest.raises((InputError, InputTypeError)) as caught:
+            call(pipe, **wrong)
+        said = str(caught.value)
+        assert caught.value.parameter == parameter and words in said, said
+        assert len(said) < 500 and "\n" not in said and "--" not in said
+        assert dict(pipe._stages.calls) == before  # no model ran
+        call(pipe, **right)
 
 
 def test_latents_that_do_not_fit_are_told_how_to(pipe):
@@ -137,9 +129,8 @@ def test_latents_that_do_not_fit_are_told_how_to(pipe):
 
 
 def test_iterations_with_another_solver(pipe, monkeypatch):
-    solver = mindiffedit.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     with monkeypatch.context() as patch:
-        patch.setattr(pipe, "scheduler", solver)
+        patch.setattr(pipe, "scheduler", mindiffedit.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config))
         with pytest.raises(InputError, match="set it to 0, or choose DDIM as `scheduler`") as caught:
             inverted(pipe, inversion_iterations=1)
         inverted(pipe, inversion_iterations=0)
@@ -172,71 +163,57 @@ def test_advice_of_the_parts():
 
 # --- the command line ------------------------------------------------------------------------------
 
-NOISE, MASK = ["--inversion", "noise"], ["--mask", "p.png"]
+MODEL = ["--model", "model"]
 
 # What is wrong with an edit, words of the sentence, and what it advises.
 EDITS = [
-    (["--strength", "0.01"], "give at least 0.02", ["--strength", "0.02"]),
-    (["--strength", "0.01"], "or --steps of at least 100", ["--strength", "0.01", "--steps", "100"]),
-    (["--strength", "5e-324"], "give at least 0.02", ["--strength", "0.02"]),
-    (["--mask-strength", "0"], "give at least 0.02", ["--mask-strength", "0.02"]),
-    (["--guidance", "1", "--negative", "x"], "give --guidance above 1", ["--guidance", "1.5", "--negative", "x"]),
-    (["--guidance", "1", "--negative", "x"], "leave --negative out", ["--guidance", "1"]),
-    (["--guidance", "-1"], "1 or less means no guidance", ["--guidance", "0"]),
-    (["--outliers", "0"], "None switches it off", ["--outliers", "None"]),
-    (["--mask-level", "1"], "0.5 is the paper's", ["--mask-level", "0.5"]),
-    (["--smallest-region", "-1"], "0 switches it off", ["--smallest-region", "0"]),
-    ([*NOISE, "--iterations", "2"], "leave one of the two out", NOISE),
-    ([*NOISE, "--iterations", "2"], "leave one of the two out", ["--iterations", "2"]),
-    ([*MASK, "--maps", "2"], "give --mask-combine union", [*MASK, "--maps", "2", "--mask-combine", "union"]),
-    (["--mask-combine", "union"], "give --mask FILE", ["--mask-combine", "union", *MASK]),
-    (["--reference", "--caption", "x"], "leave one of the two out", ["--reference"]),
-    (["--sweep-guidances", "1,2"], "give its file by --sweep", ["--sweep-guidances", "1,2", "--sweep", "s.png"]),
-    (["--sweep", "s.png", "--sweep-guidances", "1;2"], "as 0.3,0.5,0.7",
-     ["--sweep", "s.png", "--sweep-guidances", "0.3,0.5,0.7"]),
-    (["--sweep", "s.png", "--sweep-guidances", "2,2"], "each value once",
-     ["--sweep", "s.png", "--sweep-guidances", "2"]),
-    (["--sweep", "s.png", "--sweep-strengths", "0.01"], "at least 0.02",
-     ["--sweep", "s.png", "--sweep-strengths", "0.02"]),
-    (["--sweep", "s.png", "--sweep-guidances", ",".join(map(str, range(1, 900)))], "at most 12",
-     ["--sweep", "s.png", "--sweep-guidances", "1,2"]),
-    (["--variant", "fp16", "--model", "demo"], "leave --variant out", ["--model", "demo"]),
-    (["--grid", "out.png"], "give two names", ["--grid", "grid.png"]),
-    (["--grid", "p.png"], "give another name", ["--grid", "grid.png"]),
-    (["--size", "0"], "from 1 to 65536", ["--size", "64"]),
-    (["--seed", "18446744073709551616"], "2**64 - 1", ["--seed", "18446744073709551615"]),
-    (["--target", SOURCE], "nothing to change", ["--target", TARGET]),
-    (["--scheduler", "dpm", "--iterations", "1"], "refines DDIM's inversion",
-     ["--scheduler", "ddim", "--iterations", "1"]),
-]  # fmt: skip
+    ("--strength 0.01", "give at least 0.02", "--strength 0.02"),
+    ("--strength 0.01", "or --steps of at least 100", "--strength 0.01 --steps 100"),
+    ("--mask-strength 0", "give at least 0.02", "--mask-strength 0.02"),
+    ("--guidance 1 --negative x", "give --guidance above 1", "--guidance 1.5 --negative x"),
+    ("--guidance 1 --negative x", "leave --negative out", "--guidance 1"),
+    ("--guidance -1", "1 or less means no guidance", "--guidance 0"),
+    ("--outliers 0", "None switches it off", "--outliers None"),
+    ("--mask-level 1", "0.5 is the paper's", "--mask-level 0.5"),
+    ("--smallest-region -1", "0 switches it off", "--smallest-region 0"),
+    ("--inversion noise --iterations 2", "leave one of the two out", "--iterations 2"),
+    ("--mask p.png --maps 2", "give --mask-combine union", "--mask p.png --maps 2 --mask-combine union"),
+    ("--mask-combine union", "give --mask FILE", "--mask-combine union --mask p.png"),
+    ("--reference --caption x", "leave one of the two out", "--reference"),
+    ("--sweep-guidances 1,2", "give its file by --sweep", "--sweep-guidances 1,2 --sweep s.png"),
+    ("--sweep s.png --sweep-guidances 1;2", "as 0.3,0.5,0.7", "--sweep s.png --sweep-guidances 0.3,0.5,0.7"),
+    ("--sweep s.png --sweep-guidances 2,2", "each value once", "--sweep s.png --sweep-guidances 2"),
+    ("--sweep s.png --sweep-strengths 0.01", "at least 0.02", "--sweep s.png --sweep-strengths 0.02"),
+    (f"--sweep s.png --sweep-guidances {','.join(map(str, range(1, 900)))}", "at most 12", "--sweep s.png"),
+    ("--variant fp16 --model demo", "leave --variant out", "--model demo"),
+    ("--grid out.png", "give two names", "--grid grid.png"),
+    ("--grid p.png", "give another name", "--grid grid.png"),
+    ("--size 0", "from 1 to 65536", "--size 64"),
+    ("--seed 18446744073709551616", "2**64 - 1", "--seed 18446744073709551615"),
+    ("--scheduler dpm --iterations 1", "refines DDIM's inversion", "--scheduler ddim --iterations 1"),
+]
 
 
-@pytest.mark.parametrize("wrong, words, right", EDITS, ids=lambda value: " ".join(value)[:40])
-def test_advice_of_the_command(work, capsys, wrong, words, right):  # noqa: F811
-    refused(capsys, edit(*wrong), words)
-    ran(capsys, edit(*right))
-    assert stages()
+def test_advice_of_the_command(work, capsys):  # noqa: F811
+    for wrong, words, right in EDITS:
+        refused(capsys, edit(*wrong.split()), words)
+        ran(capsys, edit(*right.split()))
+        assert stages()
+        for path in {*Path().glob("*.png")} - {Path("p.png")}:
+            path.unlink()
 
 
 def test_advice_about_latents(work, capsys):  # noqa: F811
-    def invert(*more):
-        return ["invert", "p.png", "--source", SOURCE, "-o", "l.safetensors", "--model", "model", *more]
-
-    def with_latents(*more):
-        return ["edit", "p.png", "--target", TARGET, "-o", "out.png", "--latents", "l.safetensors", *more]
-
-    refused(capsys, with_latents(), "make one with `mindiffedit invert`")
-    refused(capsys, invert("--negative", "x"), "give --guidance above 1")
-    ran(capsys, invert("--negative", "x", "--guidance", "2"))
-    ran(capsys, invert("--steps", "10"))
+    with_latents, model = ["edit", "p.png", "--target", TARGET, "-o", "out.png", "--latents", "l.safetensors"], MODEL
+    refused(capsys, with_latents, "make one with `mindiffedit invert`")
+    refused(capsys, [*INVERT, "--negative", "x"], "give --guidance above 1")
+    ran(capsys, [*INVERT, "--negative", "x", "--guidance", "2"])
+    ran(capsys, [*INVERT, "--steps", "10"])
     assert read_latents("l.safetensors")[2]["steps"] == 10
-    FakePipeline.calls.clear()
-    refused(
-        capsys, with_latents("--model", "model", "--steps", "20"), "with --steps 10, but --steps is 20; leave it out"
-    )
-    refused(capsys, with_latents("--model", "model", "--size", "64"), "leave it out")
-    refused(capsys, with_latents(), "give that --model")
-    ran(capsys, with_latents("--model", "model"))
+    refused(capsys, [*with_latents, *model, "--steps", "20"], "with --steps 10, but --steps is 20; leave it out")
+    refused(capsys, [*with_latents, *model, "--size", "64"], "leave it out")
+    refused(capsys, with_latents, "give that --model")
+    ran(capsys, [*with_latents, *model])
 
 
 def test_warnings_are_told_in_the_command_s_words(work, capsys, monkeypatch):  # noqa: F811
@@ -262,72 +239,57 @@ def test_a_note_is_said_once_a_command(work, capsys, monkeypatch):  # noqa: F811
         assert err.count("note: a was cut off") == err.count("note: b was cut off") == 1
 
 
-@pytest.mark.parametrize(
-    "source, target, warned",
-    [
+def test_words_in_common():
+    for source, target, warned in (
         ("a bowl of fruit", "pears", True),
         ("a bowl of fruit", "a bowl of pears", False),
         ("一碗水果", "一碗梨", False),
-        ("一只猫", "狗", False),
         ("りんごの写真", "バナナ", False),
         ("ชามผลไม้", "ชามลูกแพร์", False),
         ("사과 한 그릇", "배 한 그릇", False),
         ("Un CAFÉ", "cafe\u0301 noir", False),
         ("", "pears", False),
-    ],
-)
-def test_words_in_common(source, target, warned):
-    warnings = _warnings(EditReport([0.5], [0.1]), source, target, False)
-    assert any("no word in common" in each for each in warnings) is warned and len(warnings) == warned
+    ):
+        warnings = _warnings(EditReport([0.5], [0.1]), source, target, False)
+        assert any("no word in common" in each for each in warnings) is warned and len(warnings) == warned, source
 
 
 def test_our_own_faults_are_no_bad_input(work, capsys, monkeypatch):  # noqa: F811
     """An exception of a library inside this package, or one of ours that is no InputError, is a bug."""
-    planted = {
-        "np.concatenate": lambda: np.concatenate([np.zeros(2), np.zeros((2, 2))]),
-        "ValueError": lambda: masks.user_mask.__globals__["np"].zeros(-1),
-        "KeyError": lambda: {}["some key"],
-        "TypeError": lambda: options.check_steps(),
-    }
-    for fault in planted.values():
+    for fault in (
+        lambda: np.concatenate([np.zeros(2), np.zeros((2, 2))]),
+        lambda: {}["some key"],
+        lambda: options.check_steps(),
+    ):
         FakePipeline.breaks["whole"] = fault
-        for more in ([], ["--json"], ["--quiet"]):
-            assert cli.main(edit(*more)) == 1
-            out, err = capsys.readouterr()
-            last = err.splitlines()[-1]
-            assert out == "" and "Traceback (most recent call last)" in err
-            assert re.match(r"mindiffedit: failed: \w+Error: ", last), last
-            assert f"a bug of mindiffedit {mindiffedit.__version__}" in last and "report it" in last
-            assert "issue tracker" in last and "`mindiffedit --version`" in last
-    monkeypatch.setattr(masks, "enlarged", lambda *_: np.concatenate([]))  # inside the package itself
+        assert cli.main(edit("--json")) == 1
+        out, err = capsys.readouterr()
+        last = err.splitlines()[-1]
+        assert out == "" and "Traceback (most recent call last)" in err
+        assert re.match(r"mindiffedit: failed: \w+Error: ", last), last
+        assert f"a bug of mindiffedit {mindiffedit.__version__}" in last and "report it" in last
     FakePipeline.breaks.clear()
-    assert cli.main(edit("--grid", "grid.png")) == 1 and "need at least one array" in capsys.readouterr().err
-    for error in (OSError(28, "No space left on device", "x" * 5000), MemoryError()):
+    # Inside the package itself.
+    full = OSError(28, "No space left on device", "x" * 5000)
+    for error, is_bug in (ValueError("need an array"), True), (full, False), (MemoryError(), False):
         monkeypatch.setattr(masks, "enlarged", Mock(side_effect=error))
         assert cli.main(edit("--grid", "grid.png")) == 1
-        err = [line for line in capsys.readouterr().err.splitlines() if "failed" in line]
-        assert len(err) == 1 and "bug" not in err[0] and len(err[0]) < 600
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if "failed" in line]
+        assert ("a bug" in line) == is_bug and len(line) < 600
 
 
 def test_errors_of_the_calls_are_told_as_options(work, capsys):  # noqa: F811
-    kinds = (
-        InputError("{parameter} is {x!r}.", parameter="num_inference_steps", x="y" * 5000),
-        InputTypeError(
-            "{parameter}: give {guidance_scale=1}, {variant='fp16'} or {cross_attention_kwargs}.", parameter="prompt"
-        ),
-    )
-
-    def fail(error):
-        raise error
-
-    FakePipeline.breaks["whole"] = lambda: fail(kinds[0])
-    assert cli.main(edit()) == 2
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith("mindiffedit: error: --steps is 'yyy") and said.endswith("(5002 characters).")
-    FakePipeline.breaks["whole"] = lambda: fail(kinds[1])
-    assert cli.main(edit()) == 2
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert said == "mindiffedit: error: --target: give --guidance 1, --variant fp16 or cross attention kwargs."
+    advice = "{parameter}: give {guidance_scale=1}, {variant='fp16'} or {cross_attention_kwargs}."
+    for error, start, end in (
+        (InputError("{parameter} is {x!r}.", parameter="num_inference_steps", x="y" * 5000),
+         "--steps is 'yyy", "(5002 characters)."),
+        (InputTypeError(advice, parameter="prompt"),
+         "--target: give --guidance 1, --variant fp16 or ", "cross attention kwargs."),
+    ):  # fmt: skip
+        FakePipeline.breaks["whole"] = Mock(side_effect=error)
+        assert cli.main(edit()) == 2
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert said.startswith(f"mindiffedit: error: {start}") and said.endswith(end)
 
 
 # --- any option, any value -------------------------------------------------------------------------
