@@ -279,3 +279,36 @@ def test_inpainting_keeps_what_is_outside_the_mask(page):
     # The picture of the mask that the page makes has the mask's grid.
     drawn = np.asarray(page["mask_picture"])
     assert set(np.unique(drawn)) <= {0, 255} and np.array_equal(drawn, np.kron(drawn[::8, ::8], np.ones((8, 8))))
+
+
+# --- several pipelines in one process ------------------------------------------------------------------------------
+
+
+def edited_by(pipe):
+    """Latents of an edit, as an array."""
+    steps = dict(num_inference_steps=6, inpaint_strength=0.5, mask_image=np.ones((64, 80)))
+    return pipe.edit(PICTURE, SOURCE, TARGET, generator=0, output_type="latent", **steps).latents.asnumpy()
+
+
+def test_pipelines_that_share_components_do_not_disturb_each_other(sd1_folder):
+    first = our_pipeline(sd1_folder)
+    second = StableDiffusionDiffEditPipeline(**first.components, requires_safety_checker=False)
+    second.set_progress_bar_config(disable=True)
+    second.scheduler = mindiffedit.DPMSolverMultistepScheduler.from_config(first.scheduler.config)
+    second.unet_batch_size = 1
+    alone = [edited_by(our_pipeline(sd1_folder)), edited_by(second)]
+    assert parity.relative(alone[1], alone[0]) > 1e-3  # another solver
+    for pipe, expected in ((first, alone[0]), (second, alone[1]), (first, alone[0])):
+        assert np.array_equal(edited_by(pipe), expected)
+    assert type(first.scheduler) is mindiffedit.DDIMScheduler and first.unet is second.unet
+
+
+def test_checkpoints_loaded_in_another_order_are_the_same(sd1_folder, other_folder):
+    folders = (sd1_folder, other_folder)
+
+    def results(order):
+        pipes = {folder: our_pipeline(folder) for folder in order}  # all loaded before one runs
+        return [edited_by(pipes[folder]) for folder in folders]
+
+    there, back = results(folders), results(folders[::-1])
+    assert all(map(np.array_equal, there, back)) and parity.relative(there[1], there[0]) > 0.1
