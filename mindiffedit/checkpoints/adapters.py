@@ -69,13 +69,13 @@ class Adapters(PipelineComponents):
         tensors, metadata, what = lora.read(pretrained_model_name_or_path_or_dict, **place)
         targets = self._adapted()
         matrices = lora.parse(tensors, metadata, targets, what)
-        replaced = adapter_name if hotswap else None
+        swap = adapter_name if hotswap else None
         for component, adapted in targets.items():
             if component not in matrices:
-                if replaced is not None:
-                    adapted.delete(replaced)
-            elif replaced is not None:
-                adapted.replace(replaced, matrices[component])
+                if swap is not None:
+                    adapted.delete(swap)
+            elif swap is not None:
+                adapted.replace(swap, matrices[component])
             else:
                 adapted.add(adapter_name or _free_name(adapted.layers), matrices[component])
 

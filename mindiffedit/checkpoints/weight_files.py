@@ -71,8 +71,8 @@ def no_weights(folder: Path, stem: str, variant: str | None, writer: str = "diff
     `writer` is whose save_pretrained writes safetensors files of such a model.
     """
     files = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-    named = (re.match(rf"{re.escape(stem)}\.([\w-]+?)[-.].*safetensors", f) for f in files)
-    variants = sorted({match[1] for match in named if match} - {"safetensors"})
+    matches = (re.match(rf"{re.escape(stem)}\.([\w-]+?)[-.].*safetensors", f) for f in files)
+    variants = sorted({match[1] for match in matches if match} - {"safetensors"})
     pickles = [f for f in files if f.endswith(PICKLES)]
     if variants:
         what = f"holds only the variant{'s' if len(variants) > 1 else ''} {', '.join(variants)}"
