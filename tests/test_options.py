@@ -46,16 +46,10 @@ def test_real_numbers():
         message(check, None)
         for value in NOT_NUMBERS:
             assert type(value).__name__ in message(check, value, error=TypeError)
-
-
-def test_names_are_in_the_messages():
     assert "`mask_encode_strength`" in message(options.check_strength, 2, "mask_encode_strength")
-    assert "--steps" in message(options.check_steps, 0, "--steps")
-    assert "--guidance" in message(options.check_guidance_scale, -1, "--guidance")
-    assert "--ratio" in message(options.check_ratio, 0, "--ratio")
 
 
-def test_steps():
+def test_whole_numbers():
     for value in (1, 50, 1000, np.int32(7)):
         result = options.check_steps(value)
         assert type(result) is int and result == value
@@ -63,9 +57,7 @@ def test_steps():
         assert str(value) in message(options.check_steps, value)
     for value in (*NOT_NUMBERS, 50.0, None, math.nan):
         message(options.check_steps, value, error=TypeError)
-
-
-def test_positive_integers_are_value_errors_as_in_the_reference():
+    # Value errors, as in the reference.
     assert options.check_positive_int("maps", np.int64(3)) == 3
     for value in (*NOT_NUMBERS, 0, -2, 1.5, 2.0, None):
         assert "`maps`" in message(options.check_positive_int, "maps", value)
@@ -112,9 +104,8 @@ def test_callbacks():
 
 
 def test_clip_skip():
-    assert options.check_clip_skip(None, 12) is None
     # The hidden states are the embedding and one for each layer, so all layers can be skipped.
-    assert [options.check_clip_skip(n, 12) for n in (0, 1, 12)] == [0, 1, 12]
+    assert [options.check_clip_skip(n, 12) for n in (None, 0, 1, 12)] == [None, 0, 1, 12]
     for value in (-1, 13):
         assert "12" in message(options.check_clip_skip, value, 12)
     for value in (1.0, True, "1"):
@@ -143,20 +134,19 @@ def embeds(batch=1, tokens=4, width=8):
 
 def test_prompts_that_fit():
     for arguments, batch in (
-        (("a",), 1),
         (("",), 1),
         ((["a", ""],), 2),
         (("a", "b"), 1),
-        (("a", ""), 1),
         ((["a", "b"], ["c", "d"]), 2),
         ((None, None, embeds(3)), 3),
         ((None, None, embeds(3), embeds(3)), 3),
-        ((None, "b", embeds(1)), 1),
         ((None, ["b", "c"], embeds(2)), 2),
-        (("a", None, None, embeds(1)), 1),
         ((["a", "b"], None, None, embeds(2)), 2),
     ):
         assert options.check_prompt_inputs(*arguments) == batch
+    # Without guidance negatives need not fit.
+    assert options.check_prompt_inputs(["a", "b"], "c", guided=False) == 2
+    assert options.check_prompt_inputs(["a", "b"], None, None, embeds(1), guided=False) == 2
 
 
 PROMPTS_REFUSED = [
@@ -166,7 +156,6 @@ PROMPTS_REFUSED = [
     ((3,), ValueError, "`str` or `list`"),
     ((("a", "b"),), ValueError, "`str` or `list`"),
     (([],), ValueError, "empty list"),
-    ((["a", 3],), ValueError, "prompt[1]"),
     ((["a", None],), ValueError, "prompt[1]"),
     (("a", ["b"]), TypeError, "same type"),
     ((["a"], "b"), TypeError, "same type"),
@@ -174,7 +163,6 @@ PROMPTS_REFUSED = [
     ((["a", "b"], ["c"]), ValueError, "batch size 1"),
     ((["a"], ["c", 4]), ValueError, "negative_prompt[1]"),
     ((None, "b", embeds(2)), ValueError, "batch size 1"),
-    ((None, None, embeds(2), embeds(1)), ValueError, "same shape"),
     ((None, None, embeds(2, 4), embeds(2, 5)), ValueError, "same shape"),
     ((["a", "b"], None, None, embeds(1)), ValueError, "batch size 1"),
     ((None, None, embeds()[0]), ValueError, "(4, 8)"),
@@ -193,32 +181,23 @@ def test_prompts_that_do_not_fit():
             text = message(options.check_prompt_inputs, *arguments, prefix=prefix, error=error)
             assert "target_prompt" in text or "target_negative_prompt" in text
             assert "`prompt" not in text and "`negative_prompt" not in text
-
-
-def test_without_guidance_negatives_need_not_fit():
-    assert options.check_prompt_inputs(["a", "b"], "c", guided=False) == 2
-    assert options.check_prompt_inputs(["a", "b"], None, None, embeds(1), guided=False) == 2
-    # What cannot be meant at all is refused all the same.
+    # What cannot be meant at all is refused without guidance too.
     message(options.check_prompt_inputs, "a", "b", None, embeds(), guided=False)
 
 
 def test_the_reference_refuses_the_same_prompts_with_the_same_types():
     """Of the table above, everything the reference's own two checks look at."""
     torch = pytest.importorskip("torch")
-    pipeline = pytest.importorskip("diffusers").StableDiffusionDiffEditPipeline
-
-    def as_torch(value):
-        return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
-
-    seen = 0
+    pipeline, seen = pytest.importorskip("diffusers").StableDiffusionDiffEditPipeline, 0
     for arguments, error, _ in PROMPTS_REFUSED:
-        prompt, negative, positive_embeds, negative_embeds = map(as_torch, (*arguments, None, None, None)[:4])
+        prompt, *others = (torch.from_numpy(value) if isinstance(value, np.ndarray) else value for value in arguments)
         try:
-            pipeline.check_inputs(None, prompt, 0.5, 1, negative, positive_embeds, negative_embeds)
-        except Exception as refused:
-            if isinstance(refused, (ValueError, TypeError)):
-                assert isinstance(refused, error), arguments
-                seen += 1
+            pipeline.check_inputs(None, prompt, 0.5, 1, *others)
+        except (ValueError, TypeError) as refused:
+            assert isinstance(refused, error), arguments
+            seen += 1
+        except Exception:
+            pass  # it stumbles over what it does not check
     assert seen >= 6
 
 
@@ -235,40 +214,29 @@ def latents(*shape):
     return np.random.default_rng(1).normal(size=shape).astype(np.float32)
 
 
-def test_image_latents_in_both_layouts():
+def test_image_latents_in_both_layouts_and_of_other_frameworks():
     five = latents(2, 3, 4, 5, 6)
     assert options.check_image_latents(five, 2, 3, (4, 5, 6)) is five
-    four = options.check_image_latents(five.reshape(6, 4, 5, 6), 2, 3, [4, 5, 6])
-    np.testing.assert_array_equal(four, five)
-
-
-def test_image_latents_of_other_frameworks():
     torch = pytest.importorskip("torch")
-    five = latents(1, 3, 4, 5, 6)
-    np.testing.assert_array_equal(options.check_image_latents(torch.from_numpy(five), 1, 3, (4, 5, 6)), five)
+    for array in (five.reshape(6, 4, 5, 6), torch.from_numpy(five)):
+        np.testing.assert_array_equal(options.check_image_latents(array, 2, 3, [4, 5, 6]), five)
 
 
 def test_image_latents_that_do_not_fit():
+    one_nan = latents(2, 3, 4, 5, 6)
+    one_nan[1, 2, 3, 4, 5] = np.nan
     for array, error, words in (
         (latents(2, 4, 4, 5, 6), ValueError, "4 timesteps"),
         (latents(1, 3, 4, 5, 6), ValueError, "batch size 1"),
         (latents(2, 3, 4, 6, 5), ValueError, "(4, 5, 6)"),
-        (latents(2, 3, 8, 5, 6), ValueError, "(8, 5, 6)"),
         (latents(5, 4, 5, 6), ValueError, "5 latent images"),
         (latents(4, 5, 6), ValueError, "(4, 5, 6)"),
-        (latents(1, 2, 3, 4, 5, 6), ValueError, "(1, 2, 3, 4, 5, 6)"),
-        (latents(2, 3, 4, 5, 6) * np.nan, ValueError, "NaN"),
+        (one_nan, ValueError, "NaN"),
         (latents(2, 3, 4, 5, 6).astype(np.int64), TypeError, "int64"),
         (latents(2, 3, 4, 5, 6).astype(complex), TypeError, "complex"),
         ("latents", TypeError, "floating-point"),
     ):
         assert words in message(options.check_image_latents, array, 2, 3, (4, 5, 6), error=error)
-
-
-def test_one_nan_is_enough():
-    array = latents(2, 3, 4, 5, 6)
-    array[1, 2, 3, 4, 5] = np.nan
-    message(options.check_image_latents, array, 2, 3, (4, 5, 6))
 
 
 def test_generators():
@@ -282,9 +250,8 @@ def test_generators():
 
 
 def test_check_finite_names_stage_and_step():
-    options.check_finite(latents(2, 3), "inversion", 4)
-    options.check_finite(np.zeros((0,)), "inversion")
-    options.check_finite(np.array([1, 2]), "inversion")
+    for array in (latents(2, 3), np.zeros((0,)), np.array([1, 2])):
+        options.check_finite(array, "inversion", 4)
     for bad in (np.nan, np.inf, -np.inf):
         array = latents(2, 3)
         array[1, 2] = bad
