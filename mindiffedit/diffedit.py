@@ -58,7 +58,8 @@ def denoise(predict: Callable, update: Callable, latents, timesteps: Iterable, b
     Args:
         latents: where it begins, (B, C, h, w).
         timesteps: noisiest first.
-        backgrounds: for each step the latents outside the mask, (B, C, h, w). ``update`` blends, see ``blended``.
+        backgrounds: for each step the latents outside the mask, (B, C, h, w). ``update`` knows the mask and blends, by
+            ``blended``; the compiled one is ``stages.CompiledUpdate``.
     """
     return _loop(predict, update, latents, timesteps, backgrounds)
 

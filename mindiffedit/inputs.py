@@ -246,7 +246,7 @@ class MaskInputs:
         outlier_quantile,
         mask_options,
     ) -> MaskInputs:
-        """Prompts, ``pixels``, guidance scale and ``attention_kwargs`` are checked already, each by itself."""
+        """Prompts, ``pixels``, guidance scale and ``attention_kwargs`` come checked, by what stands above."""
         if source.batch != target.batch:
             raise InputError(
                 "There are {sources} source prompts for {batch} target prompts; give as many of each.",
@@ -330,7 +330,7 @@ class InvertInputs:
         regularisation: Regularisation = Regularisation(),
         callbacks: Callbacks = Callbacks(),
     ) -> InvertInputs:
-        """What is checked by itself comes so: prompts, pixels, schedule, guidance scale, regularisation, callbacks."""
+        """Prompts, pixels, schedule, guidance scale, regularisation, callbacks come checked, by what stands above."""
         options.check_count(inversion_iterations, "inversion_iterations", options.MAX_ITERATIONS)
         if inversion_iterations > 0 and regularisation.num_reg_steps > 0:
             raise InputError(
@@ -381,7 +381,7 @@ class EditInputs:
         clip_skip=None,
         callbacks: Callbacks = Callbacks(),
     ) -> EditInputs:
-        """What is checked by itself comes so: prompts, schedule, guidance scale, callbacks."""
+        """Prompts, schedule, guidance scale and callbacks come checked, by what stands above."""
         options.check_positive_int("num_images_per_prompt", num_images_per_prompt)
         options.check_eta(eta)
         options.check_clip_skip(clip_skip, model.text_layers)

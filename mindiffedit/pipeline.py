@@ -819,7 +819,7 @@ class StableDiffusionDiffEditPipeline(Adapters):
             TypeError: for a wrong type, before any model runs.
             NumericalError: for NaN or inf, naming stage and step.
         """
-        arguments = dict(locals())
+        arguments = dict(locals())  # all of them, under the same names
         del arguments["self"]
         return editing.edit(self, **arguments)
 
