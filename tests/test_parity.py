@@ -119,8 +119,9 @@ def test_the_matrix_is_what_it_is_said_to_be():
     assert {*parity_cases.QUICK_EAGER} <= {*parity_cases.QUICK} <= {*parity_cases.MATRIX}
 
 
-@pytest.mark.parametrize("guidance", [7.5, pytest.param(1.0, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("mode", ["graph", pytest.param("pynative", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("guidance", [7.5, 1.0])
+@pytest.mark.parametrize("mode", ["graph", "pynative"])
 def test_fifty_steps_of_the_demo_checkpoint(bench, mode, guidance):
     """A whole inversion and a whole edit, every latent. The edit starts from the reference's inverted latents.
 
