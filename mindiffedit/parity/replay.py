@@ -29,13 +29,15 @@ def load(folder, case: Case, mode: str = "graph", dtype: str = "float32", compil
 
 def with_schedulers(pipe, case: Case):
     """The pipeline with the schedulers that a case asks for."""
+    from mindiffedit.solvers import schedulers
+
     config = getattr(pipe, "own_scheduler_config", None) or pipe.scheduler.config
     pipe.own_scheduler_config = config
     # DDIM's default, which the reference runs with: said, so that nobody has to be warned of it.
     says_clip = case.scheduler != solvers.CLASSES["ddim"][0] or "clip_sample" in config
     options_ = {**({} if says_clip else {"clip_sample": True}), **case.scheduler_options}
-    pipe.scheduler = solvers.from_class_name(case.scheduler, config, **options_)
-    pipe.inverse_scheduler = solvers.from_class_name(case.inverse_scheduler, config, **options_)
+    pipe.scheduler = schedulers.make(case.scheduler, config, **options_)
+    pipe.inverse_scheduler = schedulers.make(case.inverse_scheduler, config, **options_)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

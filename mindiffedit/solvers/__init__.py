@@ -4,12 +4,7 @@ Here are the solvers that the command line names; MindSpore is imported when one
 """
 
 from mindiffedit.solvers import schedules
-
-CLASSES = {
-    "ddim": ("DDIMScheduler", "DDIMInverseScheduler"),
-    "dpm": ("DPMSolverMultistepScheduler", "DPMSolverMultistepInverseScheduler"),
-}
-"""Class names of a solver and of its inverse."""
+from mindiffedit.solvers.schedules import CLASSES
 
 SOLVERS = tuple(CLASSES)
 """The names of the solvers that have an inverse."""
@@ -18,18 +13,6 @@ SOLVERS = tuple(CLASSES)
 def inverse_name(class_name: str) -> str:
     """Class name of a scheduler's inverse, or of DDIM's where it has none (W14)."""
     return dict(CLASSES.values()).get(class_name, CLASSES["ddim"][1])
-
-
-def from_class_name(class_name: str, config, **options):
-    """The scheduler of that class with a configuration: ours, or mindone's where we have none of that name."""
-    import mindone.diffusers
-
-    from mindiffedit.runtime.kernels import portable_kernels
-    from mindiffedit.solvers import schedulers
-
-    home = schedulers if class_name in vars(schedulers) else mindone.diffusers
-    with portable_kernels():
-        return getattr(home, class_name).from_config(config, **options)
 
 
 def solver_name(scheduler) -> str | None:

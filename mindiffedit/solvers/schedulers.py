@@ -252,10 +252,17 @@ class DPMSolverMultistepInverseScheduler(_DPMTables, _DPMInverse):
         return index == count - 1 and (config.euler_at_final or (config.lower_order_final and count < 15))
 
 
-INVERSES: dict[str, Any] = {
-    "DDIMScheduler": DDIMInverseScheduler,
-    "DPMSolverMultistepScheduler": DPMSolverMultistepInverseScheduler,
+_OURS = {
+    cls.__name__: cls
+    for cls in (
+        DDIMScheduler,
+        DDIMInverseScheduler,
+        DPMSolverMultistepScheduler,
+        DPMSolverMultistepInverseScheduler,
+    )
 }
+
+INVERSES: dict[str, Any] = {forward: _OURS[inverse] for forward, inverse in schedules.CLASSES.values()}
 """Which inverse belongs to which scheduler, by class name."""
 
 
@@ -317,16 +324,6 @@ def check_invertible(scheduler) -> None:
 
 # --- by the names of classes, as files have them --------------------------------------------------------------------
 
-_OURS = {
-    cls.__name__: cls
-    for cls in (
-        DDIMScheduler,
-        DDIMInverseScheduler,
-        DPMSolverMultistepScheduler,
-        DPMSolverMultistepInverseScheduler,
-    )
-}
-
 
 def portable(scheduler):
     """The scheduler itself, or ours with the same configuration where mindone's own class of that name is given."""
@@ -334,8 +331,8 @@ def portable(scheduler):
     return scheduler if ours is None or isinstance(scheduler, ours) else ours.from_config(scheduler.config)
 
 
-def make(class_name: str, config):
-    """The scheduler of a checkpoint's file: ours of that class, or else mindone's.
+def make(class_name: str, config, **options):
+    """The scheduler of that class, as files name it, with a configuration and options: ours, or else mindone's.
 
     Raises:
         ValueError: there is none of that name; or whatever a config that is none of its makes it raise.
@@ -349,7 +346,7 @@ def make(class_name: str, config):
         raise ValueError("mindone has none of this name")
     with portable_kernels():
         try:
-            return scheduler.from_config(config)
+            return scheduler.from_config(config, **options)
         except Exception:
             with contextlib.suppress(Exception):  # or the next operator that runs may fail by the same error
                 devices.synchronize()

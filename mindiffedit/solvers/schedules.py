@@ -154,6 +154,13 @@ def index_of_timestep(timesteps: np.ndarray, timestep: int) -> int:
     return int(matches[1] if len(matches) > 1 else matches[0])
 
 
+CLASSES = {
+    "ddim": ("DDIMScheduler", "DDIMInverseScheduler"),
+    "dpm": ("DPMSolverMultistepScheduler", "DPMSolverMultistepInverseScheduler"),
+}
+"""Class names of a solver and of its inverse."""
+
+
 # --- configurations: which can be run backwards, and which options go from one solver to another ---
 
 
