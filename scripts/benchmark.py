@@ -345,17 +345,24 @@ def find_model(args) -> Path:
     return folder
 
 
+class Terminated(BaseException):
+    """A plain kill. The worker is killed with us; after a KeyboardInterrupt ``subprocess`` would not wait for it."""
+
+
+def terminated(*_):
+    raise Terminated
+
+
 def main(arguments=None) -> int:
     parser = build_parser()
     args = parser.parse_args(arguments)
     check_options(parser, args)
-    # A plain kill as Ctrl-C: the worker ends with us.
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = signal.signal(signal.SIGTERM, terminated)
     try:
         run = benchmark(args, find_model(args))
     except ValueError as error:
         parser.error(str(error))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Terminated):
         say("interrupted")
         return 130
     finally:
