@@ -9,6 +9,8 @@ solver or device. Two functions come in:
   blend: the next latents and the predicted clean latents ``x0``, or None where the solver gives none. ``pred_x0`` is
   that of the step before, None at first.
 
+``invert_by_points`` moves along the path by itself and takes other two functions, see there.
+
 Loops are generators of ``Step``: their caller shows progress, watches, and may put other latents in a step's place.
 
 Letters in shapes: B pictures, N maps for each, C latent channels, h x w the latents' grid.
@@ -73,6 +75,46 @@ def _loop(predict, update, latents, timesteps, backgrounds) -> Iterator[Step]:
         step = Step(index, timestep, latents, noise_prediction, pred_x0)
         yield step
         latents, pred_x0 = step.latents, step.pred_x0
+
+
+def points_of(levels: int, count: int) -> list[int]:
+    """``count`` of the levels 0 to ``levels - 1``, evenly spread, the last among them; all where there are fewer."""
+    count = min(count, levels)
+    return [(number + 1) * levels // count - 1 for number in range(count)]
+
+
+def invert_by_points(
+    predict_noise: Callable, move: Callable, latents, timesteps: Sequence, points, nothing
+) -> Iterator:
+    """Step 2 with fewer evaluations: noise is predicted at some levels only, the points, each once (C10).
+
+    A step of DDIM back from a level takes the noise predicted there. So an inversion that is led back exactly takes it
+    where it arrives, which is not known before. Here it goes to a point with the noise of the point before (none at
+    first, so that the clean latents only fade), predicts there, and goes the same way again from where it stood, with
+    predictions between the two points' for the levels between them.
+
+    Args:
+        predict_noise: (latents, timestep) -> noise (B, C, h, w).
+        move: (latents, start, end, noise, later noise, share) -> the latents at level ``end`` of those at level
+            ``start``, along noise that is so far on the way to the later one, and the clean latents ``x0`` that it
+            stands for. Level -1 is the clean one.
+        latents: clean, (B, C, h, w).
+        timesteps: of the levels, cleanest first.
+        points: indices of levels, rising, with the last one.
+        nothing: zeros (B, C, h, w).
+    """
+    before, noise = -1, nothing
+    for point in points:
+        there, _ = move(latents, before, point, noise, noise, 0.0)
+        later = predict_noise(there, timesteps[point])
+        if before == -1:
+            noise = later
+        for index in range(before + 1, point + 1):
+            latents, pred_x0 = move(latents, index - 1, index, noise, later, (index - before) / (point - before))
+            step = Step(index, timesteps[index], latents, later, pred_x0)
+            yield step
+            latents = step.latents
+        before, noise = point, later
 
 
 def guided(noise_prediction, guidance_scale):

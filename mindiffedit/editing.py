@@ -18,10 +18,12 @@ from mindiffedit.errors import InputError, InputTypeError, Message
 from mindiffedit.images import colours, pictures
 from mindiffedit.inputs import (
     EDIT_MASK,
+    INVERSION_MASK,
     INVERSIONS,
     MAX_FEATHER,
     Callbacks,
     EditInputs,
+    Evaluations,
     InvertInputs,
     MaskInputs,
     Prompts,
@@ -31,6 +33,7 @@ from mindiffedit.inputs import (
 from mindiffedit.noise import randomness
 from mindiffedit.outputs import DiffEditInversionPipelineOutput, DiffEditOutput, EditReport
 from mindiffedit.solvers import schedules
+from mindiffedit.solvers.solver import TabulatedSolver
 from mindiffedit.stages import CompiledUpdate, host, tensor
 
 LARGE_ERROR = 1.0
@@ -47,9 +50,13 @@ def edit(
     source_prompt_embeds,
     target_prompt_embeds,
     negative_prompt_embeds,
+    preset,
     num_inference_steps,
     inpaint_strength,
     guidance_scale,
+    guidance_start,
+    guidance_end,
+    unet_cache_interval,
     num_maps_per_mask,
     mask_encode_strength,
     mask_thresholding_ratio,
@@ -63,6 +70,8 @@ def edit(
     inversion_prompt,
     inversion_guidance_scale,
     inversion_iterations,
+    inversion_points,
+    inversion_maps,
     aligned_background,
     image_latents,
     paste_back,
@@ -117,7 +126,24 @@ def edit(
     ):
         options.check_switch(flag, name)
     options.check_viewer(debug_callback)
-    mask_options = EDIT_MASK if mask_options is None else masks.checked_options(mask_options)
+    inverts = image_latents is None and inversion == "ddim"
+    evaluations = Evaluations.checked(
+        preset,
+        inverts=inverts,
+        tabulated=inverts and isinstance(pipeline._solver(), TabulatedSolver),
+        by_noise=num_maps_per_mask is not None or mask_encode_strength is not None,
+        inversion_iterations=options.check_count(inversion_iterations, "inversion_iterations", options.MAX_ITERATIONS),
+        inversion_points=inversion_points,
+        inversion_maps=inversion_maps,
+        guidance_start=guidance_start,
+        guidance_end=guidance_end,
+        unet_cache_interval=unet_cache_interval,
+    )
+    by_inversion = evaluations.inversion_maps > 0
+    num_maps = evaluations.inversion_maps if by_inversion else 4 if num_maps_per_mask is None else num_maps_per_mask
+    if mask_options is None:
+        mask_options = INVERSION_MASK if by_inversion else EDIT_MASK
+    masks.checked_options(mask_options)
     if feather is not None:
         options.check_at_least_zero(feather, "feather", MAX_FEATHER)
     attention_kwargs = pipeline._attention_kwargs(cross_attention_kwargs)
@@ -139,12 +165,12 @@ def edit(
             pixels,
             prompts(source_prompt, source_prompt_embeds, "source_", guided=is_guided),
             prompts(target_prompt, target_prompt_embeds, "target_", guided=is_guided),
-            num_maps_per_mask=num_maps_per_mask,
-            mask_encode_strength=mask_encode_strength,
+            num_maps_per_mask=num_maps,
+            mask_encode_strength=0.5 if mask_encode_strength is None else mask_encode_strength,
             mask_thresholding_ratio=mask_thresholding_ratio,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
-            generator=_for_each_map(generator, num_maps_per_mask),
+            generator=_for_each_map(generator, num_maps),
             attention_kwargs=attention_kwargs,
             per_image_clamp=per_image_clamp,
             corrected_guidance=corrected_guidance,
@@ -160,6 +186,7 @@ def edit(
         generator=generator if image_latents is None else None,  # a list has to fit the pictures if they are encoded
         attention_kwargs=attention_kwargs,
         inversion_iterations=inversion_iterations,
+        inversion_points=evaluations.inversion_points,
     )
     edit_inputs = EditInputs.checked(
         model,
@@ -171,9 +198,9 @@ def edit(
         eta=eta,
         clip_skip=clip_skip,
         callbacks=Callbacks.checked(None, 1, callback_on_step_end, callback_on_step_end_tensor_inputs),
+        evaluations=evaluations,
     )
     _check_inversion(inversion, inversion_iterations, image_latents, measure_reconstruction)
-    inverts = image_latents is None and inversion == "ddim"
     if inverts:
         # Before the mask, which has to be at the noise levels of the same solver.
         pipeline._inverse_solver(invert_inputs).schedule(*schedule)
@@ -183,22 +210,27 @@ def edit(
 
     seconds: dict[str, float] = {}
     with contextlib.nullcontext() if debug_callback is None else pipeline.debugging(debug_callback):
-        # 2. The mask
-        with _timed(seconds, "mask"):
-            mask, mask_map = (own_mask, None) if mask_inputs is None else pipeline._mask(mask_inputs)
-            if own_mask is not None and mask is not own_mask:
-                mask = masks.combine(mask, own_mask, mask_combination)
+        # 2. The mask, unless the inversion gives it
+        mask, mask_map = own_mask, None
+        if mask_inputs is not None and not by_inversion:
+            with _timed(seconds, "mask"):
+                mask, mask_map = pipeline._mask(mask_inputs)
         # 3. The background of every step
         with _timed(seconds, "inversion"):
             if image_latents is None:
                 if inverts:
-                    clean, inverted = pipeline._inverted(invert_inputs)
+                    clean, inverted, visits = pipeline._inverted(invert_inputs)
                 else:
                     rng = checked_rng(generator, model, pixels, batch)
                     clean, inverted = pipeline._noised(pixels, batch, schedule, rng)
                 image_latents = DiffEditInversionPipelineOutput(
                     pipeline._stacked(inverted), clean_latents=pipeline._result(clean)
                 )
+        if mask_inputs is not None and by_inversion:
+            with _timed(seconds, "mask"):
+                mask, mask_map = pipeline._mask_of_inversion(mask_inputs, visits, invert_inputs.prompts)
+        if own_mask is not None and mask is not own_mask:
+            mask = masks.combine(mask, own_mask, mask_combination)
         # 4. The edit
         noisy, clean = _on_device(image_latents, batch)
         backgrounds = [*noisy[1:], clean] if aligned_background else noisy
@@ -219,7 +251,7 @@ def edit(
         images = pictures.of_arrays(images) if isinstance(images, np.ndarray) and output_type == "pil" else images
     if inverts:
         # The edit's first step has predicted what the inversion's way back would, where its negative is the caption.
-        free = is_guided and not inverts_guided and callback_on_step_end is None
+        free = len(first_prediction) == 2 * batch and not inverts_guided and callback_on_step_end is None
         free = free and negative[0] == caption[0] and negative[1] is caption[1]
         with _timed(seconds, "report"):
             prediction = first_prediction[:batch] if free else None

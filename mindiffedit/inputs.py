@@ -9,7 +9,7 @@ Letters in shapes: B prompts, N pictures, H x W pixels, h x w latents, C latent 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -30,7 +30,96 @@ of a latent's surroundings have to differ. So a few maps do what ten do without.
 edges. Chosen on drawn scenes, see ``docs/quality.md``.
 """
 
+INVERSION_MASK = replace(EDIT_MASK, smoothing=2.0)
+"""The same for a map of an inversion's points, which holds no fresh noise and is coarser; chosen likewise."""
+
 MAX_FEATHER = 10000  # pixels
+
+
+@dataclass(frozen=True)
+class Evaluations:
+    """Where ``edit`` evaluates the UNet; see there.
+
+    Attributes:
+        inversion_points: levels at which the inversion predicts noise; 0: at each, by the inverse solver.
+        inversion_maps: points whose predictions make the mask; 0: predictions on fresh noise do.
+        guidance_start, guidance_end: shares of the edit's steps.
+        unet_cache_interval: every how many steps the whole UNet runs; 1: always.
+    """
+
+    inversion_points: int = 0
+    inversion_maps: int = 0
+    guidance_start: float = 0.0
+    guidance_end: float = 1.0
+    unet_cache_interval: int = 1
+
+    @classmethod
+    def checked(
+        cls,
+        preset,
+        *,
+        inverts: bool,
+        tabulated: bool,
+        by_noise: bool,
+        inversion_iterations: int,
+        **numbers: Any,
+    ) -> Evaluations:
+        """Those of a preset, with the ``numbers`` that are not None in their place, under the names above.
+
+        Args:
+            preset: a name out of ``PRESETS``.
+            inverts: whether there is an inversion at all; without, its points are left out.
+            tabulated: whether the solver has what points need; without, likewise.
+            by_noise: whether the mask is asked to be made of maps of fresh noise.
+            inversion_iterations: as for ``invert``; they refine the solver's steps, so there are no points then.
+        """
+        options.check_output_type(preset, tuple(PRESETS), "preset")
+        values = PRESETS[preset]
+        if not inverts or not tabulated or inversion_iterations > 0:
+            values = replace(values, inversion_points=0)
+        values = replace(values, **{name: number for name, number in numbers.items() if number is not None})
+        options.check_count(values.inversion_points, "inversion_points", options.MAX_STEPS)
+        if numbers["inversion_maps"] is None and (by_noise or values.inversion_points == 0):
+            values = replace(values, inversion_maps=0)
+        options.check_count(values.inversion_maps, "inversion_maps", options.MAX_STEPS)
+        options.check_interval(values.guidance_start, values.guidance_end)
+        options.check_positive_int("unet_cache_interval", values.unet_cache_interval)
+        if values.inversion_points > 0 and not inverts:
+            raise InputError(
+                "Nothing is inverted here ({inversion='noise'}, or {image_latents} were given), so {parameter} means "
+                "nothing; leave it out.",
+                parameter="inversion_points",
+            )
+        _check_points(values.inversion_points, inversion_iterations)
+        if values.inversion_maps > 0 and values.inversion_points == 0:
+            raise InputError(
+                "{parameter} makes the mask of an inversion's points, but there are none; set {inversion_points} to 1 "
+                "or more, or leave {parameter} out.",
+                parameter="inversion_maps",
+            )
+        if values.inversion_maps > 0 and by_noise:
+            raise InputError(
+                "{parameter} makes the mask of the inversion's predictions, {num_maps_per_mask} and "
+                "{mask_encode_strength} of others on fresh noise; give one or the other.",
+                parameter="inversion_maps",
+            )
+        return values
+
+
+def _check_points(points: int, iterations: int) -> None:
+    if points > 0 and iterations > 0:
+        raise InputError(
+            "{parameter} and {inversion_iterations} exclude each other; set one of the two to 0.",
+            parameter="inversion_points",
+        )
+
+
+PRESETS = {
+    "exact": Evaluations(),
+    "balanced": Evaluations(inversion_points=3, inversion_maps=2, guidance_end=0.4),
+    "fast": Evaluations(inversion_points=2, inversion_maps=2, guidance_end=0.2, unet_cache_interval=2),
+}
+"""How many evaluations ``edit`` spends; measured in docs/quality.md."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +220,12 @@ class Prompts:
         )
         negatives = _listed(negative_prompt, batch) if is_guided else None
         return cls(_listed(prompt, batch) or [], negatives, embeds, negative_embeds, batch, is_guided, prefix)
+
+    def same_prompts(self, other: Prompts) -> bool:
+        """Whether both are the same texts or the same embeddings, whatever their negatives are."""
+        if self.embeds is not None or other.embeds is not None:
+            return self.embeds is not None and other.embeds is not None and np.array_equal(self.embeds, other.embeds)
+        return self.texts == other.texts
 
     def same_as(self, other: Prompts) -> bool:
         """Whether both are the same texts, with the same negatives as far as these count."""
@@ -312,6 +407,7 @@ class InvertInputs:
     rng: Any
     attention_kwargs: Mapping[str, Any]
     inversion_iterations: int = 0
+    inversion_points: int = 0
     regularisation: Regularisation = Regularisation()
     callbacks: Callbacks = Callbacks()
 
@@ -327,16 +423,19 @@ class InvertInputs:
         generator,
         attention_kwargs: Mapping[str, Any],
         inversion_iterations,
+        inversion_points=0,
         regularisation: Regularisation = Regularisation(),
         callbacks: Callbacks = Callbacks(),
     ) -> InvertInputs:
         """Prompts, pixels, schedule, guidance scale, regularisation, callbacks come checked, by what stands above."""
         options.check_count(inversion_iterations, "inversion_iterations", options.MAX_ITERATIONS)
-        if inversion_iterations > 0 and regularisation.num_reg_steps > 0:
-            raise InputError(
-                "{parameter} and {num_reg_steps} exclude each other; set one of the two to 0.",
-                parameter="inversion_iterations",
-            )
+        options.check_count(inversion_points, "inversion_points", options.MAX_STEPS)
+        _check_points(inversion_points, inversion_iterations)
+        for name, count in (("inversion_iterations", inversion_iterations), ("inversion_points", inversion_points)):
+            if count > 0 and regularisation.num_reg_steps > 0:
+                raise InputError(
+                    "{parameter} and {num_reg_steps} exclude each other; set one of the two to 0.", parameter=name
+                )
         options.check_image_batch(len(pixels), prompts.batch)
         rng = checked_rng(generator, model, pixels, prompts.batch)
         return cls(
@@ -347,6 +446,7 @@ class InvertInputs:
             rng,
             attention_kwargs,
             inversion_iterations,
+            inversion_points,
             regularisation,
             callbacks,
         )
@@ -365,6 +465,16 @@ class EditInputs:
     eta: float = 0.0
     clip_skip: int | None = None
     callbacks: Callbacks = Callbacks()
+    guidance_start: float = 0.0
+    guidance_end: float = 1.0
+    unet_cache_interval: int = 1
+
+    def guided_steps(self, count: int) -> range:
+        """Which of so many steps are guided; at least one, where any is."""
+        if not self.prompts.is_guided:
+            return range(0)
+        start = min(round(self.guidance_start * count), count - 1)
+        return range(start, max(round(self.guidance_end * count), start + 1))
 
     @classmethod
     def checked(
@@ -380,8 +490,9 @@ class EditInputs:
         eta=0.0,
         clip_skip=None,
         callbacks: Callbacks = Callbacks(),
+        evaluations: Evaluations = Evaluations(),
     ) -> EditInputs:
-        """Prompts, schedule, guidance scale and callbacks come checked, by what stands above."""
+        """Prompts, schedule, guidance scale, callbacks and evaluations come checked, by what stands above."""
         options.check_positive_int("num_images_per_prompt", num_images_per_prompt)
         options.check_eta(eta)
         options.check_clip_skip(clip_skip, model.text_layers)
@@ -389,5 +500,16 @@ class EditInputs:
         if isinstance(rng, list) and len(rng) > 1 and eta > 0:
             options.check_generators(rng, prompts.batch * num_images_per_prompt)
         return cls(
-            prompts, schedule, guidance_scale, rng, attention_kwargs, num_images_per_prompt, eta, clip_skip, callbacks
+            prompts,
+            schedule,
+            guidance_scale,
+            rng,
+            attention_kwargs,
+            num_images_per_prompt,
+            eta,
+            clip_skip,
+            callbacks,
+            evaluations.guidance_start,
+            evaluations.guidance_end,
+            evaluations.unet_cache_interval,
         )

@@ -221,6 +221,23 @@ def check_count(value, name: str, most: int) -> int:
     return count
 
 
+def check_interval(start, end) -> tuple[float, float]:
+    """`guidance_start` and `guidance_end`: shares of an edit's steps, from 0 to 1, the end after the start."""
+    for name, value in (("guidance_start", start), ("guidance_end", end)):
+        share = _real(value, name, "a number from 0 to 1")
+        if not 0 <= share <= 1:
+            raise InputError("{parameter} has to be from 0 to 1, but is {share!r}.", parameter=name, share=value)
+    if not start < end:
+        raise InputError(
+            "{parameter} has to be above {guidance_start} ({start!r}), but is {end!r}; {guidance_scale=1} is without "
+            "guidance.",
+            parameter="guidance_end",
+            start=start,
+            end=end,
+        )
+    return float(start), float(end)
+
+
 def check_switch(value, name: str) -> bool:
     """True or False."""
     if not isinstance(value, (bool, np.bool_)):

@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import mindspore as ms
 import numpy as np
@@ -44,9 +44,19 @@ from mindiffedit.outputs import DiffEditInversionPipelineOutput, DiffEditOutput,
 from mindiffedit.runtime import turns
 from mindiffedit.runtime.kernels import eagerly
 from mindiffedit.runtime.notices import say_once
+from mindiffedit.solvers import schedules
 from mindiffedit.solvers.schedulers import inverse_of
-from mindiffedit.solvers.solver import Solver, checked_inverse, invertible, ready, remaining, solver_of
-from mindiffedit.stages import CompiledUpdate, EagerUpdate, Predictor, Stages, host, is_finite, tensor
+from mindiffedit.solvers.solver import Solver, TabulatedSolver, checked_inverse, invertible, ready, remaining, solver_of
+from mindiffedit.stages import (
+    CompiledUpdate,
+    EagerUpdate,
+    IntervalPredictor,
+    Predictor,
+    Stages,
+    host,
+    is_finite,
+    tensor,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +77,14 @@ The stages, in order:
 - in the call: ``timesteps``, ``token_ids``, ``prompt_embeds``, their ``negative_`` kin, ``coefficients``, and in each
   step ``predictions``, ``step_noise`` (with eta above 0), ``clean_predictions`` and ``edited_latents``; ``decoded``.
 """
+
+
+class Visit(NamedTuple):
+    """An evaluation of the UNet in an inversion: ``outputs`` of it at ``latents``; negatives first with guidance."""
+
+    timestep: Any
+    latents: ms.Tensor
+    outputs: ms.Tensor
 
 
 class StableDiffusionDiffEditPipeline(Adapters):
@@ -262,6 +280,40 @@ class StableDiffusionDiffEditPipeline(Adapters):
         if guidance_scale > 1.0 and not np.array_equal(source_negative, target_negative):
             negatives = predictions("negative_noise_predictions", source_negative, target_negative)
         difference = diffedit.difference(on_source, on_target, guidance_scale, inputs.corrected_guidance, negatives)
+        return self._mask_of(difference, num_maps, inputs)
+
+    def _mask_of_inversion(
+        self, inputs: MaskInputs, points: list[Visit], captions: Prompts
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """What ``_mask`` gives, of the predictions of an inversion where it evaluated the UNet (C11).
+
+        ``captions`` are what it was led by. Where they are the source prompts, without guidance, only the target's
+        predictions are missing.
+        """
+        count = min(inputs.num_maps_per_mask, len(points))
+        chosen = points[:: -(len(points) // count)][:count]  # evenly spread, from the noisiest on
+
+        def predictor(prompts: Prompts):
+            embeds, _ = self._embeddings(replace(prompts, is_guided=False), 1)
+            timesteps = [visit.timestep for visit in chosen]
+            return self._stages.predictor(embeds, inputs.attention_kwargs, self.unet_batch_size, timesteps)
+
+        on_target, on_source = predictor(inputs.target), None
+        if captions.is_guided or not captions.same_prompts(inputs.source):
+            on_source = predictor(inputs.source)
+        differences: list[np.ndarray] = []
+        for visit in chosen:
+            outputs = visit.outputs if on_source is None else on_source(visit.latents, visit.timestep)
+            predictions = [host(outputs), host(on_target(visit.latents, visit.timestep))]
+            for output in predictions:
+                options.check_finite(output, "mask noise prediction", len(differences))
+            both = self._crosses("noise_predictions", np.concatenate(predictions), len(differences))
+            source, target = np.split(both, 2)
+            differences.append(diffedit.difference(source, target, inputs.guidance_scale, inputs.corrected_guidance))
+        return self._mask_of(np.concatenate(np.stack(differences, 1)), count, inputs)
+
+    def _mask_of(self, difference: np.ndarray, num_maps: int, inputs: MaskInputs) -> tuple[np.ndarray, np.ndarray]:
+        """Mask and map (B, h, w) of the differences (B N, C, h, w) of noise predictions."""
         maps = self._crosses("map", diffedit.difference_map(difference, num_maps, inputs.outlier_quantile))
 
         # D4: without `per_image_clamp` the clamp is a mean over the whole batch, as in the reference.
@@ -270,7 +322,7 @@ class StableDiffusionDiffEditPipeline(Adapters):
         guides = None
         if inputs.mask_options.edges:
             guides = edges.guides_of(inputs.pixels, maps.shape[1:])
-            guides = np.concatenate([guides] * (batch // len(guides)))
+            guides = np.concatenate([guides] * (inputs.batch // len(guides)))
         mask = masks.mask_of(maps, options=inputs.mask_options, clamp=clamp, guides=guides)
         return self._crosses("mask", mask), maps
 
@@ -312,6 +364,7 @@ class StableDiffusionDiffEditPipeline(Adapters):
         num_auto_corr_rolls: int = 5,
         *,
         inversion_iterations: int = 0,
+        inversion_points: int = 0,
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ):
@@ -345,6 +398,9 @@ class StableDiffusionDiffEditPipeline(Adapters):
             num_auto_corr_rolls: over how many random shifts the first pull is taken, at least 0.
             inversion_iterations: so many more UNet evaluations for each step of DDIM, which bring its result nearer to
                 what a step of the edit leads back from (fixed-point iteration of the implicit update); 0 is off.
+            inversion_points: evaluate the UNet at so many of the T noise levels only, evenly spread, each with the
+                latents that are expected there, and reach the levels between with predictions between (C10); T or more
+                is at every level, 0 is off: the inverse scheduler's own steps.
             callback_on_step_end: called after every step as ``callback(pipeline, step, timestep, tensors)`` with a dict
                 of the tensors named; "latents" and "prompt_embeds" in a dict that it returns replace these.
             callback_on_step_end_tensor_inputs: names of these tensors, out of "latents", "prompt_embeds" (as the UNet
@@ -374,12 +430,13 @@ class StableDiffusionDiffEditPipeline(Adapters):
             generator=generator,
             attention_kwargs=self._attention_kwargs(cross_attention_kwargs),
             inversion_iterations=inversion_iterations,
+            inversion_points=inversion_points,
             regularisation=Regularisation.checked(lambda_auto_corr, lambda_kl, num_reg_steps, num_auto_corr_rolls),
             callbacks=Callbacks.checked(
                 callback, callback_steps, callback_on_step_end, callback_on_step_end_tensor_inputs
             ),
         )
-        clean, inverted = self._inverted(inputs)
+        clean, inverted, _ = self._inverted(inputs)
         latents = self._stacked(inverted)
         images = None
         if decode_latents:
@@ -410,26 +467,62 @@ class StableDiffusionDiffEditPipeline(Adapters):
             )
         return solver
 
-    def _inverted(self, inputs: InvertInputs) -> tuple[ms.Tensor, list[ms.Tensor]]:
-        """The clean latents, and those after each step, cleanest first; all (B, C, h, w) float32."""
+    def _inverted(self, inputs: InvertInputs) -> tuple[ms.Tensor, list[ms.Tensor], list[Visit]]:
+        """The clean latents, and those after each step, cleanest first; all (B, C, h, w) float32.
+
+        And with ``inversion_points`` the evaluations of the UNet at these.
+        """
         solver, guidance_scale = self._inverse_solver(inputs), inputs.guidance_scale
+        if inputs.inversion_points > 0:
+            # The levels are the edit's, whatever its solver: each point is reached along the path, not by a step.
+            solver = self._solver()
         timesteps, steps = solver.schedule(*inputs.schedule)
-        timesteps = self._crosses("timesteps", timesteps)
+        timesteps = self._crosses("timesteps", timesteps[::-1] if inputs.inversion_points > 0 else timesteps)
         clean = tensor(self._image_latents(inputs.pixels, inputs.prompts.batch, 1, inputs.rng))
         embeds = self._joined_embeddings(inputs.prompts, 1)
         predictor = self._stages.predictor(embeds, inputs.attention_kwargs, self.unet_batch_size, timesteps)
-
-        refine = regularise = None
-        if inputs.inversion_iterations > 0:
-            refine = self._refinement(solver, predictor, timesteps, guidance_scale, inputs.inversion_iterations)
-        if inputs.regularisation.num_reg_steps > 0:
-            regularise = self._regularisation(solver, timesteps, inputs)
-        update = self._update(
-            solver, timesteps, guidance_scale, clean.shape, rng=inputs.rng, refine=refine, regularise=regularise
-        )
-        loop = diffedit.invert(self._predict(predictor, solver), update, clean, timesteps)
+        visits: list[Visit] = []
+        if inputs.inversion_points > 0:
+            loop = self._by_points(solver, predictor, clean, timesteps, inputs, visits)
+        else:
+            refine = regularise = None
+            if inputs.inversion_iterations > 0:
+                refine = self._refinement(solver, predictor, timesteps, guidance_scale, inputs.inversion_iterations)
+            if inputs.regularisation.num_reg_steps > 0:
+                regularise = self._regularisation(solver, timesteps, inputs)
+            update = self._update(
+                solver, timesteps, guidance_scale, clean.shape, rng=inputs.rng, refine=refine, regularise=regularise
+            )
+            loop = diffedit.invert(self._predict(predictor, solver), update, clean, timesteps)
         watched = self._watched(loop, "inverted_latents", len(timesteps), steps, solver, predictor, embeds, inputs)
-        return clean, [step.latents for step in watched]
+        return clean, [step.latents for step in watched], visits
+
+    def _by_points(self, solver: Solver, predictor, clean, timesteps, inputs: InvertInputs, visits: list[Visit]):
+        """``diffedit.invert_by_points`` with compiled functions; adds to ``visits`` where the UNet was evaluated."""
+        if not isinstance(solver, TabulatedSolver):
+            raise InputError(
+                "{parameter} needs a {scheduler} whose noise levels are known, DDIM or DPM-Solver++, but this is "
+                "{name}; set it to 0, or choose another {scheduler}.",
+                parameter="inversion_points",
+                name=solver.name,
+            )
+        levels = [solver.noise_levels(timestep) for timestep in timesteps]
+        noise, move = self._stages.noise(solver.prediction_type, inputs.prompts.is_guided), self._stages.move()
+        scale, predict = tensor(inputs.guidance_scale), self._predict(predictor, solver)
+        level_of = dict(zip(timesteps.tolist(), map(tensor, levels)))
+        alphas = [sqrt_alpha**2 for sqrt_alpha, _ in levels] + [np.float32(1)]  # the last, -1, is the clean level
+
+        def predict_noise(latents, timestep):
+            outputs = predict(latents, timestep)
+            visits.append(Visit(timestep, latents, outputs))
+            return noise(latents, outputs, scale, level_of[timestep.item()])
+
+        def moved(latents, start, end, first, later, share):
+            row = schedules.ddim_row(alphas[start], alphas[end])
+            return move(latents, first, later, tensor(share), tensor(row))
+
+        points = diffedit.points_of(len(timesteps), inputs.inversion_points)
+        return diffedit.invert_by_points(predict_noise, moved, clean, timesteps, points, tensor(np.zeros(clean.shape)))
 
     def _refinement(self, solver: Solver, predictor: Predictor, timesteps, guidance_scale, iterations: int) -> Callable:
         """The fixed-point iteration of inverse DDIM steps, see ``stages``."""
@@ -482,7 +575,7 @@ class StableDiffusionDiffEditPipeline(Adapters):
             return CompiledUpdate(self._stages, plan, guidance_scale, shape, mask, draw, refine)
         return EagerUpdate(solver.stepper(timesteps, eta, draw), guidance_scale, mask, regularise)
 
-    def _predict(self, predictor: Predictor, solver: Solver) -> Callable:
+    def _predict(self, predictor: Callable, solver: Solver) -> Callable:
         """The UNet as a loop calls it, once in a step."""
         steps = itertools.count()
 
@@ -493,7 +586,7 @@ class StableDiffusionDiffEditPipeline(Adapters):
         return predict
 
     def _watched(
-        self, loop, stage: str, count: int, steps: int, solver: Solver, predictor: Predictor, embeds, inputs
+        self, loop, stage: str, count: int, steps: int, solver: Solver, predictor, embeds, inputs
     ) -> Iterator[diffedit.Step]:
         """A loop of ``count`` timesteps with all that looks on: check of numbers, observer, progress bar, callbacks."""
         callbacks, name = inputs.callbacks, "edit" if stage == "edited_latents" else "inversion"
@@ -514,7 +607,7 @@ class StableDiffusionDiffEditPipeline(Adapters):
                         with turns.turn_given_up():
                             callbacks.callback(i // solver.order, step.timestep, self._result(step.latents).copy())
 
-    def _step_ended(self, step: diffedit.Step, callbacks: Callbacks, embeds, predictor: Predictor) -> np.ndarray:
+    def _step_ended(self, step: diffedit.Step, callbacks: Callbacks, embeds, predictor) -> np.ndarray:
         """Calls ``callback_on_step_end``; returns the embeddings to go on with, and puts the latents into the step."""
         if callbacks.on_step_end is None:
             return embeds
@@ -706,7 +799,7 @@ class StableDiffusionDiffEditPipeline(Adapters):
             start, *backgrounds = (ops.repeat_interleave(latents, copies, 0) for latents in (start, *backgrounds))
         lora_scale = inputs.attention_kwargs.get("scale", 1.0)
         embeds = self._joined_embeddings(inputs.prompts, copies, inputs.clip_skip, lora_scale)
-        predictor = self._stages.predictor(embeds, inputs.attention_kwargs, self.unet_batch_size, timesteps)
+        predictor = self._edit_predictor(embeds, inputs, timesteps)
 
         update = self._update(solver, timesteps, guidance_scale, start.shape, mask=mask, eta=inputs.eta, rng=inputs.rng)
         loop = diffedit.denoise(self._predict(predictor, solver), update, start, timesteps, backgrounds)
@@ -714,6 +807,21 @@ class StableDiffusionDiffEditPipeline(Adapters):
         for step in self._watched(loop, "edited_latents", len(timesteps), steps, solver, predictor, embeds, inputs):
             first_prediction = step.noise_prediction if step.index == 0 else first_prediction
         return step.latents, first_prediction
+
+    def _edit_predictor(self, embeds: np.ndarray, inputs: EditInputs, timesteps) -> Predictor | IntervalPredictor:
+        """The UNet for the edit's steps, guided in those that the interval of guidance says (C12)."""
+        interval, rows = inputs.unet_cache_interval, self.unet_batch_size
+        guided = inputs.guided_steps(len(timesteps))
+        batch = len(embeds) // 2 if inputs.prompts.is_guided else len(embeds)
+        if interval > 1:  # one size of groups, so that there are two graphs of the UNet in all (C13)
+            rows = min(rows, batch)
+
+        def predictor(some):
+            return self._stages.predictor(some, inputs.attention_kwargs, rows, timesteps, interval)
+
+        if len(guided) in (0, len(timesteps)):
+            return predictor(embeds)
+        return IntervalPredictor(predictor(embeds), predictor(embeds[batch:]), guided)
 
     # --- in one call ---------------------------------------------------------------------------------------------
 
@@ -728,11 +836,15 @@ class StableDiffusionDiffEditPipeline(Adapters):
         source_prompt_embeds=None,
         target_prompt_embeds=None,
         negative_prompt_embeds=None,
+        preset: str = "exact",
         num_inference_steps: int = 50,
         inpaint_strength: float = 0.8,
         guidance_scale: float = 7.5,
-        num_maps_per_mask: int = 4,
-        mask_encode_strength: float = 0.5,
+        guidance_start: float | None = None,
+        guidance_end: float | None = None,
+        unet_cache_interval: int | None = None,
+        num_maps_per_mask: int | None = None,
+        mask_encode_strength: float | None = None,
         mask_thresholding_ratio: float = 2.0,
         mask_options: masks.MaskOptions | None = None,
         mask_image=None,
@@ -744,6 +856,8 @@ class StableDiffusionDiffEditPipeline(Adapters):
         inversion_prompt: str | list[str] | None = None,
         inversion_guidance_scale: float = 1.0,
         inversion_iterations: int = 0,
+        inversion_points: int | None = None,
+        inversion_maps: int | None = None,
         aligned_background: bool = True,
         image_latents: DiffEditInversionPipelineOutput | None = None,
         paste_back: bool = True,
@@ -772,13 +886,22 @@ class StableDiffusionDiffEditPipeline(Adapters):
             source_prompt_embeds: embeddings (B, L, D) instead of ``source_prompt``.
             target_prompt_embeds: embeddings (B, L, D) instead of ``target_prompt``.
             negative_prompt_embeds: embeddings (B, L, D) instead of ``negative_prompt``.
+            preset: "exact", "balanced" or "fast": how many evaluations of the UNet are spent. It says what the options
+                are that are None here: ``guidance_start`` and ``guidance_end``, ``unet_cache_interval``,
+                ``inversion_points`` and ``inversion_maps``.
+                PRESETTABLE
             num_inference_steps: steps of the whole schedule, 1 to 1000.
             inpaint_strength: share of them that runs, in (0, 1].
             guidance_scale: classifier-free guidance of mask and edit, at least 0; 1 or less is without.
-            num_maps_per_mask: as for ``generate_mask``.
-            mask_encode_strength: as for ``generate_mask``.
+            guidance_start, guidance_end: the shares of the edit's steps, in [0, 1], between which there is guidance;
+                outside them a step is one evaluation instead of two (C12).
+            unet_cache_interval: of the edit's steps, each one of so many runs the whole UNet, and those between only
+                its last layer, on what the deep ones gave before (C13); 1 is without.
+            num_maps_per_mask: as for ``generate_mask``; None: 4, or maps of the inversion by the preset.
+            mask_encode_strength: as for ``generate_mask``; None: 0.5, likewise.
             mask_thresholding_ratio: as for ``generate_mask``.
-            mask_options: how the map becomes a mask; None: ``mindiffedit.inputs.EDIT_MASK``.
+            mask_options: how the map becomes a mask; None: ``mindiffedit.inputs.EDIT_MASK``, or ``INVERSION_MASK``
+                for a map of the inversion.
             mask_image: own mask(s) of any size, white (1) where the picture may change.
             mask_combination: what becomes of it and the computed mask: "replace" (nothing is computed), "union",
                 "subtract" (computed without own) or "intersection".
@@ -790,6 +913,9 @@ class StableDiffusionDiffEditPipeline(Adapters):
             inversion_prompt: caption(s) for the inversion; None: the source prompt.
             inversion_guidance_scale: 1 inverts without guidance, as the paper does, at half the cost.
             inversion_iterations: as for ``invert``.
+            inversion_points: as for ``invert``.
+            inversion_maps: make the mask of so many of the inversion's points, the noisiest among them: the source's
+                predictions are there, the target's are added (C11). 0 makes it of maps of fresh noise.
             aligned_background: take each step's background at the noise level that the step arrives at; otherwise it is
                 one level late, as in the reference.
             image_latents: what ``invert`` or ``noise_image`` returned for the same picture and steps; ``inversion`` and

@@ -143,7 +143,9 @@ class Stages:
 
         return run(array) if tiles is None else tiling.in_tiles(run, array, tiles)
 
-    def predictor(self, prompt_embeds: np.ndarray, attention_kwargs: Mapping, rows: int, timesteps=()) -> Predictor:
+    def predictor(
+        self, prompt_embeds: np.ndarray, attention_kwargs: Mapping, rows: int, timesteps=(), cache_interval: int = 1
+    ) -> Predictor:
         """The UNet for samples with these embeddings (N, L, D), ``rows`` of them in each evaluation.
 
         The ``scale`` among ``attention_kwargs`` weighs its LoRAs, which are part of its weights: no graph knows of it.
@@ -162,6 +164,14 @@ class Stages:
         """What a step does with the UNet's predictions, a graph of tensors; see ``_update``."""
         choices = (plan.solver, plan.prediction_type, plan.clip, is_guided)
         return self._stage(("update", *choices), lambda: _update(*choices))
+
+    def noise(self, prediction_type: str, is_guided: bool) -> Callable:
+        """The noise that the UNet's outputs stand for, a graph of tensors; see ``_noise``."""
+        return self._stage(("noise", prediction_type, is_guided), lambda: _noise(prediction_type, is_guided))
+
+    def move(self) -> Callable:
+        """DDIM's update along given noise, a graph of tensors; see ``_move``."""
+        return self._stage(("move",), _move)
 
     def refinement(self, prediction_type: str, is_guided: bool) -> Callable:
         """One iteration of a refined inversion step, a graph of tensors; see ``_refinement``."""
@@ -252,12 +262,36 @@ class Predictor:
         return groups[0] if len(groups) == 1 else ops.cat(groups)
 
 
+class IntervalPredictor:
+    """A guided predictor in some of a loop's steps, one of the prompts alone in the others.
+
+    Args:
+        guided: of 2 B samples, negatives first.
+        conditional: of B samples.
+        steps: indices of the guided ones.
+    """
+
+    def __init__(self, guided: Predictor, conditional: Predictor, steps: range):
+        self._guided, self._conditional, self._steps, self._index = guided, conditional, steps, 0
+
+    def __call__(self, latents: ms.Tensor, timestep) -> ms.Tensor:
+        """The outputs of the loop's next step, (2 B, C, h, w) or (B, C, h, w) float32."""
+        predictor = self._guided if self._index in self._steps else self._conditional
+        self._index += 1
+        return predictor(latents, timestep)
+
+    def replace(self, prompt_embeds: np.ndarray) -> None:
+        """Goes on with other embeddings, negatives first."""
+        self._guided.replace(prompt_embeds)
+        self._conditional.replace(prompt_embeds[len(prompt_embeds) // 2 :])
+
+
 class CompiledUpdate:
     """The ``update`` of ``diffedit``'s loops for a run with a plan: one graph, over tensors that stay on the device.
 
     Args:
         plan: coefficients of the run.
-        guidance_scale: above 1 the predictions are those of negatives and prompts.
+        guidance_scale: of steps whose predictions are those of negatives and prompts.
         shape: of the latents, (B, C, h, w).
         mask: (B, 1, h, w) float32, where the update counts; None is everywhere.
         draw: noise of a shape for the step of an index; used where the plan adds noise.
@@ -266,7 +300,7 @@ class CompiledUpdate:
     """
 
     def __init__(self, stages: Stages, plan: StepPlan, guidance_scale, shape, mask=None, draw=None, refine=None):
-        self._update = stages.update(plan, guidance_scale > 1.0)
+        self._updates = partial(stages.update, plan)
         self._noisy, self._draw, self._refine = plan.noisy, draw, refine
         self._shape, self._zeros = shape, tensor(np.zeros(shape))
         self._mask = tensor(np.ones((shape[0], 1, *shape[2:])) if mask is None else mask)
@@ -275,7 +309,8 @@ class CompiledUpdate:
 
     def __call__(self, index: int, latents, noise_prediction, pred_x0=None, background=None):
         coefficients = self._coefficients[index]
-        updated, pred_x0 = self._update(
+        update = self._updates(len(noise_prediction) > len(latents))
+        updated, pred_x0 = update(
             latents,
             self._zeros if pred_x0 is None else pred_x0,
             noise_prediction,
@@ -293,18 +328,18 @@ class EagerUpdate:
 
     Args:
         step: what ``Solver.stepper`` returns.
-        guidance_scale: above 1 the predictions are those of negatives and prompts.
+        guidance_scale: of steps whose predictions are those of negatives and prompts.
         mask: (B, 1, h, w) float32, or None.
         regularise: None, or a function (noise prediction, latents, index) -> noise prediction of arrays.
     """
 
     def __init__(self, step: Callable, guidance_scale: float, mask=None, regularise: Callable | None = None):
         self._step, self._regularise = step, regularise
-        self._guidance_scale = tensor(guidance_scale) if guidance_scale > 1.0 else None
+        self._guidance_scale = tensor(guidance_scale)
         self._mask = None if mask is None else tensor(mask)
 
     def __call__(self, index: int, latents, noise_prediction, pred_x0=None, background=None):
-        if self._guidance_scale is not None:
+        if len(noise_prediction) > len(latents):
             with eagerly():
                 noise_prediction = guided(noise_prediction, self._guidance_scale)
         if self._regularise is not None:
@@ -410,8 +445,34 @@ def _update(solver, prediction_type, clip, is_guided):
     return update
 
 
-def _refinement(prediction_type, is_guided):
+def _noise(prediction_type, is_guided):
     epsilon = epsilon_prediction(prediction_type)
+
+    def noise(latents, output, guidance_scale, levels):
+        """Noise (B, C, h, w) at latents (B, C, h, w) of a level, as ``_refinement`` takes it."""
+        rows = ops.cat([latents, latents]) if is_guided else latents
+        noise = epsilon(rows, output, levels[0], levels[1])
+        return guided(noise, guidance_scale) if is_guided else noise
+
+    return noise
+
+
+def _move():
+    solve = solver_step("ddim", "epsilon", None)
+
+    def move(latents, noise, later, share, coefficients):
+        """DDIM's update of latents (B, C, h, w) by the noise (B, C, h, w) that lies between two; see ``diffedit``.
+
+        ``share``: 0-d, 0 takes the first, 1 the later one. ``coefficients``: (5,), a row of ``schedules.ddim_row``.
+        """
+        between = noise + share * (later - noise)
+        return solve(latents, between, latents, coefficients, ops.zeros_like(latents))
+
+    return move
+
+
+def _refinement(prediction_type, is_guided):
+    noise_at = _noise(prediction_type, is_guided)
     solve = solver_step("ddim", "epsilon", None)
 
     def refined(latents, arrived, output, guidance_scale, levels, coefficients):
@@ -427,9 +488,7 @@ def _refinement(prediction_type, is_guided):
             levels: (2,), factors of latents and noise at the timestep.
             coefficients: (5,), the step's row of the plan.
         """
-        rows = ops.cat([arrived, arrived]) if is_guided else arrived
-        noise = epsilon(rows, output, levels[0], levels[1])
-        noise = guided(noise, guidance_scale) if is_guided else noise
+        noise = noise_at(arrived, output, guidance_scale, levels)
         return solve(latents, noise, latents, coefficients, ops.zeros_like(latents))
 
     return refined
