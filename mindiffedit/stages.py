@@ -19,7 +19,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import ops
 
-from mindiffedit.checkpoints import freeu, lora
+from mindiffedit.checkpoints import freeu, lora, step_cache
 from mindiffedit.diffedit import blended, guided
 from mindiffedit.images import tiling
 from mindiffedit.runtime import reuse, turns
@@ -40,7 +40,8 @@ class Stages:
     Attributes:
         graphs: what is compiled, in mode "graph".
         calls: how often a model has run, by stage: "text", "encode", "decode" (a picture is one, however many tiles it
-            has), "unet"; "rows" counts the UNet's samples.
+            has), "unet"; "rows" counts the UNet's samples, and "shallow_rows" those of the step cache's shallow
+            evaluations, which are in neither of the two.
     """
 
     def __init__(self, unet, vae, text_encoder, mode: str, cache=None):
@@ -150,15 +151,22 @@ class Stages:
 
         The ``scale`` among ``attention_kwargs`` weighs its LoRAs, which are part of its weights: no graph knows of it.
         ``timesteps`` are those that it is going to be asked for; they are brought to the device beforehand.
+        With a ``cache_interval`` of n above 1, one of n calls evaluates the whole UNet, the others its last layer.
+
+        Raises:
+            ValueError: a ``cache_interval`` above 1, and a UNet that the step cache cannot run.
         """
         constants = {name: value for name, value in attention_kwargs.items() if name != "scale"}
+        if cache_interval > 1:
+            step_cache.check_supported(self.unet)
 
-        def stage():
+        def stage(name):
             # FreeU changes the UNet from inside, where its graph would not notice.
-            choices = ("unet", _key(constants), freeu.factors_of(self.unet))
-            return self._stage(choices, lambda: _predictor(self.unet, constants))
+            choices = (name, _key(constants), freeu.factors_of(self.unet))
+            return self._stage(choices, lambda: _PREDICTORS[name](self.unet, constants))
 
-        return Predictor(self, stage, prompt_embeds, rows, attention_kwargs.get("scale", 1.0), timesteps)
+        lora_scale = attention_kwargs.get("scale", 1.0)
+        return Predictor(self, stage, prompt_embeds, rows, lora_scale, timesteps, cache_interval)
 
     def update(self, plan: StepPlan, is_guided: bool) -> Callable:
         """What a step does with the UNet's predictions, a graph of tensors; see ``_update``."""
@@ -183,7 +191,8 @@ class Stages:
     def _stage(self, key: tuple, build: Callable[[], Callable]) -> Callable:
         if key not in self._built:
             function = build()
-            models = {"text": self.text_encoder, "encode": self.vae, "decode": self.vae, "unet": self.unet}
+            models = {"text": self.text_encoder, "encode": self.vae, "decode": self.vae}
+            models |= dict.fromkeys(_PREDICTORS, self.unet)
             eager = self.mode == "pynative"
             self._built[key] = eagerly()(function) if eager else self.graphs.compiled(function, key, models.get(key[0]))
         return self._built[key]
@@ -201,24 +210,30 @@ class Predictor:
     The last group is moved back to be full; what it computes again is left out. Fewer samples than a group make a
     smaller group, which is a graph of its own: a prediction that nobody asked for would cost as much as one that is
     needed.
+
+    With the step cache, the calls 0, n, 2 n, ... are full evaluations, which keep the hidden state of every group for
+    the shallow ones between them.
     """
 
     def __init__(
         self,
         stages: Stages,
-        stage: Callable[[], Callable],
+        stage: Callable[[str], Callable],
         prompt_embeds: np.ndarray,
         rows: int,
         lora_scale: float = 1.0,
         timesteps=(),
+        cache_interval: int = 1,
     ):
-        self._stages, self._stage, self._lora_scale = stages, stage, lora_scale
+        self._stages, self._stage, self._lora_scale, self._interval = stages, stage, lora_scale, cache_interval
         self._rows = min(rows, len(prompt_embeds))
         self._timesteps = {_number(timestep): _timestep(timestep) for timestep in timesteps}
         self.replace(prompt_embeds)
 
     def replace(self, prompt_embeds: np.ndarray) -> None:
-        """Goes on with other embeddings of the same shape."""
+        """Goes on with other embeddings of the same shape; the next call is a full evaluation."""
+        self._calls = 0
+        self._hidden: dict[int, ms.Tensor] = {}  # of the last full evaluation, by the samples at which groups begin
         self._count = len(prompt_embeds)
         begins = {min(start, self._count - self._rows) for start in range(0, self._count, self._rows)}
         self._embeds = {
@@ -239,6 +254,9 @@ class Predictor:
         """
         if len(latents) < self._count:
             latents = ops.cat([latents] * (self._count // len(latents)))
+        if self._calls % self._interval == 0:
+            self._hidden.clear()
+        self._calls += 1
         for start in range(0, self._count, self._rows):
             begin = min(start, self._count - self._rows)
             group = latents if self._rows == self._count else latents[begin : begin + self._rows]
@@ -251,9 +269,16 @@ class Predictor:
         lora.adapted(self._stages.unet).write(self._lora_scale)
         sample = self._stages._sample(latents, self._stages.unet)
         known = self._timesteps.get(_number(timestep))
-        self._stages.calls["unet"] += 1
-        self._stages.calls["rows"] += self._rows
-        outputs = self._stage()(sample, _timestep(timestep) if known is None else known, self._embeds[begin])
+        arguments = sample, _timestep(timestep) if known is None else known, self._embeds[begin]
+        calls = self._stages.calls
+        if begin in self._hidden:
+            calls["shallow_rows"] += self._rows
+            return _float32(self._stage("unet_shallow")(*arguments, self._hidden[begin]))
+        calls["unet"] += 1
+        calls["rows"] += self._rows
+        if self._interval == 1:
+            return _float32(self._stage("unet")(*arguments))
+        outputs, self._hidden[begin] = self._stage("unet_full")(*arguments)
         return _float32(outputs)
 
     def __call__(self, latents: ms.Tensor, timestep) -> ms.Tensor:
@@ -417,6 +442,14 @@ def _predictor(unet, attention_kwargs):
         return unet(latents, timestep, prompt_embeds, cross_attention_kwargs=kwargs)[0]
 
     return predict
+
+
+_PREDICTORS = {
+    "unet": _predictor,
+    "unet_full": lambda *choices: step_cache.evaluations(*choices)[0],
+    "unet_shallow": lambda *choices: step_cache.evaluations(*choices)[1],
+}
+"""What makes the function of each stage that runs the UNet."""
 
 
 def _update(solver, prediction_type, clip, is_guided):

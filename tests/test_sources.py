@@ -389,6 +389,7 @@ def test_few_modules_stand_beside_the_folders():
 # there is none.
 LOADING = {
     "checkpoints.freeu",
+    "checkpoints.step_cache",
     "editing",
     "parity.floors",
     "parity.formulas",
