@@ -6,6 +6,7 @@ import contextlib
 import re
 import time
 import unicodedata
+from dataclasses import replace
 from typing import Any
 
 import mindspore as ms
@@ -14,6 +15,7 @@ from PIL.Image import Image
 
 from mindiffedit import masks, options
 from mindiffedit.arrays import to_numpy
+from mindiffedit.checkpoints import step_cache
 from mindiffedit.errors import InputError, InputTypeError, Message
 from mindiffedit.images import colours, pictures
 from mindiffedit.inputs import (
@@ -139,6 +141,14 @@ def edit(
         guidance_end=guidance_end,
         unet_cache_interval=unet_cache_interval,
     )
+    cached = evaluations.unet_cache_interval > 1
+    if cached:
+        try:
+            step_cache.check_supported(pipeline.unet)
+        except InputError:
+            if unet_cache_interval is not None:
+                raise
+            evaluations, cached = replace(evaluations, unet_cache_interval=1), False
     by_inversion = evaluations.inversion_maps > 0
     num_maps = evaluations.inversion_maps if by_inversion else 4 if num_maps_per_mask is None else num_maps_per_mask
     if mask_options is None:
@@ -176,6 +186,7 @@ def edit(
             corrected_guidance=corrected_guidance,
             outlier_quantile=outlier_quantile,
             mask_options=mask_options,
+            unet_cached=cached,
         )
     invert_inputs = InvertInputs.checked(
         model,
@@ -187,6 +198,7 @@ def edit(
         attention_kwargs=attention_kwargs,
         inversion_iterations=inversion_iterations,
         inversion_points=evaluations.inversion_points,
+        unet_cached=cached,
     )
     edit_inputs = EditInputs.checked(
         model,
@@ -327,7 +339,7 @@ def _inversion_error(pipeline, inputs: InvertInputs, noisy, clean, prediction) -
     if prediction is None:
         guidance_scale = inputs.guidance_scale
         embeds = pipeline._joined_embeddings(inputs.prompts, 1, lora_scale=inputs.attention_kwargs.get("scale", 1.0))
-        predict = pipeline._stages.predictor(embeds, inputs.attention_kwargs, pipeline.unet_batch_size)
+        predict = pipeline._predictor(embeds, inputs, inputs.prompts.batch)
         prediction = predict(here, timesteps[0])
     alphas = [sqrt_alpha**2 for sqrt_alpha, _ in levels]
     row = schedules.ddim_row(alphas[0], alphas[1] if len(alphas) > 1 else np.float32(1))

@@ -300,7 +300,10 @@ def checked_rng(generator, model: ModelLimits, pixels: np.ndarray, batch: int, c
 
 @dataclass(frozen=True)
 class MaskInputs:
-    """Of ``generate_mask``: its arguments; ``pixels`` and ``rng`` are what its picture and generator became."""
+    """Of ``generate_mask``: its arguments; ``pixels`` and ``rng`` are what its picture and generator became.
+
+    ``unet_cached``: whether the UNet is run by the graphs of the step cache, which the edit has in use.
+    """
 
     pixels: np.ndarray
     source: Prompts
@@ -315,6 +318,7 @@ class MaskInputs:
     corrected_guidance: bool
     outlier_quantile: float | None
     mask_options: masks.MaskOptions
+    unet_cached: bool = False
 
     @property
     def batch(self) -> int:
@@ -340,6 +344,7 @@ class MaskInputs:
         corrected_guidance,
         outlier_quantile,
         mask_options,
+        unet_cached: bool = False,
     ) -> MaskInputs:
         """Prompts, ``pixels``, guidance scale and ``attention_kwargs`` come checked, by what stands above."""
         if source.batch != target.batch:
@@ -378,6 +383,7 @@ class MaskInputs:
             corrected_guidance,
             outlier_quantile,
             mask_options,
+            unet_cached,
         )
 
 
@@ -398,7 +404,10 @@ class Regularisation:
 
 @dataclass(frozen=True)
 class InvertInputs:
-    """Of ``invert``: its arguments; ``pixels`` and ``rng`` are what its picture and generator became."""
+    """Of ``invert``: its arguments; ``pixels`` and ``rng`` are what its picture and generator became.
+
+    ``unet_cached`` is as for ``MaskInputs``.
+    """
 
     pixels: np.ndarray
     prompts: Prompts
@@ -410,6 +419,7 @@ class InvertInputs:
     inversion_points: int = 0
     regularisation: Regularisation = Regularisation()
     callbacks: Callbacks = Callbacks()
+    unet_cached: bool = False
 
     @classmethod
     def checked(
@@ -426,6 +436,7 @@ class InvertInputs:
         inversion_points=0,
         regularisation: Regularisation = Regularisation(),
         callbacks: Callbacks = Callbacks(),
+        unet_cached: bool = False,
     ) -> InvertInputs:
         """Prompts, pixels, schedule, guidance scale, regularisation, callbacks come checked, by what stands above."""
         options.check_count(inversion_iterations, "inversion_iterations", options.MAX_ITERATIONS)
@@ -449,6 +460,7 @@ class InvertInputs:
             inversion_points,
             regularisation,
             callbacks,
+            unet_cached,
         )
 
 

@@ -188,7 +188,7 @@ def check_threshold(value, name: str = "threshold") -> float:
     threshold = _real(value, name, "a number above 0 and below 1")
     if not 0 < threshold < 1:
         raise InputError(
-            "{parameter} has to be above 0 and below 1, but is {value!r}; 0.5 is the paper's.",
+            "{parameter} has to be above 0 and below 1 (or 'auto'), but is {value!r}; 0.5 is the paper's.",
             parameter=name,
             value=value,
         )

@@ -274,7 +274,7 @@ class StableDiffusionDiffEditPipeline(Adapters):
         noised = self._crosses("noised_latents", solver.add_noise(latents, noise, timestep))
         noised = solver.scale_input(tensor(noised), timestep)
 
-        predictions = partial(self._noise_predictions, noised, timestep, inputs.attention_kwargs)
+        predictions = partial(self._noise_predictions, noised, timestep, inputs)
         on_source, on_target = predictions("noise_predictions", source, target)
         negatives = None
         if guidance_scale > 1.0 and not np.array_equal(source_negative, target_negative):
@@ -295,8 +295,7 @@ class StableDiffusionDiffEditPipeline(Adapters):
 
         def predictor(prompts: Prompts):
             embeds, _ = self._embeddings(replace(prompts, is_guided=False), 1)
-            timesteps = [visit.timestep for visit in chosen]
-            return self._stages.predictor(embeds, inputs.attention_kwargs, self.unet_batch_size, timesteps)
+            return self._predictor(embeds, inputs, inputs.batch, [visit.timestep for visit in chosen])
 
         on_target, on_source = predictor(inputs.target), None
         if captions.is_guided or not captions.same_prompts(inputs.source):
@@ -317,7 +316,8 @@ class StableDiffusionDiffEditPipeline(Adapters):
         maps = self._crosses("map", diffedit.difference_map(difference, num_maps, inputs.outlier_quantile))
 
         # D4: without `per_image_clamp` the clamp is a mean over the whole batch, as in the reference.
-        clamp = masks.clamp_of(maps, inputs.mask_thresholding_ratio, inputs.per_image_clamp)
+        ratio = inputs.mask_options.clamp_ratio(inputs.mask_thresholding_ratio)
+        clamp = masks.clamp_of(maps, ratio, inputs.per_image_clamp)
         clamp = self._crosses("clamp_magnitude", clamp)
         guides = None
         if inputs.mask_options.edges:
@@ -326,10 +326,10 @@ class StableDiffusionDiffEditPipeline(Adapters):
         mask = masks.mask_of(maps, options=inputs.mask_options, clamp=clamp, guides=guides)
         return self._crosses("mask", mask), maps
 
-    def _noise_predictions(self, noised: ms.Tensor, timestep, attention_kwargs, stage: str, *embeddings):
+    def _noise_predictions(self, noised: ms.Tensor, timestep, inputs: MaskInputs, stage: str, *embeddings):
         """The UNet's outputs for the same latents with several embeddings: for each an array (B N, C, h, w)."""
         embeds = np.concatenate(embeddings)
-        predict = self._stages.predictor(embeds, attention_kwargs, self.unet_batch_size, [timestep])
+        predict = self._predictor(embeds, inputs, inputs.batch, [timestep])
         outputs: list[np.ndarray] = []
         with self.progress_bar(total=len(predict)) as bar:
             for output in map(host, predict.stream(noised, timestep)):
@@ -480,7 +480,7 @@ class StableDiffusionDiffEditPipeline(Adapters):
         timesteps = self._crosses("timesteps", timesteps[::-1] if inputs.inversion_points > 0 else timesteps)
         clean = tensor(self._image_latents(inputs.pixels, inputs.prompts.batch, 1, inputs.rng))
         embeds = self._joined_embeddings(inputs.prompts, 1)
-        predictor = self._stages.predictor(embeds, inputs.attention_kwargs, self.unet_batch_size, timesteps)
+        predictor = self._predictor(embeds, inputs, inputs.prompts.batch, timesteps)
         visits: list[Visit] = []
         if inputs.inversion_points > 0:
             loop = self._by_points(solver, predictor, clean, timesteps, inputs, visits)
@@ -557,6 +557,17 @@ class StableDiffusionDiffEditPipeline(Adapters):
             )
 
         return regularise
+
+    def _predictor(
+        self, embeds: np.ndarray, inputs, batch: int, timesteps=(), cache_interval: int | None = None
+    ) -> Predictor:
+        """The UNet with some embeddings for a call with these inputs; see ``Stages.predictor``."""
+        if getattr(inputs, "unet_cached", False):
+            cache_interval = 1
+        rows = self.unet_batch_size
+        if cache_interval is not None:  # groups of one size everywhere, so that there are two graphs of the UNet (C13)
+            rows = min(rows, batch)
+        return self._stages.predictor(embeds, inputs.attention_kwargs, rows, timesteps, cache_interval)
 
     # --- what both loops are made of -----------------------------------------------------------------------------
 
@@ -810,14 +821,12 @@ class StableDiffusionDiffEditPipeline(Adapters):
 
     def _edit_predictor(self, embeds: np.ndarray, inputs: EditInputs, timesteps) -> Predictor | IntervalPredictor:
         """The UNet for the edit's steps, guided in those that the interval of guidance says (C12)."""
-        interval, rows = inputs.unet_cache_interval, self.unet_batch_size
         guided = inputs.guided_steps(len(timesteps))
         batch = len(embeds) // 2 if inputs.prompts.is_guided else len(embeds)
-        if interval > 1:  # one size of groups, so that there are two graphs of the UNet in all (C13)
-            rows = min(rows, batch)
+        interval = inputs.unet_cache_interval
 
         def predictor(some):
-            return self._stages.predictor(some, inputs.attention_kwargs, rows, timesteps, interval)
+            return self._predictor(some, inputs, batch, timesteps, interval if interval > 1 else None)
 
         if len(guided) in (0, len(timesteps)):
             return predictor(embeds)

@@ -145,19 +145,25 @@ class Stages:
         return run(array) if tiles is None else tiling.in_tiles(run, array, tiles)
 
     def predictor(
-        self, prompt_embeds: np.ndarray, attention_kwargs: Mapping, rows: int, timesteps=(), cache_interval: int = 1
+        self,
+        prompt_embeds: np.ndarray,
+        attention_kwargs: Mapping,
+        rows: int,
+        timesteps=(),
+        cache_interval: int | None = None,
     ) -> Predictor:
         """The UNet for samples with these embeddings (N, L, D), ``rows`` of them in each evaluation.
 
         The ``scale`` among ``attention_kwargs`` weighs its LoRAs, which are part of its weights: no graph knows of it.
         ``timesteps`` are those that it is going to be asked for; they are brought to the device beforehand.
-        With a ``cache_interval`` of n above 1, one of n calls evaluates the whole UNet, the others its last layer.
+        With a ``cache_interval`` of n, one of n calls evaluates the whole UNet, the others its last layer; 1 is by the
+        graphs of such a run, too.
 
         Raises:
-            ValueError: a ``cache_interval`` above 1, and a UNet that the step cache cannot run.
+            ValueError: a ``cache_interval``, and a UNet that the step cache cannot run.
         """
         constants = {name: value for name, value in attention_kwargs.items() if name != "scale"}
-        if cache_interval > 1:
+        if cache_interval is not None:
             step_cache.check_supported(self.unet)
 
         def stage(name):
@@ -223,7 +229,7 @@ class Predictor:
         rows: int,
         lora_scale: float = 1.0,
         timesteps=(),
-        cache_interval: int = 1,
+        cache_interval: int | None = None,
     ):
         self._stages, self._stage, self._lora_scale, self._interval = stages, stage, lora_scale, cache_interval
         self._rows = min(rows, len(prompt_embeds))
@@ -254,7 +260,7 @@ class Predictor:
         """
         if len(latents) < self._count:
             latents = ops.cat([latents] * (self._count // len(latents)))
-        if self._calls % self._interval == 0:
+        if self._interval is not None and self._calls % self._interval == 0:
             self._hidden.clear()
         self._calls += 1
         for start in range(0, self._count, self._rows):
@@ -276,7 +282,7 @@ class Predictor:
             return _float32(self._stage("unet_shallow")(*arguments, self._hidden[begin]))
         calls["unet"] += 1
         calls["rows"] += self._rows
-        if self._interval == 1:
+        if self._interval is None:
             return _float32(self._stage("unet")(*arguments))
         outputs, self._hidden[begin] = self._stage("unet_full")(*arguments)
         return _float32(outputs)

@@ -197,9 +197,9 @@ UNSUPPORTED = {
 @pytest.mark.parametrize("words", UNSUPPORTED)
 def test_unsupported_unets(words):
     unet = our_unet(**UNSUPPORTED[words])
-    with pytest.raises(InputError, match=f"{words}.*`cache_interval=1`") as caught:
+    with pytest.raises(InputError, match=f"{words}.*`unet_cache_interval=1`") as caught:
         cached(Stages(unet, None, None, "pynative"), 2)
-    assert caught.value.parameter == "cache_interval"
+    assert caught.value.parameter == "unet_cache_interval"
     cached(Stages(unet, None, None, "pynative"), 1)
 
 

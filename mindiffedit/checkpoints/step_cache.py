@@ -32,29 +32,30 @@ def check_supported(unet: Any) -> None:
 
     if getattr(type(unet), "construct", None) is not UNet2DConditionModel.construct:
         raise InputError(
-            "The step cache runs mindone's UNet2DConditionModel, but this UNet is a {unet!t}; set {cache_interval=1}.",
-            parameter="cache_interval",
+            "The step cache runs mindone's UNet2DConditionModel, but this UNet is a {unet!t}; set "
+            "{unet_cache_interval=1}.",
+            parameter="unet_cache_interval",
             unet=unet,
         )
     extras = [name for name in _EXTRAS if getattr(unet, name, None) is not None]
     if extras:
         raise InputError(
-            "The step cache does not know of this UNet's {extras}; set {cache_interval=1}.",
-            parameter="cache_interval",
+            "The step cache does not know of this UNet's {extras}; set {unet_cache_interval=1}.",
+            parameter="unet_cache_interval",
             extras=" and ".join(extras),
         )
     block = unet.up_blocks[-1]
     if freeu.factors_of(unet) is not None and len(unet.up_blocks) <= 2:
         raise InputError(
             "FreeU weighs the features of this UNet's last up block, which the step cache runs without; switch FreeU "
-            "off, or set {cache_interval=1}.",
-            parameter="cache_interval",
+            "off, or set {unet_cache_interval=1}.",
+            parameter="unet_cache_interval",
         )
     if type(block) not in (UpBlock2D, CrossAttnUpBlock2D):
         raise InputError(
             "The step cache needs a last up block of the class UpBlock2D or CrossAttnUpBlock2D, but this UNet has a "
-            "{block!t}; set {cache_interval=1}.",
-            parameter="cache_interval",
+            "{block!t}; set {unet_cache_interval=1}.",
+            parameter="unet_cache_interval",
             block=block,
         )
 

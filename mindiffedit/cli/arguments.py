@@ -141,6 +141,10 @@ def _flag(command, name: str, text: str, **more) -> None:
     command.add_argument(name, help=text, **{"action": "store_true", **more})
 
 
+def _level(text: str) -> float | str:
+    return text if text == "auto" else float(text)
+
+
 # --- the commands ----------------------------------------------------------------------------------
 
 
@@ -297,9 +301,10 @@ def _add_mask_options(command) -> None:
             what = f"{text} (default: {'yes' if default else 'no'})"
             _flag(group, option(name), what, action=argparse.BooleanOptionalAction)
         else:
-            _add(group, option(name), metavar, f"{text} (default: {default:g})")
+            more = {"type": _level} if metavar == "LEVEL" else {}
+            _add(group, option(name), metavar, f"{text} (default: {default:g})", **more)
 
-    add("mask_level", "F", "what is above this share of the clamp is in the mask, 0 to 1")
+    add("mask_level", "LEVEL", "what is above this share of the clamp, 0 to 1, is in the mask; auto: as suits each map")
     add("mask_smoothing", "F", "sigma of a Gaussian over the map, in latents")
     what = "let the map follow the picture's edges, in windows of this radius in latents; 0: do not"
     add("mask_edges", "N", what)

@@ -42,7 +42,8 @@ class MaskOptions:
         smoothing: sigma in latents, 0 to 100, of a Gaussian over the clamped map; 0: none. The grid goes on at its
             edges with the values there.
         threshold: in (0, 1); a latent belongs to the mask where the map is above this share of the clamp. The
-            paper's and the reference's is 0.5.
+            paper's and the reference's is 0.5. "auto" takes one that suits each map, see `automatic_threshold`, under a
+            clamp of `AUTOMATIC_RATIO`; the ratio does not count then.
         edges: radius in latents, 0 to 100, of windows in which the map follows the picture's edges, see
             `edges.follow_edges`; 0: it does not. Needs `guides` in `mask_of`; the pipeline gives its picture.
         edge_contrast: above 0; colours, in [0, 1], that vary by less than this in a window count as one.
@@ -55,7 +56,7 @@ class MaskOptions:
         soft: continuous values in place of 0 and 1; `mask_of` has the formula.
     """
 
-    threshold: float = 0.5
+    threshold: float | str = 0.5
     smoothing: float = 0.0
     erosion: int = 0
     dilation: int = 0
@@ -67,7 +68,7 @@ class MaskOptions:
 
     def __post_init__(self):
         for name, check, *most in (
-            ("threshold", check_threshold),
+            ("threshold", _check_threshold),
             ("smoothing", check_at_least_zero, MAX_SIGMA),
             ("erosion", check_count, MAX_LATENTS),
             ("dilation", check_count, MAX_LATENTS),
@@ -78,6 +79,36 @@ class MaskOptions:
             ("edge_contrast", check_ratio),
         ):
             object.__setattr__(self, name, check(getattr(self, name), name, *most))
+
+    def clamp_ratio(self, ratio: float) -> float:
+        """The ratio that maps are clamped with, where this one is given."""
+        return AUTOMATIC_RATIO if self.threshold == "auto" else ratio
+
+
+AUTOMATIC_RATIO = 5.0
+"""So high a clamp that it only takes outliers; what lies below it tells the threshold."""
+
+OTSU_FACTOR = 1.2
+"""Otsu's threshold lies in the middle of a blurred border; an object that the map overlaps on all sides ends above it.
+
+Chosen on drawn scenes, see docs/quality.md."""
+
+
+def automatic_threshold(share: np.ndarray) -> float:
+    """A threshold for one map, (h, w) in [0, 1]: by Otsu's method (1979), times `OTSU_FACTOR`; in (0, 1).
+
+    Otsu's is the one that parts the values into two groups whose means are furthest apart, by their variance between.
+    """
+    values = np.sort(share.ravel().astype(np.float64))
+    below = np.arange(1, len(values))
+    sums = np.cumsum(values)[:-1]
+    means = sums / below, (values.sum() - sums) / below[::-1]
+    best = int(np.argmax(below * below[::-1] * (means[1] - means[0]) ** 2))
+    return float(np.clip(OTSU_FACTOR * (values[best] + values[best + 1]) / 2, 1e-3, 1 - 1e-3))
+
+
+def _check_threshold(value, name: str):
+    return value if isinstance(value, str) and value == "auto" else check_threshold(value, name)
 
 
 def checked_options(options) -> MaskOptions:
@@ -170,6 +201,7 @@ def mask_of(
     from scipy import ndimage
 
     maps = _maps(maps)
+    ratio = options.clamp_ratio(ratio)
     magnitude = clamp_of(maps, ratio, per_image) if clamp is None else _clamp(clamp, len(maps))
     share = np.clip(maps, 0, magnitude) / magnitude
     if options.smoothing > 0:
@@ -177,12 +209,14 @@ def mask_of(
     if options.edges > 0:
         followed = zip(share, _guides(guides, maps.shape))
         share = np.stack([follow_edges(x, guide, options.edges, options.edge_contrast) for x, guide in followed])
-    threshold = np.float32(options.threshold)
-    masks = np.stack([_cleaned(x > threshold, options) for x in share])
+    automatic = options.threshold == "auto"
+    thresholds = [np.float32(automatic_threshold(x) if automatic else options.threshold) for x in share]
+    masks = np.stack([_cleaned(x > threshold, options) for x, threshold in zip(share, thresholds)])
     if not options.soft:
         return masks.astype(np.int64)
     reach = 1 + int(np.ceil(options.smoothing))
-    return np.stack([_softened(x, mask, float(threshold), reach) for x, mask in zip(share, masks)])
+    softened = [_softened(x, mask, float(threshold), reach) for x, mask, threshold in zip(share, masks, thresholds)]
+    return np.stack(softened)
 
 
 def _maps(maps) -> np.ndarray:
