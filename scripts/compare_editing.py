@@ -55,6 +55,7 @@ def one_call(editor, edits, pictures, settings, seed, **changes):
         "reference": MaskOptions(),
         # With what suits it: smoothing alone needs a higher threshold under a lower clamp.
         "blurred": dataclasses.replace(inputs.EDIT_MASK, edges=0, threshold=0.84),
+        "automatic": dataclasses.replace(inputs.INVERSION_MASK, threshold="auto"),
         "soft": dataclasses.replace(inputs.EDIT_MASK, soft=True),
         "guidance": settings["guidance"],
     }
@@ -62,11 +63,11 @@ def one_call(editor, edits, pictures, settings, seed, **changes):
         num_inference_steps=settings["steps"],
         inpaint_strength=settings["strength"],
         guidance_scale=settings["guidance"],
-        num_maps_per_mask=suited["maps"],
-        mask_encode_strength=suited["mask_strength"],
         mask_thresholding_ratio=suited["mask_threshold"],
         generator=[editor.generator(g) for g in measures.generators(seed, edits, 2)],
     )
+    if changes.get("preset") == "exact" and "inversion_maps" not in changes:
+        options |= dict(num_maps_per_mask=suited["maps"], mask_encode_strength=suited["mask_strength"])
     options |= {name: values.get(value, value) for name, value in changes.items()}
     sources, targets = [edit.source.caption for edit in edits], [edit.target.caption for edit in edits]
     result = editor.pipeline.edit(pictures, sources, targets, **options)

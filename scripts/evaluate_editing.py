@@ -7,7 +7,8 @@ another kind (every second scene) or another colour (the others) by changing the
 of ``StableDiffusionDiffEditPipeline`` do the edit with the reference's behaviour and the demo's settings: the
 source prompt is the caption for ``invert`` and the negative prompt of the edit. Progress goes to stderr, the
 table to stdout. ``--reference`` runs the same edits with diffusers (needs torch). ``--compare`` sets the
-reference's behaviour against ``edit()``, see ``compare_editing.py``.
+reference's behaviour against ``edit()``, see ``compare_editing.py``; ``--pareto`` the presets of ``edit()`` and each
+of their savings against each other, see ``pareto_editing.py``.
 
 What is measured, each as a mean over the edits:
 
@@ -36,6 +37,7 @@ from pathlib import Path
 import compare_editing
 import editing_measures as measures
 import numpy as np
+import pareto_editing
 import reports
 import scene_classifier
 from PIL import Image
@@ -182,8 +184,19 @@ def build_parser() -> argparse.ArgumentParser:
         shown = "that of --guidance" if default is None else default
         add(f"--{name.replace('_', '-')}", type=kind, default=default, help=f"{text} ({shown})")
     add("--compare", action="store_true", help="the three calls against edit(), with an ablation")
-    add("--ablation", type=measures.natural, default=100, help="with --compare: scenes of the ablation (100)")
-    add("--timed", type=measures.natural, default=20, help="with --compare: edits whose seconds are measured (20)")
+    add("--pareto", action="store_true", help="rows, seconds and quality of edit()'s presets and of each saving")
+    add(
+        "--ablation",
+        type=measures.natural,
+        default=100,
+        help="with --compare or --pareto: scenes of what is changed alone (100)",
+    )
+    add(
+        "--timed",
+        type=measures.natural,
+        default=20,
+        help="with --compare or --pareto: edits whose seconds are measured (20)",
+    )
     add("--json", type=Path, metavar="FILE", help="write settings, means and every edit's figures")
     add(
         "--sheet",
@@ -191,14 +204,23 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="PNG",
         help="write the first twelve edits as one picture; with --compare the first four of each party",
     )
-    add("--write", action="store_true", help="with --compare: add the run to docs/benchmarks.json, and to the page")
+    add(
+        "--write",
+        action="store_true",
+        help="with --compare or --pareto: add the run to docs/benchmarks.json, and to the page",
+    )
     add("--check", action="store_true", help="exit with 1 when a goal is missed")
     return parser
 
 
 def shown_command(args) -> str:
-    """The command that was run with --compare, without the folders of this machine."""
-    words = ["--compare", f"--scenes {args.scenes}", f"--seed {args.seed}", f"--ablation {args.ablation}"]
+    """The command that was run with --compare or --pareto, without the folders of this machine."""
+    words = [
+        "--pareto" if args.pareto else "--compare",
+        f"--scenes {args.scenes}",
+        f"--seed {args.seed}",
+        f"--ablation {args.ablation}",
+    ]
     return " ".join(["python scripts/evaluate_editing.py", *words, f"--timed {args.timed}"])
 
 
@@ -223,12 +245,36 @@ def compare(args, editor, classifier, settings) -> tuple[dict, str]:
     if args.sheet:
         sheet.quantize(256, dither=Image.Dither.NONE).save(args.sheet, optimize=True)
     if args.write:
-        from importlib.metadata import version
-
-        versions = {name: version(name) for name in ("mindspore", "mindone")}
-        measured = {name: value for name, value in results.items() if name != "records"}
-        reports.add_run({**reports.heading("comparison", shown_command(args), versions), **measured})
+        write_run(args, "comparison", results)
     return results, "\n\n".join(reports.comparison_tables(results).values())
+
+
+def pareto(args, editor, classifier, settings) -> tuple[dict, str]:
+    """``--pareto``: the same."""
+    results = pareto_editing.pareto(
+        editor,
+        classifier,
+        settings,
+        count=args.scenes,
+        seed=args.seed,
+        batch=args.batch,
+        part=min(args.ablation, args.scenes),
+        rebuilt=min(args.reconstructions, args.scenes),
+        timed=min(args.timed, args.scenes - 1),
+        progress=lambda name, done: print(f"{name}: {done} edits", file=sys.stderr, flush=True),
+    )
+    if args.write:
+        write_run(args, "pareto", results)
+    return results, "\n\n".join(reports.pareto_tables(results).values())
+
+
+def write_run(args, kind: str, results: dict) -> None:
+    """Adds a run to the data, but for the single edits' figures."""
+    from importlib.metadata import version
+
+    versions = {name: version(name) for name in ("mindspore", "mindone")}
+    measured = {name: value for name, value in results.items() if name != "records"}
+    reports.add_run({**reports.heading(kind, shown_command(args), versions), **measured})
 
 
 def evaluated(args, editor, classifier, settings) -> tuple[dict, str]:
@@ -256,15 +302,19 @@ def evaluated(args, editor, classifier, settings) -> tuple[dict, str]:
 def main(arguments=None) -> int:
     parser = build_parser()
     args = parser.parse_args(arguments)
-    if args.compare and args.reference:
-        parser.error("--compare sets this project's two ways against each other, and diffusers has one: give one.")
+    if args.compare and args.pareto:
+        parser.error("--compare and --pareto are two evaluations: give one.")
+    if (args.compare or args.pareto) and args.reference:
+        parser.error("--compare and --pareto are of this project's ways, and diffusers has one: give one.")
     settings = {name: getattr(args, name) for name, _, _ in KNOBS}
     if settings["invert_guidance"] is None:  # as in the reference, where both have one default
         settings["invert_guidance"] = settings["guidance"]
     classifier = scene_classifier.SceneClassifier.load(args.classifier)
     model = demo.checkpoint_folder() if args.model == "demo" else Path(args.model)
     editor = (measures.ReferenceEditor if args.reference else measures.MindSporeEditor)(model, args.mode)
-    results, text = (compare if args.compare else evaluated)(args, editor, classifier, settings)
+    results, text = (pareto if args.pareto else compare if args.compare else evaluated)(
+        args, editor, classifier, settings
+    )
     print(text)
     if args.json:
         results = {"scenes": args.scenes, "seed": args.seed, "model": args.model, "settings": settings} | results

@@ -4,8 +4,8 @@
 
 `docs/benchmarks.json` is a list of runs, oldest first; `--write` of `benchmark.py` and of `evaluate_editing.py` adds
 one at its end. Every run has "kind", "date", "machine" and "versions", and "commit" and "command" where they are
-known. Kinds: "edit" and "step" (`benchmark.py`), "comparison" (`evaluate_editing.py --compare`), and "table" for what
-was measured by hand. The pages show the newest run of each scope, between two comments; this program writes those
+known. Kinds: "edit" and "step" (`benchmark.py`), "comparison" and "pareto" (`evaluate_editing.py`), and "table" for
+what was measured by hand. The pages show the newest run of each scope, between two comments; this program writes those
 tables anew from the data.
 """
 
@@ -303,6 +303,64 @@ def comparison_tables(results: dict) -> dict[str, str]:
     return tables
 
 
+def pareto_tables(results: dict) -> dict[str, str]:
+    """The tables of `evaluate_editing.py --pareto`, as Markdown, by name."""
+    cells = [["", "rows", "shallow", "seconds", "mask IoU", "target seen", "against exact", "PSNR outside object, dB"]]
+    for name, row in results["settings"].items():
+        mean, low, high = row["against_exact"].get("target_seen", [0.0] * 3)
+        against = f"{mean:+.1%} ({low:+.1%} to {high:+.1%})" if low != high else "-"
+        costs = [f"{row['rows']:.4g}", f"{row['shallow']:.4g}" if row["shallow"] else "-", show(row["seconds"])]
+        quality = [f"{row['mask_iou']:.3f}", f"{row['target_seen']:.1%}", against, f"{row['psnr_outside']:.2f}"]
+        cells.append([name, *costs, *quality])
+    tables = {"pareto": markdown_table(cells)}
+    if "rebuilt" in results:
+        steps = list(next(iter(results["rebuilt"].values())))
+        cells = [["there and back, dB", *(f"{count} steps" for count in steps)]]
+        cells += [[name, *(f"{row[count]:.2f}" for count in steps)] for name, row in results["rebuilt"].items()]
+        tables["rebuilt"] = markdown_table(cells)
+    cells = [["goal", "wanted", "reached", ""]]
+    for name, goal in results["goals"].items():
+        cells.append([name, goal["wanted"], goal["reached"], "passed" if goal["passed"] else "missed"])
+    tables["pareto_goals"] = markdown_table(cells)
+    return tables
+
+
+def pareto_curve(results: dict) -> str:
+    """Target seen over rows, as an SVG picture; the presets and the reference are joined to a curve and named."""
+    width, height, left, bottom, top = 760, 400, 60, 350, 20
+    settings = results["settings"]
+    most = 10 * -(-max(row["rows"] for row in settings.values()) // 10)
+    least = min(int(10 * row["target_seen"]) for row in settings.values()) / 10
+
+    def place(row):
+        x = left + (width - left - 30) * row["rows"] / most
+        return x, bottom - (bottom - top) * (row["target_seen"] - least) / (1 - least)
+
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif">']
+    parts.append(f'<rect width="{width}" height="{height}" fill="white"/>')
+    for number in range(0, int(most) + 1, 10):
+        x, _ = place({"rows": number, "target_seen": least})
+        parts.append(f'<path d="M{x:.1f} {top}V{bottom}" stroke="#ddd"/>')
+        parts.append(f'<text x="{x:.1f}" y="{bottom + 18}" font-size="12" text-anchor="middle">{number}</text>')
+    for number in range(round(10 * least), 11):
+        _, y = place({"rows": 0, "target_seen": number / 10})
+        parts.append(f'<path d="M{left} {y:.1f}H{width - 30}" stroke="#ddd"/>')
+        parts.append(f'<text x="{left - 8}" y="{y + 4:.1f}" font-size="12" text-anchor="end">{number * 10}%</text>')
+    parts.append(f'<text x="{width / 2}" y="{height - 12}" font-size="13" text-anchor="middle">rows of an edit</text>')
+    parts.append(f'<text x="{left}" y="{top - 6}" font-size="13">target seen</text>')
+    named = [name for name in ("fast", "balanced", "exact", "reference") if name in settings]
+    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(settings[name]) for name in named))
+    parts.append(f'<polyline points="{line}" fill="none" stroke="#1f77b4"/>')
+    for name, row in settings.items():
+        x, y = place(row)
+        label = f'<text x="{x + 8:.1f}" y="{y - 8:.1f}" font-size="13">{name}</text>' if name in named else ""
+        colour, radius = ("#1f77b4", 5) if name in named else ("#999", 3)
+        tip = f"{name}: {row['rows']:.4g} rows, {row['target_seen']:.1%}"
+        circle = f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}" fill="{colour}"><title>{tip}</title></circle>'
+        parts.append(circle + label)
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
 # --- pages ----------------------------------------------------------------------------------------
 
 
@@ -322,7 +380,16 @@ def blocks(runs: list[dict]) -> dict[str, str]:
         f"Inversion and denoising of whole pictures, PSNR: {rebuilt}. One edit, median: {taken}. Goals reached: "
         f"{len(reached)} of {len(comparison['goals'])} ({'; '.join(reached)})."
     )
+    pareto = [run for run in runs if run["kind"] == "pareto"][-1:]
+    curves = pareto_tables(pareto[0]) if pareto else {}
+    if pareto:
+        curves["pareto_scope"] = (
+            f"Measured on {pareto[0]['date']} ({machine_of(pareto[0])}; "
+            f"{versions_text(pareto[0]['versions'].items())}):"
+            f"\n\n```bash\n{pareto[0]['command']}\n```"
+        )
     return {
+        **curves,
         "speed": speed_table(runs),
         "scope": f"{scope}\n\n```bash\n{comparison['command']}\n```",
         "parties": tables["parties"],
@@ -335,7 +402,7 @@ def page_with(text: str, contents: dict[str, str]) -> str:
     """A page whose blocks, `<!-- data: NAME -->` to `<!-- end -->`, hold what `contents` has for them."""
 
     def filled(match: re.Match) -> str:
-        return f"{match[1]}\n{contents[match[2]]}\n{match[3]}"
+        return f"{match[1]}\n{contents[match[2]]}\n{match[3]}" if match[2] in contents else match[0]
 
     return re.sub(r"(<!-- data: (\w+) -->)\n.*?(<!-- end -->)", filled, text, flags=re.DOTALL)
 
@@ -348,6 +415,9 @@ def write_pages(folder: Path = DOCS) -> None:
         after = page_with(before, contents)
         if after != before:
             write_whole(folder / page, after)
+    pareto = [run for run in load_runs(folder) if run["kind"] == "pareto"]
+    if pareto:
+        write_whole(folder / "pareto.svg", pareto_curve(pareto[-1]))
 
 
 if __name__ == "__main__":

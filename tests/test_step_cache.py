@@ -200,7 +200,7 @@ def test_unsupported_unets(words):
     with pytest.raises(InputError, match=f"{words}.*`unet_cache_interval=1`") as caught:
         cached(Stages(unet, None, None, "pynative"), 2)
     assert caught.value.parameter == "unet_cache_interval"
-    cached(Stages(unet, None, None, "pynative"), 1)
+    cached(Stages(unet, None, None, "pynative"), None)
 
 
 def test_what_is_no_unet_of_mindones():
