@@ -64,11 +64,12 @@ def check_numbers(stages, shape, embeds=EMBEDS):
 
 
 def test_numbers_with_attention_in_the_last_block(stages):
-    shallow, stale = check_numbers(stages, (8, 6))
-    assert 0 < shallow < 0.9 * stale
+    shallow, _ = check_numbers(stages, (8, 6))  # of random weights, whose deep part changes as much as the rest
+    assert shallow > 0
 
 
 def test_numbers_of_the_demo():
+    """Of trained weights: a shallow evaluation is nearer to the whole one than its last outputs are."""
     stages = our_pipeline(demo.checkpoint_folder(), mode="pynative")._stages
     width = stages.unet.config.cross_attention_dim
     shallow, stale = check_numbers(stages, (8, 8), RNG.standard_normal((3, 32, width)).astype(np.float32))
@@ -212,8 +213,8 @@ def test_freeu(pipe, stages):
     """With two levels it reaches the last block; of three it does not."""
     three = our_unet(**LAYOUTS["as Stable Diffusion"])
     freeu.enable(three, 0.9, 0.2, 1.4, 1.6)
-    predict = cached(Stages(three, None, None, "pynative"), 2)
-    assert np.array_equal(predicted(predict), plain(predict._stages))
+    predict = cached(Stages(three, None, None, "pynative"), 2, EMBEDS[:1])
+    assert np.array_equal(predicted(predict, LATENTS[:1]), plain(predict._stages, LATENTS[:1], embeds=EMBEDS[:1]))
     predict = cached(stages, 2)
     predicted(predict)
     pipe.enable_freeu(0.9, 0.2, 1.4, 1.6)
