@@ -121,6 +121,8 @@ PRESETS = {
 }
 """How many evaluations ``edit`` spends; measured in docs/quality.md."""
 
+DEFAULT_PRESET = "balanced"
+
 
 @dataclass(frozen=True)
 class ModelLimits:

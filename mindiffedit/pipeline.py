@@ -29,6 +29,7 @@ from mindiffedit.checkpoints.adapters import Adapters
 from mindiffedit.errors import InputError, InputTypeError, named
 from mindiffedit.images import edges, pictures
 from mindiffedit.inputs import (
+    DEFAULT_PRESET,
     Callbacks,
     EditInputs,
     InvertInputs,
@@ -845,7 +846,7 @@ class StableDiffusionDiffEditPipeline(Adapters):
         source_prompt_embeds=None,
         target_prompt_embeds=None,
         negative_prompt_embeds=None,
-        preset: str = "exact",
+        preset: str = DEFAULT_PRESET,
         num_inference_steps: int = 50,
         inpaint_strength: float = 0.8,
         guidance_scale: float = 7.5,

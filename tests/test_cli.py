@@ -26,7 +26,7 @@ from mindiffedit.cli import command as cli
 from mindiffedit.cli.arguments import CORRECTED_DEFAULTS, DEFAULTS, build_parser
 from mindiffedit.cli.latents_file import read_latents
 from mindiffedit.cli.wording import OPTIONS, option_of, told
-from mindiffedit.editing import EDIT_MASK
+from mindiffedit.editing import EDIT_MASK, INVERSION_MASK
 from mindiffedit.errors import Message, named
 from mindiffedit.images import sheets
 from mindiffedit.images.colours import Original
@@ -328,14 +328,19 @@ def test_edit_is_one_call(work, capsys):
     assert np.array_equal(asked.pop("image"), levels("p.png")) and callable(asked.pop("debug_callback"))
     assert asked == dict(
         source_prompt=SOURCE, target_prompt=TARGET, negative_prompt=None, num_inference_steps=10,
-        inpaint_strength=0.7, guidance_scale=3.0, num_maps_per_mask=4, mask_encode_strength=0.5,
-        mask_thresholding_ratio=2.0, mask_options=EDIT_MASK, mask_image=None, mask_combination="replace",
+        inpaint_strength=0.7, guidance_scale=3.0, preset="balanced",
+        mask_thresholding_ratio=2.0, mask_options=INVERSION_MASK, mask_image=None, mask_combination="replace",
         outlier_quantile=0.99, inversion="ddim", inversion_prompt=None, inversion_guidance_scale=1.0,
         inversion_iterations=0, image_latents=None, paste_back=True, feather=None, generator=5,
         output_type="pil", working_size=(112, 88),
     )  # fmt: skip
     assert sorted(os.listdir()) == ["model", "out.png", "p.png"]
     assert line.startswith("out.png: 117 x 91, 50% of it in the mask") and "seed 5" in line
+    # Maps of fresh noise: by a preset, or because they are asked for.
+    for more, maps in ((["--preset", "exact"], 4), (["--preset", "fast", "--maps", "2"], 2)):
+        ran(capsys, edit(*more))
+        asked = arguments("whole")
+        assert (asked["preset"], asked["num_maps_per_mask"]) == (more[1], maps) and asked["mask_options"] == EDIT_MASK
     assert "117 x 91" in err and "112 x 88" in err
     # A picture that fits is not spoken of, but the model's scheduler is.
     PIL.Image.open("p.png").resize((96, 64)).save("fits.png")
@@ -392,7 +397,7 @@ def test_defaults_of_the_corrections_are_the_call_s():
     call = inspect.signature(StableDiffusionDiffEditPipeline.edit).parameters
     names = dict(
         steps="num_inference_steps", strength="inpaint_strength", guidance="guidance_scale",
-        invert_guidance="inversion_guidance_scale", maps="num_maps_per_mask", mask_strength="mask_encode_strength",
+        invert_guidance="inversion_guidance_scale", preset="preset",
         mask_threshold="mask_thresholding_ratio", outliers="outlier_quantile", inversion="inversion",
         iterations="inversion_iterations", mask_combine="mask_combination", feather="feather",
     )  # fmt: skip
@@ -1339,14 +1344,15 @@ def test_the_parts_of_an_edit_are_the_whole(tmp_path, monkeypatch, capfd):
     PIL.Image.open(demo.sample_picture()).convert("RGB").resize((150, 131)).save("p.png")
     source, target = (["--" + name, text] for name, text in demo.SAMPLE_PROMPTS.items())
     common = ["--steps", "6", "--seed", "4", "--quiet"]
+    exact = ["--preset", "exact"]
     masked = [*source, *target, "--maps", "2", "--mask-smoothing", "1"]
-    assert cli.main(["edit", "p.png", *masked, *common, "-o", "whole.png", "--strip", "strip.png", "--json",
+    assert cli.main(["edit", "p.png", *masked, *common, *exact, "-o", "whole.png", "--strip", "strip.png", "--json",
                      "--sweep", "sheet.png", "--sweep-strengths", "0.9", "--sweep-guidances", "5"]) == 0  # fmt: skip
     result = json.loads(capfd.readouterr().out)
     assert cli.main(["mask", "p.png", *masked, *common, "-o", "mask.png"]) == 0
     assert cli.main(["invert", "p.png", *source, *common, "-o", "l.safetensors"]) == 0
     parts = ["--mask", "mask.png", "--latents", "l.safetensors", "--seed", "4", "--quiet", "-o", "parts.png"]
-    assert cli.main(["edit", "p.png", *target, *parts]) == 0
+    assert cli.main(["edit", "p.png", *target, *parts, *exact]) == 0
     picture, whole = levels("p.png"), levels("whole.png")
     np.testing.assert_array_equal(whole, levels("parts.png"))
     np.testing.assert_array_equal(np.asarray(drawn[0][0][0]), whole)

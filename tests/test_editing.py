@@ -24,6 +24,7 @@ SHORT = dict(num_inference_steps=4, inpaint_strength=0.75)
 # The masks of edit() are for larger grids than these checkpoints have.
 QUICK = dict(
     SHORT,
+    preset="exact",
     num_maps_per_mask=2,
     guidance_scale=2.0,
     generator=0,

@@ -85,7 +85,7 @@ def test_a_mask_of_the_inversion(ours, scheduler):
     before, seen = ours.scheduler, Seen()
     ours.scheduler = scheduler.from_config(before.config)
     try:
-        given = dict(BY_INVERSION, inversion_points=3, inversion_maps=2)
+        given = dict(BY_INVERSION, preset="exact", inversion_points=3, inversion_maps=2)
         edit = lambda **changes: ours.edit(PICTURE, SOURCE, TARGET, **{**given, **changes})  # noqa: E731
         with ours.debugging(seen):
             result, calls = counted(ours, edit)
@@ -157,7 +157,9 @@ def test_the_last_steps_without_guidance_are_those_of_the_unguided_call(ours):
 def test_steps_that_use_the_deep_layers_again(sd1_folder):
     """Near the edit by the whole UNet, by two graphs of the UNet in all; what it cannot run, a preset leaves out."""
     pipe = our_pipeline(sd1_folder)
-    given = dict(BY_INVERSION, inversion_points=2, inversion_maps=1, mask_combination="union", mask_image=BOX)
+    given = dict(
+        BY_INVERSION, preset="exact", inversion_points=2, inversion_maps=1, mask_combination="union", mask_image=BOX
+    )
     edit = partial(pipe.edit, PICTURE, SOURCE, TARGET, **given)
     result, calls = counted(pipe, partial(edit, unet_cache_interval=2))
     assert calls["rows"] == 2 + 1 + 2 * 3 and calls["shallow_rows"] == 2 * 3

@@ -12,7 +12,7 @@ from typing import Any
 from mindiffedit import __version__, demo
 from mindiffedit.cli.wording import BAD_INPUT, MASK_FIELDS, on_one_line, option
 from mindiffedit.errors import shown
-from mindiffedit.inputs import EDIT_MASK, INVERSIONS
+from mindiffedit.inputs import DEFAULT_PRESET, EDIT_MASK, INVERSIONS, PRESETS
 from mindiffedit.masks import COMBINATIONS
 from mindiffedit.runtime.devices import DEVICE_TARGETS
 from mindiffedit.solvers import SOLVERS
@@ -37,6 +37,7 @@ CORRECTED_DEFAULTS = {
     "maps": 4,
     "mask_threshold": 2.0,
     "outliers": 0.99,
+    "preset": DEFAULT_PRESET,
     "inversion": "ddim",
     "iterations": 0,
     "mask_combine": "replace",
@@ -45,7 +46,7 @@ CORRECTED_DEFAULTS = {
 
 CORRECTIONS = (
     *MASK_FIELDS,
-    *("outliers", "mask_combine", "inversion", "iterations", "no_paste_back", "feather", "caption", "sweep"),
+    *("preset", "outliers", "mask_combine", "inversion", "iterations", "no_paste_back", "feather", "caption", "sweep"),
 )
 """Options that the reference's three calls do not know."""
 
@@ -326,6 +327,8 @@ def _add_own_mask(command, text: str) -> None:
 
 def _add_edit_options(command) -> None:
     group = command.add_argument_group("the edit, not with --reference")
+    what = "how many predictions are spent: as many as always, a half, or a third; the first two edit equally well"
+    _add(group, "--preset", None, f"{what} (default: {DEFAULT_PRESET})", choices=tuple(PRESETS))
     what = "invert the picture, or noise it freshly for each step"
     how = f"which is quick and leaves what is in the mask to chance (default: {CORRECTED_DEFAULTS['inversion']})"
     _add(group, "--inversion", None, f"{what}, {how}", choices=INVERSIONS)

@@ -83,9 +83,8 @@ def check_numbers(values: Mapping[str, Any]) -> None:
             check(values[name], option(name))
 
 
-def mask_options_of(args: Namespace) -> masks.MaskOptions:
+def mask_options_of(args: Namespace, mask_options: masks.MaskOptions = inputs.EDIT_MASK) -> masks.MaskOptions:
     """`edit()`'s, with what was given."""
-    mask_options = inputs.EDIT_MASK
     for name, field in MASK_FIELDS.items():
         if is_given(args, name):
             with about(name, field):

@@ -30,6 +30,7 @@ from mindiffedit.cli.runs import Edited
 from mindiffedit.cli.wording import BAD_INPUT, INTERRUPTED, MASK_FIELDS, OK, notes, printable, report, told
 from mindiffedit.errors import InputError
 from mindiffedit.images import strips, writing
+from mindiffedit.inputs import PRESETS
 
 # Frames of --strip for each way, about: every frame takes two decodings.
 STRIP_FRAMES = 20
@@ -132,6 +133,7 @@ def _edit_result(job: Job, edited: Edited | None, sweep=None, **files):
         result.update(_mask_settings(job))
     if not args.reference:
         result.update(
+            preset=settings["preset"],
             inversion=settings["inversion"],
             iterations=settings["iterations"],
             paste_back=not args.no_paste_back,
@@ -259,6 +261,8 @@ def _common_result(job: Job) -> dict[str, Any]:
 
 def _mask_settings(job: Job) -> dict[str, Any]:
     settings = {name: job.settings[name] for name in MASK_NUMBERS}
+    if job.masked_by_inversion:
+        settings.update(maps=PRESETS[job.settings["preset"]].inversion_maps, mask_strength=None)
     if not job.args.reference:
         settings["outliers"] = job.settings["outliers"]
         settings["mask_combine"] = None if job.grid_mask is None else job.settings["mask_combine"]

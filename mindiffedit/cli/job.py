@@ -91,6 +91,21 @@ class Job:
         return self.args.command != "mask" and self.settings["inversion"] != "noise"
 
     @property
+    def masked_by_inversion(self) -> bool:
+        """Whether `edit()` makes the mask of its inversion: by its preset, where no maps of noise are asked for."""
+        args = self.args
+        return (
+            args.command in ("edit", "demo")
+            and not args.reference
+            and self.computes_mask
+            and inputs.PRESETS[self.settings["preset"]].inversion_maps > 0
+            and self.settings["inversion"] == "ddim"
+            and not self.settings["iterations"]
+            and self.latents is None
+            and not any(is_given(args, name) for name in ("maps", "mask_strength", "sweep"))
+        )
+
+    @property
     def inverted(self) -> DiffEditInversionPipelineOutput | None:
         """--latents as `edit()` takes them; None without."""
         if self.latents is None:
@@ -183,6 +198,8 @@ def _settle(job: Job) -> None:
     recipe = {name: job.recipe[name] for name in ("steps", "strength")} if job.recipe is not None else {}
     for name, default in {**defaults_of(args.command, args.reference, args.model == "demo"), **recipe}.items():
         settings[name] = getattr(args, name) if is_given(args, name) else default
+    if job.masked_by_inversion:
+        job.mask_options = checks.mask_options_of(args, inputs.INVERSION_MASK)
     if settings["invert_guidance"] is None:
         settings["invert_guidance"] = settings["guidance"]
     if settings["outliers"] == "none":

@@ -183,6 +183,9 @@ def edit(
         output_type="pil",
         debug_callback=_bar_names(job, pipe, (["invert"] if inverts else []) + [stage]),
     )
+    arguments["preset"] = settings["preset"]
+    if job.masked_by_inversion and mask is None and inverts:
+        del arguments["num_maps_per_mask"], arguments["mask_encode_strength"]
     if guidance is not None:
         arguments["guidance_scale"] = guidance
     if inverted is None:

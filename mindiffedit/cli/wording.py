@@ -64,6 +64,7 @@ OPTIONS = {
     "num_reg_steps": "--reg-steps",
     "outlier_quantile": "--outliers",
     "paste_back=False": "--no-paste-back",
+    "preset": "--preset",
     "pretrained_model_name_or_path": "--model",
     "prompt": "--target",
     "requires_safety_checker=False": "--no-safety-checker",
