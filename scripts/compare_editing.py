@@ -7,7 +7,8 @@ Three parties, on one checkpoint, with the same scenes, prompts, steps, strength
 - *edit()*: the one call as it comes, with those that suit it (``demo.EDIT_SETTINGS``);
 - *edit(), no paste-back*: the same run without the last step, so that the background is what the model made of it.
 
-Then edit() again with one correction at a time switched off, on a part of the scenes. Quality is measured in batches;
+Then edit() again with one correction at a time switched off, on a part of the scenes and by the preset "exact", whose
+mask and inversion the corrections were chosen for. Quality is measured in batches;
 seconds are measured apart, one picture at a time, the parties taking turns, on graphs that are compiled already.
 """
 
@@ -163,13 +164,14 @@ def compare(editor, classifier, settings, *, count, seed, batch, ablation, rebui
     results = {"parties": {name: means(rows) for name, rows in records.items()}, "ablation": {}}
     if ablation:
         part = edits[:ablation]
-        results["ablation"]["edit(), no paste-back"] = means(unpasted[:ablation])
+        unpasted, ours, sheet["exact"] = run("exact", part, preset="exact")
+        results["ablation"]["edit(preset='exact'), no paste-back"] = means(unpasted)
         changed = {f"without: {name}": changes for name, changes in CORRECTIONS.items()}
         changed |= {f"with: {name}": changes for name, changes in EXTRAS.items()}
         for name, changes in changed.items():
-            rows, _, sheet[name] = run(name, part, **changes)
+            rows, _, sheet[name] = run(name, part, preset="exact", **changes)
             results["ablation"][name] = means(rows)
-        results["ablation"]["with: pasted back (C5)"] = means(ours[:ablation])
+        results["ablation"]["with: pasted back (C5)"] = means(ours)
         results["ablation"]["reference"] = means(theirs[:ablation])
     if rebuilt:
         results["reconstruction"] = {

@@ -36,8 +36,6 @@ OPTIONS = {
     "num_inference_steps": demo.EDIT_SETTINGS["steps"],
     "inpaint_strength": demo.EDIT_SETTINGS["strength"],
     "guidance_scale": demo.EDIT_SETTINGS["guidance"],
-    "num_maps_per_mask": demo.EDIT_SETTINGS["maps"],
-    "mask_encode_strength": demo.EDIT_SETTINGS["mask_strength"],
     "mask_thresholding_ratio": demo.EDIT_SETTINGS["mask_threshold"],
 }
 """What every ``edit`` is given besides picture, prompts and generator."""

@@ -3,8 +3,10 @@
 import json
 import math
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ import compare_editing  # noqa: E402
 import demo_scenes as scenes  # noqa: E402
 import editing_measures as measures  # noqa: E402
 import evaluate_editing as evaluation  # noqa: E402
+import pareto_editing  # noqa: E402
 import reports  # noqa: E402
 import scene_classifier  # noqa: E402
 
@@ -290,7 +293,7 @@ def test_a_comparison_has_every_part(tmp_path):
         progress=lambda name, count: done.append((name, count)),
     )
     assert oracle.unet_batch_size == 1 and done[:3] == [("reference", 2), ("reference", 2), ("reference", 1)]
-    usual, *others = [options for options in oracle.edits if "paste_back" in options][2:]  # the last of three batches
+    usual, *others = [options for options in oracle.edits if "paste_back" in options][3:]  # after the three of edit()
     names = [
         {name for name in options if options[name] != usual.get(name, "usual")} - {"generator"} for options in others
     ]
@@ -305,6 +308,43 @@ def test_a_comparison_has_every_part(tmp_path):
     rows = [line for line in reports.comparison_tables(results)["ablation"].splitlines() if " exact |" in line]
     assert any(line.startswith("| with: pasted back (C5)") for line in rows)
     assert sheet.size[1] > 12 * scenes.SIZE
+
+
+def test_a_pareto_run_has_every_part(monkeypatch):
+    """A perfect editor, whose UNet costs what each preset is told to."""
+    edits = [measures.sample_edit(2, index) for index in range(3)]
+    oracle, calls = Oracle(edits), Counter()
+    monkeypatch.setattr(oracle, "_stages", SimpleNamespace(calls=calls), raising=False)
+
+    def costly(edit):
+        def run(pictures, *prompts, **options):
+            calls.update(rows=len(pictures) * {"exact": 58, "balanced": 30, "fast": 15}[options["preset"]])
+            calls.update(shallow_rows=len(pictures) * (options["preset"] == "fast"))
+            return edit(pictures, *prompts, **options)
+
+        return run
+
+    monkeypatch.setattr(oracle, "edit", costly(oracle.edit))
+    results = pareto_editing.pareto(
+        oracle, ColourJudge(), SETTINGS, count=3, seed=2, batch=2, part=2, rebuilt=1, timed=1, progress=lambda *_: None
+    )
+    settings = results["settings"]
+    assert list(settings) == list(pareto_editing.FAMILY)
+    assert [settings[name]["rows"] for name in ("exact", "balanced", "fast")] == [58, 30, 15]
+    assert settings["fast"]["shallow"] == 1 and settings["fast"]["seconds"] > 0
+    assert settings["balanced"]["edits"] == 3 and settings["3 points"]["edits"] == 2
+    assert settings["balanced"]["against_exact"]["target_seen"] == [0, 0, 0]
+    assert all(goal["passed"] for goal in results["goals"].values())
+    assert set(results["rebuilt"]["DDIM"].values()) == {measures.EXACT}
+    tables = reports.pareto_tables(results)
+    assert "| balanced | 30 | - |" in tables["pareto"] and "| fast | 15 | 1 |" in tables["pareto"]
+    picture = ElementTree.fromstring(reports.pareto_curve(results))
+    assert len(picture.findall("{*}circle")) == len(settings)
+    # Scenes are paired: what both see or miss does not count.
+    seen = [{"target_seen": value} for value in (True, False, True, True)]
+    worse = [{"target_seen": value} for value in (True, False, False, True)]
+    mean, low, high = pareto_editing.differences(worse, seen, "target_seen")
+    assert mean == -0.25 and low < -0.25 < high <= 0
 
 
 def test_averages_refuse_nan_and_bear_no_edits():
