@@ -264,10 +264,12 @@ class Ours(MindSporeParty):
     """The pipeline of this project."""
 
     def __init__(self):
+        # As the command does. Our users have no torch, which transformers imports where it is installed.
+        os.environ["USE_TORCH"] = "0"
         super().__init__()
         from mindiffedit.runtime import quick_imports
 
-        quick_imports.install()  # as the command does
+        quick_imports.install()
         for name in ("diffusers.models.unets.unet_2d_condition", "transformers.models.clip.modeling_clip"):
             importlib.import_module(f"mindone.{name}")
 
