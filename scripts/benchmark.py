@@ -3,6 +3,7 @@
     python scripts/benchmark.py --size 256 --steps 10 --maps 4
     python scripts/benchmark.py --only-step --parties torch,ours
     python scripts/benchmark.py --cold --parties torch,ours
+    python scripts/benchmark.py --load --parties torch,ours --repeats 3
 
 Without `--model` a random checkpoint in the sizes of Stable Diffusion 1.5 is made once, from a seed, in the
 user's cache folder (5 GB). Every measurement is a process of its own. They are interleaved: each party once,
@@ -109,15 +110,20 @@ def say(text: str) -> None:
 # --- the plan -------------------------------------------------------------------------------------
 
 
+def kind_of(args) -> str:
+    """The kind of its jobs, as the worker calls it."""
+    return "load" if args.load else "step" if args.only_step else "edit"
+
+
 def plan_runs(args) -> list[dict]:
     """What is run, in order: {"party", "maps", "run"}."""
     theirs = min(args.maps, args.mindone_maps)
     plan = []
     for number in range(1, args.repeats + 1):
         for party in args.parties:
-            maps = theirs if party == "mindone" and not args.only_step else args.maps
+            maps = theirs if party == "mindone" and kind_of(args) == "edit" else args.maps
             plan.append({"party": party, "maps": maps, "run": number})
-        if {"mindone", "ours"} <= set(args.parties) and theirs < args.maps and not args.only_step:
+        if {"mindone", "ours"} <= set(args.parties) and theirs < args.maps and kind_of(args) == "edit":
             # The ratio to mindone needs ours at its number of maps.
             plan.append({"party": "ours", "maps": theirs, "run": number})
     return plan
@@ -131,7 +137,7 @@ def measure(args, model: Path) -> tuple[list[dict], list[dict], dict]:
             party = entry["party"]
             job = {"model": str(model), "party": party, "maps": entry["maps"]}
             job |= {name: getattr(args, name) for name in ("threads", "size", "steps", "batch", "strength", "guidance")}
-            job |= {"kind": "step" if args.only_step else "edit", "edits": ["cold"] if args.cold else ["cold", "warm"]}
+            job |= {"kind": kind_of(args), "edits": ["cold"] if args.cold else ["cold", "warm"]}
             environment = {}
             if party == "ours":
                 # An empty store of compiled graphs each time: what an earlier command left would not be seen.
@@ -161,6 +167,8 @@ def measure(args, model: Path) -> tuple[list[dict], list[dict], dict]:
 def rows_of(entry: dict, result: dict, what: str | None = None) -> list[dict]:
     """Rows of one run of one party: one for each edit, or one for its steps; see `reports`."""
     shared = {"peak_gb": gigabytes(result["peak"])}
+    if "edits" not in result and "step_seconds" not in result:
+        return [{**entry, "what": "load", "seconds": {"load": round(result["load_seconds"], 3)}, **shared}]
     if "step_seconds" in result:
         seconds = {name: round(result[f"{name}_seconds"], 3) for name in ("load", "first", "step")}
         return [{**entry, "what": "step", "seconds": seconds, **shared, "graphs": result["graphs"]}]
@@ -217,11 +225,11 @@ SETTINGS = ("size", "steps", "maps", "batch", "strength", "guidance", "parties",
 def shown_command(args) -> str:
     """The command that was run, without the folders of this machine."""
     words = ["python scripts/benchmark.py", f"--size {args.size}", f"--steps {args.steps}"]
-    if not args.only_step:
+    if kind_of(args) == "edit":
         words += [f"--maps {args.maps}", f"--strength {args.strength:g}"]
     words += [f"--batch {args.batch}", f"--guidance {args.guidance:g}", f"--parties {','.join(args.parties)}"]
     words += [f"--repeats {args.repeats}", f"--threads {args.threads}"]
-    words += [f"--{name.replace('_', '-')}" for name in ("cold", "only_step") if getattr(args, name)]
+    words += [f"--{name.replace('_', '-')}" for name in ("cold", "only_step", "load") if getattr(args, name)]
     if args.model:
         words.append("--model demo" if args.model == "demo" else "--model FOLDER")
     return " ".join(words)
@@ -232,7 +240,7 @@ def benchmark(args, model: Path) -> dict:
     rows, pairs, versions = measure(args, model)
     settings = {name: getattr(args, name) for name in SETTINGS}
     settings["model"] = None if not args.model else "demo" if args.model == "demo" else "other"
-    heading = reports.heading("step" if args.only_step else "edit", shown_command(args), versions)
+    heading = reports.heading(kind_of(args), shown_command(args), versions)
     return {**heading, "settings": settings, "rows": rows, "agreement": pairs}
 
 
@@ -301,6 +309,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--checkpoint-folder", type=Path, metavar="FOLDER", help="where the random checkpoint is made and kept")
     add("--cold", action="store_true", help="first edits only; ours with an empty and with a filled compile cache")
     add("--only-step", action="store_true", help="guided UNet steps only, the median time of one")
+    add("--load", action="store_true", help="loading only, and the memory that is used after it")
     add("--json", type=Path, metavar="FILE", help="write everything that was measured")
     add("--write", action="store_true", help="add the run to docs/benchmarks.json, and to the page's table")
     add("--timeout", type=number(float, 0, None, True), default=7200, help="seconds for one process (7200)")
@@ -309,10 +318,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check_options(parser, args) -> None:
     """What single options do not show. Ends the program with one sentence."""
-    if int(args.steps * args.strength) < 1 and not args.only_step:
+    if int(args.steps * args.strength) < 1 and kind_of(args) == "edit":
         parser.error(f"--steps {args.steps} at --strength {args.strength:g} leaves no step; give more of one.")
     if args.cold and args.only_step:
         parser.error("--cold and --only-step exclude each other: a step alone is measured warm.")
+    if args.load and (args.cold or args.only_step or args.write):
+        parser.error("--load stands alone: no edit is run, and --cold, --only-step and --write are about edits.")
     if args.threads > reports.usable_cores():
         parser.error(f"--threads {args.threads} is more than the {reports.usable_cores()} cores that can be used here.")
     if args.model and args.checkpoint_folder:

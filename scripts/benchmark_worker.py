@@ -3,6 +3,7 @@
 `benchmark.py` starts it. Kinds of jobs:
 
 - "edit": a party loads the checkpoint and edits, once (cold) or twice (cold and warm);
+- "load": a party loads the checkpoint;
 - "step": a party runs guided inversion steps, and the time between two steps is taken;
 - "checkpoint": make the random checkpoint.
 
@@ -264,10 +265,12 @@ class Ours(MindSporeParty):
     """The pipeline of this project."""
 
     def __init__(self):
+        # As the command does. Our users have no torch, which transformers imports where it is installed.
+        os.environ["USE_TORCH"] = "0"
         super().__init__()
         from mindiffedit.runtime import quick_imports
 
-        quick_imports.install()  # as the command does
+        quick_imports.install()
         for name in ("diffusers.models.unets.unet_2d_condition", "transformers.models.clip.modeling_clip"):
             importlib.import_module(f"mindone.{name}")
 
@@ -366,6 +369,13 @@ def edit_job(job: dict) -> dict:
     return {"load_seconds": clock.seconds["load"], "edits": edits, "peak": clock.peak, "versions": party.versions}
 
 
+def load_job(job: dict) -> dict:
+    party, clock = PARTIES[job["party"]](), Clock()
+    with party.around(), clock.stage("load"):
+        party.load(job["model"], job["threads"])
+    return {"load_seconds": clock.seconds["load"], "peak": clock.peak, "versions": party.versions}
+
+
 def step_job(job: dict) -> dict:
     """Seconds between the ends of two guided inversion steps; the median of all but the first."""
     import numpy as np
@@ -407,7 +417,7 @@ def checkpoint_job(job: dict) -> dict:
     return {"folder": str(benchmark_checkpoint.ensure(Path(job["folder"])))}
 
 
-JOBS = {"edit": edit_job, "step": step_job, "checkpoint": checkpoint_job}
+JOBS = {"edit": edit_job, "load": load_job, "step": step_job, "checkpoint": checkpoint_job}
 
 
 def die_with_parent() -> None:

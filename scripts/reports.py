@@ -123,7 +123,7 @@ def ratios_of(rows: list[dict]) -> list[dict]:
     timed = [row for row in rows if "seconds" in row]
     for peer in PEERS:
         for maps in sorted({row["maps"] for row in timed}):
-            for what in ("cold", "warm", "second process", "step"):
+            for what in ("cold", "warm", "second process", "step", "load"):
                 counterpart = "cold" if what == "second process" else what
                 pairs = [
                     (ours, theirs)
@@ -168,10 +168,11 @@ def text_table(cells: list[list[str]]) -> str:
 
 def benchmark_cells(rows: list[dict]) -> list[list[str]]:
     """Header and cells of what `benchmark.py` prints: its rows, then their ratios."""
-    steps = any(row["what"] == "step" for row in rows)
-    stages = ("load", "first", "step") if steps else STAGES[:5]
+    parts = {"step": ("load", "first", "step"), "load": ("load",)}
+    stages = next((parts[row["what"]] for row in rows if row["what"] in parts), STAGES[:5])
+    edits = stages == STAGES[:5]
     costs = {"peak_gb": "{:.2f}", "graphs": "{}"}
-    if not steps:
+    if edits:
         costs = {"peak_gb": "{:.2f}", "stages_gb": "{:.2f}", "unet_calls": "{}", "samples": "{}", "graphs": "{}"}
     names = {"peak_gb": "peak GB", "stages_gb": "stages GB", "unet_calls": "UNet calls"}
     header = ["party", "maps", "run", "what", *(f"{stage} s" for stage in stages), *(names.get(c, c) for c in costs)]
@@ -179,7 +180,7 @@ def benchmark_cells(rows: list[dict]) -> list[list[str]]:
     for row in [*rows, *ratios_of(rows)]:
         times, pattern = ("ratios", "{:.2f} x") if "ratios" in row else ("seconds", "{:.2f}")
         run = f"of {row['run']}" if "ratios" in row else str(row["run"])
-        line = [row["party"], "-" if steps else str(row["maps"]), run, row["what"]]
+        line = [row["party"], str(row["maps"]) if edits else "-", run, row["what"]]
         line += [show(row.get(times, {}).get(stage), pattern) for stage in stages]
         cells.append(line + [show(row.get(name), pattern) for name, pattern in costs.items()])
     return cells

@@ -105,6 +105,23 @@ def test_whole_command(tiny, tmp_path, capsys, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["all.json"], "nothing else is left"
 
 
+def test_loading_alone(fake_worker, tiny, capsys):
+    fake_worker(
+        """
+        assert job["kind"] == "load"
+        result = {"load_seconds": 1.5 if job["party"] == "ours" else 2.0, "peak": 3 * 10**9, "versions": {}}
+        """
+    )
+    assert benchmark.main(["--model", str(tiny), "--load", "--parties", "torch,ours"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == "party maps run what load s peak GB graphs".split()
+    assert lines[2:5] == [
+        "torch - 1 load 2.00 3.00 -".split(),
+        "ours - 1 load 1.50 3.00 -".split(),
+        "ours / torch - of 1 load 0.75 x - -".split(),
+    ]
+
+
 def test_a_party_that_dies_is_a_line_of_the_table(fake_worker, tiny, tmp_path, capsys):
     fake_worker(
         """
@@ -184,6 +201,7 @@ def test_bad_options_give_one_sentence(capsys):
         ("--parties torch,torch", "twice"),
         ("--steps 1 --strength 0.5", "leaves no step"),
         ("--cold --only-step", "exclude each other"),
+        ("--load --write", "stands alone"),
         ("--threads 100000", "more than"),
         ("--model /nowhere", "model_index.json"),
         ("--model demo --checkpoint-folder x", "one of them"),

@@ -261,3 +261,17 @@ def test_failed_compilations_are_not_counted(tmp_path, monkeypatch):
         with pytest.raises(Exception, match="no_such_method"):
             wrong(ones(2))
     assert compiled.count == 0
+
+
+def test_what_a_compilation_took_is_given_back(monkeypatch):
+    calls = []
+    monkeypatch.setattr(devices, "give_memory_back", lambda: calls.append(devices.compile_count()))
+    double = mindspore.jit(doubled)
+    count = devices.compile_count()
+    for _ in range(2):
+        assert double(ones(3)).asnumpy().tolist() == [2, 2, 2]
+    assert calls == [count], "once, between compiling and running"
+
+
+def doubled(x):
+    return x + x

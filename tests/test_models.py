@@ -13,6 +13,7 @@ from checkpoint_files import MODEL_FILES, assert_same, parameters, read_tensors,
 from mindiffedit.checkpoints import models
 from mindiffedit.checkpoints.layout import CheckpointError, WeightsError
 from mindiffedit.checkpoints.models import load_components
+from mindiffedit.checkpoints.weight_files import FLOATS, Stored, map_file
 from mindiffedit.solvers.schedulers import DDIMScheduler
 
 
@@ -120,6 +121,68 @@ def test_time_embedding_is_the_references():
         assert np.abs(ours - expected).mean() < 3e-7
 
 
+def test_nothing_is_left_without_a_value(checked, checked_folder):
+    """Tensors that no file has (positions, constants of layers) are those of a model that makes all its values."""
+    from mindiffedit.checkpoints.survey import Survey
+    from mindiffedit.runtime.kernels import portable_kernels
+
+    def constants(model):
+        return {
+            f"{path}.{name}": value.asnumpy()
+            for path, cell in model.cells_and_names()
+            for name, value in vars(cell).items()
+            if isinstance(value, ms.Tensor) and name != "init_tensor"  # an Embedding's recipe for its table
+        }
+
+    for name, source in Survey.of(checked_folder, {}, None, None).sources.items():
+        with portable_kernels():
+            expected = constants(models._construct(name, source.config))
+        values = constants(checked[name])
+        assert values.keys() == expected.keys() and values
+        for key in expected:
+            np.testing.assert_array_equal(values[key], expected[key], err_msg=key)
+        assert not any(parameter.has_init for parameter in checked[name].get_parameters())
+    assert "text_model.embeddings.position_ids" in constants(checked["text_encoder"])
+
+
+@pytest.mark.parametrize("change", ["written to", "replaced", "deleted"])
+def test_files_and_weights_do_not_reach_one_another(copy, change):
+    """Weights lie in their file, of which the model has a view of its own."""
+    from mindiffedit.runtime import devices
+
+    file = copy / MODEL_FILES["unet"]
+    expected, content = read_tensors(file), file.read_bytes()
+    model = load_components(copy)["unet"]
+    if change == "deleted":
+        file.unlink()
+    elif change == "replaced":
+        write_tensors(copy / "other", {name: np.zeros_like(values) for name, values in expected.items()})
+        (copy / "other").replace(file)
+    else:
+        weight = models.parameters_by_name(model)["conv_in.weight"]
+        with devices.eager():
+            ms.ops.assign(weight, weight + 1)
+        expected["conv_in.weight"] = expected["conv_in.weight"] + 1
+        assert file.read_bytes() == content
+    assert_same(model, expected)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux tells where memory comes from")
+def test_float32_weights_are_not_copied(copy):
+    from mindiffedit.runtime.kernels import eagerly
+
+    parts = load_components(copy)
+    ids, latents, _ = inputs(parts["tokenizer"])
+    with eagerly():  # the first run of a model may move its weights
+        parts["text_encoder"](ms.Tensor(ids))
+    for name in ("unet", "vae", "text_encoder"):
+        lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+        file = str((copy / MODEL_FILES[name]).resolve())
+        places = [[int(end, 16) for end in words[0].split("-")] for words in lines if words[-1] == file]
+        for parameter in parts[name].get_parameters():
+            assert any(start <= parameter.data_ptr() < end for start, end in places), parameter.name
+
+
 # --- file formats ----------------------------------------------------------------------------------
 
 
@@ -135,6 +198,29 @@ def test_half_precision_files_load_as_exact_float32(copy, dtype):
     parts = load_components(copy)
     for name, tensors in halves.items():
         assert_same(parts[name], {key: t.float().numpy() for key, t in tensors.items()})
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_every_type_loads_as_it_is_read(shift, tmp_path):
+    """Mapped or read, at any address: the file's values, rounded where they have to be, and nothing is written back."""
+    rng = np.random.default_rng(3)
+    exact = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
+    for name, kind in FLOATS.items():
+        bits = rng.integers(0, 256, 24 * np.dtype(kind).itemsize, np.uint8)
+        file = tmp_path / name
+        file.write_bytes(bytes(8 + shift) + bits.tobytes())
+        stored = Stored(file, name, (4, 6), 8 + shift)
+        values = stored.read()
+        if name in exact:
+            np.testing.assert_array_equal(values, np.frombuffer(bits.tobytes(), exact[name]).reshape(4, 6))
+        for dtype in map(np.dtype, (np.float32, np.float16)):
+            for mapping in (None, map_file(file)):
+                with np.errstate(over="ignore"):
+                    loaded, expected = stored.load(dtype, mapping), values.astype(dtype)
+                assert loaded.dtype == dtype and loaded.flags.writeable
+                np.testing.assert_array_equal(loaded, expected)
+                loaded[:] = 0
+        np.testing.assert_array_equal(stored.read(), values)
 
 
 def test_dtype_float16_is_the_rounded_file(sd1_folder):

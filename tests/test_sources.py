@@ -35,7 +35,10 @@ ALLOWED = {
         NO_KERNEL: ["mindspore.get_context", "mindspore.set_context", "mindspore.set_device"],
         DATA: ["mindspore.Tensor", "mindspore.Tensor.asnumpy", "mindspore.Parameter"],
     },
-    "checkpoints/models.py": {NO_KERNEL: ["mindspore.nn.utils.no_init_parameters"]},
+    "checkpoints/models.py": {
+        NO_KERNEL: ["mindspore.nn.utils.no_init_parameters"],
+        DATA: ["mindspore.Tensor.from_numpy"],
+    },
     "checkpoints/freeu.py": {"makes constants while a graph is compiled": ["mindspore.ops.constexpr"]},
     "runtime/devices.py": {NO_KERNEL: ["mindspore.common.api._pynative_executor.sync", "mindspore.log._get_logger"]},
     "runtime/graphs.py": {

@@ -127,7 +127,8 @@ class PipelineComponents:
         """Loads a checkpoint in Stable Diffusion layout.
 
         A folder is refused when it is missing, incomplete, damaged or of another kind of model. Weights that are
-        missing, extra or of the wrong shape are all listed in one error; nothing is left at random values.
+        missing, extra or of the wrong shape are all listed in one error; nothing is left at random values. Float32
+        weights stay in their files (but on Windows), which may be replaced or deleted, but not written into meanwhile.
 
         Args:
             pretrained_model_name_or_path: a folder in diffusers' layout, a model id on the Hugging Face hub, or "demo",

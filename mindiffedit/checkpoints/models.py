@@ -33,7 +33,7 @@ from mindiffedit.checkpoints.layout import (
 )
 from mindiffedit.checkpoints.survey import Source, Survey, find_sources, place_of, text_part
 from mindiffedit.checkpoints.tokenizer_files import load_clip_tokenizer
-from mindiffedit.checkpoints.weight_files import FLOATS, Stored
+from mindiffedit.checkpoints.weight_files import FLOATS, Stored, map_file
 from mindiffedit.errors import InputError, InputTypeError, Message, first_line, whole
 from mindiffedit.runtime import devices
 from mindiffedit.runtime.notices import say_once
@@ -413,19 +413,18 @@ def _fill(source: Source, pairs: Mapping[str, tuple[Stored, Any]], dtype: Any) -
 
     bad = []
     wide = source.kind.wide if dtype == mindspore.float16 else None
+    mapping = functools.cache(map_file)
     for name, (stored, parameter) in pairs.items():
         kind = mindspore.float32 if wide is not None and re.fullmatch(wide, name) else dtype
-        values = stored.read()
-        count = values.size - int(np.isfinite(values).sum())
-        if count:
-            bad.append(f"  {name}: {count} of {values.size} values are NaN or infinite")
-            continue
+        number = np.dtype(np.float16 if kind == mindspore.float16 else np.float32)
         with np.errstate(over="ignore"):
-            values = values.astype(np.float16 if kind == mindspore.float16 else np.float32, copy=False)
+            values = stored.load(number, mapping(stored.file))
         if not np.isfinite(values).all():
-            bad.append(f"  {name}: holds values too large for {kind}")
+            count = values.size - int(np.isfinite(stored.read()).sum())
+            what = f"{count} of {values.size} values are NaN or infinite"
+            bad.append(f"  {name}: {what if count else f'holds values too large for {kind}'}")
             continue
-        tensor = mindspore.Tensor(values)
+        tensor = mindspore.Tensor.from_numpy(values)  # without a copy
         parameter.set_dtype(kind)
         parameter.set_data(tensor if tensor.dtype == kind else tensor.astype(kind))
         parameter.requires_grad = False

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
 import re
 from dataclasses import dataclass, replace
@@ -108,25 +109,66 @@ class Stored:
     def read(self) -> np.ndarray:
         """Values as float32, float64 where the file has these, or integers; always exact."""
         values = np.fromfile(self.file, _NUMBERS[self.dtype], math.prod(self.shape), offset=self.offset)
-        if self.dtype == "BF16":
-            # A bfloat16 is the upper half of a float32.
-            values = (values.astype(np.uint32) << 16).view(np.float32)
-        elif self.dtype == "F16":
-            values = values.astype(np.float32)
-        elif self.dtype == "F8_E5M2":
-            # The upper half of a float16.
-            values = (values.astype(np.uint16) << 8).view(np.float16).astype(np.float32)
-        elif self.dtype == "F8_E4M3":
-            # An exponent of one bit less than a float16's, whose bias is greater by 8; all ones are NaN, none infinite.
-            bits = values.astype(np.uint16)
-            halves = ((bits & 0x80) << 8 | (bits & 0x7F) << 7).view(np.float16)
-            values = np.where(bits & 0x7F == 0x7F, np.float32(np.nan), halves.astype(np.float32) * np.float32(256))
-        return values.reshape(self.shape)
+        return _decoded(values, self.dtype).reshape(self.shape)
+
+    def load(self, dtype: np.dtype, mapping: mmap.mmap | None) -> np.ndarray:
+        """Values as float32 or float16, infinite where they are too large; the caller may write to them.
+
+        Those that the file has in this type stay where they are in its `mapping` (see `map_file`), uncopied.
+        """
+        if mapping is None:
+            return self.read().astype(dtype, copy=False)
+        stored = np.frombuffer(mapping, _NUMBERS[self.dtype], math.prod(self.shape), self.offset).reshape(self.shape)
+        if stored.dtype == dtype and stored.flags.aligned:
+            return stored
+        # Not NumPy's own memory: for that it asks for huge pages, which take a virtual machine twice as long to make.
+        size = max(1, stored.size * dtype.itemsize)
+        memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        values = np.frombuffer(memory, dtype, stored.size).reshape(self.shape)
+        if self.dtype == "BF16" and dtype == np.float32:
+            np.left_shift(stored, 16, out=values.view(np.uint32), dtype=np.uint32)
+        else:
+            floats = stored if stored.dtype.kind == "f" else _decoded(stored, self.dtype)
+            np.copyto(values, floats, casting="same_kind")
+        # Beside the copy, the pages of the file would count as this process's memory until all is loaded.
+        start = self.offset // mmap.PAGESIZE * mmap.PAGESIZE
+        mapping.madvise(mmap.MADV_DONTNEED, start, self.offset - start + stored.nbytes)
+        return values
 
     def rows(self, first: int, count: int) -> Stored:
         """So many rows of it from the first given, as a tensor of its own."""
         row = SIZES.get(self.dtype, 0) * math.prod(self.shape[1:])
         return replace(self, shape=(count, *self.shape[1:]), offset=self.offset + first * row)
+
+
+def _decoded(values: np.ndarray, dtype: str) -> np.ndarray:
+    """Numbers as NumPy reads their bytes, as numbers of a type that it has."""
+    if dtype == "BF16":
+        # A bfloat16 is the upper half of a float32.
+        return (values.astype(np.uint32) << 16).view(np.float32)
+    if dtype == "F16":
+        return values.astype(np.float32)
+    if dtype == "F8_E5M2":
+        # The upper half of a float16.
+        return (values.astype(np.uint16) << 8).view(np.float16).astype(np.float32)
+    if dtype == "F8_E4M3":
+        # An exponent of one bit less than a float16's, whose bias is greater by 8; all ones are NaN, none infinite.
+        bits = values.astype(np.uint16)
+        halves = ((bits & 0x80) << 8 | (bits & 0x7F) << 7).view(np.float16)
+        return np.where(bits & 0x7F == 0x7F, np.float32(np.nan), halves.astype(np.float32) * np.float32(256))
+    return values
+
+
+def map_file(path: Path) -> mmap.mmap | None:
+    """A file as memory that is read when it is touched; what is written there does not reach the file.
+
+    The file can be replaced or deleted meanwhile, but must not be written to. None on Windows, which lets no file be
+    replaced that is mapped.
+    """
+    if os.name != "posix":
+        return None
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
 
 def read_tensors(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, str]]:

@@ -7,6 +7,7 @@ can answer `--help` at once.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import threading
 
@@ -23,11 +24,13 @@ __all__ = [
     "device_target",
     "eager",
     "float_type",
+    "give_memory_back",
     "loadable_dtype",
     "not_counted",
     "require_device",
     "supported_dtype",
     "synchronize",
+    "watch_compilations",
 ]
 
 
@@ -256,7 +259,8 @@ def eager():
 
 # Every graph compilation of a `mindspore.jit` function or of a cell in graph mode goes through `compile` of
 # one of MindSpore's two C++ executors; a call that finds its graph in the cache never gets there. Neither
-# offers a count, so the two methods are wrapped, once, by a wrapper that only counts.
+# offers a count, so the two methods are wrapped, once, by a wrapper that counts, and gives back what compiling took:
+# glibc keeps what is freed, 0.2 GB of the 0.5 for a UNet of Stable Diffusion, beside what the graph then needs to run.
 _count_lock = threading.Lock()
 _count = 0
 _counting = False
@@ -270,8 +274,14 @@ def compile_count() -> int:
     counted; one that is compiled with the help of MindSpore's compile cache on disk is. Failed
     compilations are not counted.
     """
-    _start_counting()
+    watch_compilations()
     return _count
+
+
+def give_memory_back() -> None:
+    """Gives memory that this process has freed back to the system, where its C library would keep it (glibc)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class CompileCounter:
@@ -313,7 +323,8 @@ def not_counted():
         _uncounted.on = before
 
 
-def _start_counting() -> None:
+def watch_compilations() -> None:
+    """Counts compilations from now on, and gives the memory that each took back to the system."""
     global _counting
     from mindspore import _c_expression
 
@@ -331,6 +342,7 @@ def _counted(compile_graph):
     def compile(self, *args, **kwargs):
         global _count
         done = compile_graph(self, *args, **kwargs)
+        give_memory_back()
         if done and not getattr(_uncounted, "on", False):
             with _count_lock:
                 _count += 1

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import collections
-import contextlib
-import ctypes
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,7 +10,7 @@ from typing import Any
 import mindspore as ms
 from mindspore.common.api import JitExecutor_, ms_compile_cache
 
-from mindiffedit.runtime import native, turns
+from mindiffedit.runtime import devices, native, turns
 from mindiffedit.runtime.kernels import portable_kernels
 from mindiffedit.runtime.reuse import places_of, same_places
 
@@ -112,8 +110,7 @@ def _release(phases: set[str]) -> None:
     JitExecutor_.get_instance().del_net_res(None, phases)
     ms_compile_cache.difference_update(phases)
     phases.clear()
-    with contextlib.suppress(OSError, AttributeError):  # another C library; glibc keeps what is freed
-        ctypes.CDLL(None).malloc_trim(0)
+    devices.give_memory_back()
 
 
 class _Graph:
@@ -130,6 +127,7 @@ class _Graph:
         weakref.finalize(self, _ownerless.update, self._phases).atexit = False
 
     def first_run(self, cache: Any | None, key: Sequence[Any], *arguments):
+        devices.watch_compilations()
         before = set(ms_compile_cache)
         if cache is None:
             self.run = ms.jit(self.function)  # an object of its own: nothing is shared with the graphs of other shapes
