@@ -123,7 +123,7 @@ class StableDiffusionDiffEditPipeline(Adapters):
         observer: None, or a function that sees and may replace every array between the stages, see ``Observer``.
         unet_batch_size (int): samples that the UNet is given at once, in all three calls; 2 at first. 1 saves memory,
             more can be faster on a large device. Each value compiles the UNet once.
-        max_graphs (int): compiled graphs kept in memory, six or so for each size of pictures and one for texts; 13 at
+        max_graphs (int): compiled graphs kept in memory, eight or so for each size of pictures and one for texts; 17 at
             first, 64 without a compile cache. More keep more sizes at hand.
         vae_scale_factor (int): pixels per latent, 8 for Stable Diffusion.
 

@@ -14,8 +14,8 @@ from mindiffedit.runtime import devices, native, turns
 from mindiffedit.runtime.kernels import portable_kernels
 from mindiffedit.runtime.reuse import places_of, same_places
 
-MAX_GRAPHS = 13
-"""Graphs that a pipeline keeps: its text encoder, and six of an edit for each of two sizes of pictures.
+MAX_GRAPHS = 17
+"""Graphs that a pipeline keeps: its text encoder, and eight of an edit for each of two sizes of pictures.
 
 Without a limit, every new size would stay. What goes comes back from the compile cache.
 """
