@@ -133,10 +133,12 @@ def edit(
         options.check_switch(flag, name)
     options.check_viewer(debug_callback)
     inverts = image_latents is None and inversion == "ddim"
+    if inverts:
+        pipeline._solver(inverse=True)  # takes DDIM in place of a scheduler that has no inverse
     evaluations = Evaluations.checked(
         preset,
         inverts=inverts,
-        tabulated=inverts and isinstance(pipeline._solver(), TabulatedSolver),
+        tabulated=isinstance(pipeline._solver(), TabulatedSolver),
         by_noise=num_maps_per_mask is not None or mask_encode_strength is not None,
         inversion_iterations=options.check_count(inversion_iterations, "inversion_iterations", options.MAX_ITERATIONS),
         inversion_points=inversion_points,
@@ -269,9 +271,10 @@ def edit(
         # The edit's first step has predicted what the inversion's way back would, where its negative is the caption.
         free = len(first_prediction) == 2 * batch and not inverts_guided and callback_on_step_end is None
         free = free and negative[0] == caption[0] and negative[1] is caption[1]
-        with _timed(seconds, "report"):
-            prediction = first_prediction[:batch] if free else None
-            report.inversion_error = _inversion_error(pipeline, invert_inputs, noisy, clean, prediction)
+        if free or not evaluations.inversion_points:  # whoever saves evaluations does not want one for the report
+            with _timed(seconds, "report"):
+                prediction = first_prediction[:batch] if free else None
+                report.inversion_error = _inversion_error(pipeline, invert_inputs, noisy, clean, prediction)
         if measure_reconstruction:
             with _timed(seconds, "reconstruction"):
                 rebuilt_inputs = EditInputs(

@@ -10,6 +10,7 @@ from test_pipeline import our_pipeline
 from mindiffedit import DDIMScheduler, DPMSolverMultistepScheduler, MaskOptions, diffedit, inputs
 from mindiffedit.arrays import to_numpy
 from mindiffedit.outputs import DiffEditInversionPipelineOutput
+from mindiffedit.solvers import schedulers
 
 STEPS = dict(num_inference_steps=10, inpaint_strength=0.6)  # six of them run
 BY_INVERSION = dict(guidance_scale=2.0, generator=0, mask_options=MaskOptions(), mask_thresholding_ratio=3.0, **STEPS)
@@ -97,7 +98,7 @@ def test_a_mask_of_the_inversion(ours, scheduler):
         assert np.array_equal(result.mask_map, seen["map"][0])
         # Led by another caption, the source's predictions at the points are missing, too.
         _, calls = counted(ours, lambda: edit(inversion_prompt="a table"))
-        assert calls["rows"] == 3 + 2 * 2 + 2 * 6 + 1, "and one for the report"
+        assert calls["rows"] == 3 + 2 * 2 + 2 * 6
     finally:
         ours.scheduler = before
 
@@ -204,12 +205,29 @@ def test_what_is_asked_for_goes_before_the_preset(ours, caplog):
     assert rows(inversion_points=2, inversion_maps=1) == usual - 2
     assert rows(inversion_points=0) == usual - 5 + 6 + 8
     assert rows(inversion_iterations=1) == usual - 5 + 12 + 8
-    assert rows(guidance_end=1.0) == usual + 4 and rows(guidance_scale=1.0) == usual - 2 + 1
+    assert rows(guidance_end=1.0) == usual + 4 and rows(guidance_scale=1.0) == usual - 2
     assert rows(mask_image=BOX) == usual - 2, "no mask is computed"
     assert rows(inversion="noise") == 8 + 6 + 2
     inverted = ours.invert(SOURCE, PICTURE, generator=0, guidance_scale=1.0, **STEPS)
     assert isinstance(inverted, DiffEditInversionPipelineOutput)
     assert rows(image_latents=inverted) == 8 + 6 + 2
+
+
+@pytest.mark.parametrize(
+    "name", ["LCMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "DDIMScheduler"]
+)
+def test_few_steps_without_guidance(sd1_folder, name):
+    """As checkpoints take it that are distilled to a few steps: a prediction a level, at their own noise levels."""
+    pipe = our_pipeline(sd1_folder)
+    pipe.scheduler = schedulers.make(name, pipe.scheduler.config, timestep_spacing="trailing")
+    seen = Seen()
+    with pipe.debugging(seen):
+        edit = partial(pipe.edit, PICTURE, SOURCE, TARGET, num_inference_steps=4, guidance_scale=1.0, generator=0)
+        result, calls = counted(pipe, partial(edit, inpaint_strength=1.0))
+    assert [list(timesteps) for timesteps in seen["timesteps"]] == [[249, 499, 749, 999], [999, 749, 499, 249]]
+    assert calls["rows"] == 3 + 2 + 4 and np.isfinite(to_numpy(result.latents)).all()
+    fast = partial(edit, inpaint_strength=1.0, preset="fast")
+    assert counted(pipe, fast)[1]["rows"] == 2 + 2 + 2, "and two by the last layer"
 
 
 @pytest.mark.parametrize(
