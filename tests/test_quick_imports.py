@@ -11,10 +11,10 @@ _LIBRARY = """
 import sys
 from mindiffedit import StableDiffusionDiffEditPipeline, demo
 pipe = StableDiffusionDiffEditPipeline.from_pretrained(demo.checkpoint_folder())
-import types, mindone.diffusers, mindone.transformers
+import mindone.diffusers, mindone.transformers
 from mindiffedit.runtime.quick_imports import PACKAGES
 for name in PACKAGES:
-    assert type(sys.modules.get(name, sys)) is types.ModuleType, name
+    assert "quick_imports" not in type(sys.modules.get(name, sys)).__module__, name
 assert not [finder for finder in sys.meta_path if "quick_imports" in type(finder).__module__]
 assert mindone.diffusers.UNet2DConditionModel is type(pipe.unet)
 assert mindone.diffusers.AutoencoderKL is type(pipe.vae)
