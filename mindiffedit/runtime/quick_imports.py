@@ -73,24 +73,27 @@ def import_beside() -> None:
 
     Nothing without ``install()``. What fails here is imported, and fails, where it is needed.
     """
-    if "mindspore" in sys.modules or not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        return
-    _import(_EXTENSIONS)
-    libraries = threading.Thread(target=_open_libraries)
-    libraries.start()
-    _import(_WITHOUT_MINDSPORE)
-    libraries.join()
-    threading.Thread(target=_import, args=(["scipy.ndimage"],), daemon=True).start()
+    if _installed() and "mindspore" not in sys.modules:
+        _import(*_EXTENSIONS)
+        threading.Thread(target=_open_libraries).start()
+        _import(*_WITHOUT_MINDSPORE)
 
 
-def _import(names) -> None:
+def _installed() -> bool:
+    return any(isinstance(finder, _Finder) for finder in sys.meta_path)
+
+
+def _import(*names: str) -> None:
     for name in names:
         with contextlib.suppress(Exception):
             importlib.import_module(name)
 
 
-_EXTENSIONS = ("_asyncio", "_ssl", "_uuid", "regex", "tokenizers", "yaml")
-"""Modules of those below that are libraries, of which the system opens one at a time."""
+_EXTENSIONS = (
+    *("asyncio", "csv", "queue", "ssl", "unicodedata", "uuid"),
+    *("charset_normalizer", "markupsafe", "regex", "tokenizers", "yaml"),
+)
+"""Modules with libraries that those below import: the system opens one library at a time."""
 
 _WITHOUT_MINDSPORE = (
     "huggingface_hub.utils",
