@@ -17,7 +17,7 @@ def program() -> int:
         # Where torch is installed, transformers would import it, for seconds; only its tokenizer is used here.
         os.environ.setdefault("USE_TORCH", "0")
         if not os.environ.get("MS_PROFILER_OPTIONS"):  # the profiler that these are for is in what is left out
-            quick_imports.install()
+            quick_imports.install(quick_imports.PACKAGES)
     # MindSpore's warnings are for its developers, and the others' are advice to install torch.
     os.environ.setdefault("GLOG_v", "3")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

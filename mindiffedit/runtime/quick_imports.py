@@ -6,7 +6,9 @@ that do the same when they are asked: a name is fetched from the submodule that 
 anything that is not found in this way makes the package run its whole ``__init__``, in itself. What is imported is the
 libraries' own code in its own place.
 
-Imports are the whole process's, so a library must not do this to its user's program: only the command does.
+Imports are the whole process's. So the command does this with all of ``PACKAGES``; in its user's program the library
+does it with mindone's alone, while it imports what it needs (``quickly``), and a package that completes itself is an
+ordinary module from then on.
 """
 
 from __future__ import annotations
@@ -20,14 +22,14 @@ import os
 import sys
 import threading
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-__all__ = ["PACKAGES", "complete_for", "import_beside", "install"]
+__all__ = ["MINDONE", "PACKAGES", "complete_for", "import_beside", "install", "quickly"]
 
 PACKAGES: dict[str, tuple[str, ...]] = {
     "mindone": (),
@@ -63,24 +65,37 @@ PACKAGES: dict[str, tuple[str, ...]] = {
 _lock = threading.RLock()
 
 
-def install() -> None:
+MINDONE = frozenset(name for name in PACKAGES if name.startswith("mindone."))
+"""Those of mindone."""
+
+
+def install(packages: Collection[str] = MINDONE) -> None:
     """Makes the packages quick that are not imported yet. Call it once, before MindSpore or mindone is imported."""
-    sys.meta_path.insert(0, _Finder())
+    sys.meta_path.insert(0, _Finder(packages))
+
+
+@contextlib.contextmanager
+def quickly():
+    """mindone's packages are quick if they are first imported within the block."""
+    finder = _Finder(MINDONE)
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
 
 
 def import_beside() -> None:
     """Imports what does without MindSpore while the system opens MindSpore's libraries, which takes as long.
 
-    Nothing without ``install()``. What fails here is imported, and fails, where it is needed.
+    Nothing unless all packages are quick. What fails here is imported, and fails, where it is needed.
     """
-    if _installed() and "mindspore" not in sys.modules:
+    if "mindspore" not in sys.modules and any(
+        getattr(finder, "packages", None) is PACKAGES for finder in sys.meta_path
+    ):
         _import(*_EXTENSIONS)
         threading.Thread(target=_open_libraries).start()
         _import(*_WITHOUT_MINDSPORE)
-
-
-def _installed() -> bool:
-    return any(isinstance(finder, _Finder) for finder in sys.meta_path)
 
 
 def _import(*names: str) -> None:
@@ -120,8 +135,15 @@ def complete_for(device: str) -> None:
 
 
 class _Finder(MetaPathFinder):
+    def __init__(self, packages):
+        self.packages = packages
+
     def find_spec(self, fullname, path, target=None):
-        kind = _PackageLoader if fullname in PACKAGES else _PatchedLoader if fullname in _PATCHES else None
+        kind = None
+        if fullname in self.packages:
+            kind = _PackageLoader
+        elif fullname in _PATCHES and self.packages is PACKAGES:
+            kind = _PatchedLoader
         spec = None if kind is None else PathFinder.find_spec(fullname, path)
         if spec is not None:
             spec.loader = kind(spec.loader)
@@ -154,24 +176,27 @@ class _Package(types.ModuleType):
     """A package that imports its submodules when they are asked for."""
 
     __spec__: Any
-    _instead: Any = None
+    _homes: Any = {}
+    _stars: Any = ()
+    _ran = True
 
     def __getattr__(self, name: str):
         missing = AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
         # MindSpore asks a package for "_" where it wants the package itself.
         if name == "_" or name.startswith("__") and name not in ("__all__", "__version__"):
             raise missing
-        if not self._find(name):
+        if name == "__all__" or not self._find(name):
             self._run()
         if name in self.__dict__:
             return self.__dict__[name]
-        if self._instead is None:
+        if "_instead" not in self.__dict__:
             raise missing
-        return getattr(self._instead, name)
+        return getattr(self.__dict__["_instead"], name)
 
     def __dir__(self):
         getattr(self, "__all__", None)
-        return sorted({*self.__dict__, *dir(self._instead or type(self))})
+        instead = self.__dict__.get("_instead")
+        return sorted(self.__dict__ if instead is None else {*self.__dict__, *dir(instead)})
 
     def _find(self, name: str) -> bool:
         """Whether a name, or a submodule, was found without ``__init__``, and is here now."""
@@ -207,6 +232,10 @@ class _Package(types.ModuleType):
                 raise
         if sys.modules[self.__name__] is not self:  # transformers puts an object of another class there
             self._instead, sys.modules[self.__name__] = sys.modules[self.__name__], self
+        else:
+            for name in ("_homes", "_stars", "_ran"):
+                del self.__dict__[name]
+            self.__class__ = types.ModuleType
 
 
 class _Contents:
