@@ -119,7 +119,7 @@ _WITHOUT_MINDSPORE = (
 
 def _open_libraries() -> None:
     spec = find_spec("mindspore")
-    if spec is None or os.name != "posix":
+    if spec is None or spec.origin is None or os.name != "posix":
         return
     open_library = ctypes.CDLL(None).dlopen  # called so, unlike by an import, other threads go on
     open_library.argtypes, open_library.restype = [ctypes.c_char_p, ctypes.c_int], ctypes.c_void_p
@@ -139,13 +139,13 @@ class _Finder(MetaPathFinder):
         self.packages = packages
 
     def find_spec(self, fullname, path, target=None):
-        kind = None
+        kind: Callable[[Any], Loader] | None = None
         if fullname in self.packages:
             kind = _PackageLoader
         elif fullname in _PATCHES and self.packages is PACKAGES:
             kind = _PatchedLoader
         spec = None if kind is None else PathFinder.find_spec(fullname, path)
-        if spec is not None:
+        if kind is not None and spec is not None:
             spec.loader = kind(spec.loader)
         return spec
 
@@ -235,7 +235,7 @@ class _Package(types.ModuleType):
         else:
             for name in ("_homes", "_stars", "_ran"):
                 del self.__dict__[name]
-            self.__class__ = types.ModuleType
+            setattr(self, "__class__", types.ModuleType)  # noqa: B010 (a type checker knows one class)
 
 
 class _Contents:
