@@ -1,7 +1,10 @@
 """The program ``mindiffedit``; ``python -m mindiffedit`` is the same."""
 
+import atexit
+import gc
 import os
 import sys
+import types
 
 from mindiffedit.cli.command import main
 from mindiffedit.runtime import quick_imports
@@ -9,15 +12,36 @@ from mindiffedit.runtime import quick_imports
 
 def program() -> int:
     """``main`` in a process of its own, whose surroundings are ours to set."""
+    gc.disable()  # until everything is loaded: it would look for garbage among what only grows
     if sys.argv[1:3] != ["parity", "record"]:
         # Where torch is installed, transformers would import it, for seconds; only its tokenizer is used here.
         os.environ.setdefault("USE_TORCH", "0")
-        quick_imports.install()
+        if not os.environ.get("MS_PROFILER_OPTIONS"):  # the profiler that these are for is in what is left out
+            quick_imports.install(quick_imports.PACKAGES)
     # MindSpore's warnings are for its developers, and the others' are advice to install torch.
     os.environ.setdefault("GLOG_v", "3")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("DIFFUSERS_NO_ADVISORY_WARNINGS", "1")
-    return main()
+    code = main()
+    gc.enable()
+    return _end(code) if "mindspore" in sys.modules else code
+
+
+class _Idle(types.ModuleType):
+    """A module that was not imported, for what would import it to end what it has not begun."""
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: self
+
+
+def _end(code: int) -> int:
+    """Ends the process when its exit functions have run: MindSpore and Python take half a second to take all apart."""
+    for name in ("mindspore.profiler", "mindspore.dataset.engine.iterators"):
+        sys.modules.setdefault(name, _Idle(name))
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -749,6 +749,8 @@ def test_advice_of_libraries_is_off_in_the_program(monkeypatch):
     environment = {"GLOG_v": "1"}  # the user wants to see it
     monkeypatch.setattr(os, "environ", environment)
     monkeypatch.setattr(__main__, "main", lambda: [environment[name] for name in names])
+    monkeypatch.setattr(__main__, "_end", lambda code: code)  # of this process
+    monkeypatch.setattr(sys, "meta_path", sys.meta_path[:])
     assert __main__.program() == ["1", "1", "1"]
     environment.clear()
     assert __main__.program() == ["3", "1", "1"]

@@ -219,11 +219,12 @@ def build(source: Source, construct: Callable[[str, Mapping[str, Any]], Any]) ->
     """
     from mindspore.nn.utils import no_init_parameters
 
+    from mindiffedit.runtime import quick_imports
     from mindiffedit.runtime.kernels import portable_kernels
 
     try:
         # The values come from the file: making random ones first takes minutes for a large model.
-        with portable_kernels(), no_init_parameters():
+        with quick_imports.quickly(), portable_kernels(), no_init_parameters():
             return construct(source.name, source.config)
     except Exception as error:  # whatever a wrong config makes a model's constructor raise
         raise CheckpointError(

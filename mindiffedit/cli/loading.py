@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import re
 import warnings
@@ -15,7 +16,7 @@ from mindiffedit.cli.checks import is_given
 from mindiffedit.cli.job import Job, fit, read_pictures
 from mindiffedit.cli.wording import about, note, option
 from mindiffedit.errors import InputError, Message
-from mindiffedit.runtime import devices
+from mindiffedit.runtime import devices, quick_imports
 from mindiffedit.solvers import schedules
 
 
@@ -24,6 +25,7 @@ def load(job: Job):
     read_pictures(job)
     _find_model(job)
     with job.timed("load"), hushed():
+        quick_imports.import_beside()
         job.device = require_device(job.args.device)
     # These models first, so that they are gone when the large one comes.
     _write_caption(job)
@@ -41,6 +43,9 @@ def load(job: Job):
         with job.timed("prompts"):
             job.embeds = {which: average_embeddings(pipe, texts) for which, texts in job.prompts.items()}
     _note_idle_words(job, pipe)
+    if not gc.isenabled():  # the program has switched it off until now
+        gc.freeze()
+        gc.enable()
     return pipe
 
 
@@ -56,6 +61,7 @@ def hushed():
 def require_device(name: str | None) -> str:
     """The device of this name, or MindSpore's choice, made ready; an InputError where it is not here."""
     try:
+        quick_imports.complete_for(name or devices.device_target())
         return devices.require_device(name)
     except RuntimeError as error:
         raise InputError(" ".join(str(error).split())) from error

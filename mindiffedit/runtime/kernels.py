@@ -38,7 +38,7 @@ import mindspore
 import numpy as np
 from mindspore import mint
 
-from mindiffedit.runtime import devices, native, portable, turns
+from mindiffedit.runtime import devices, native, portable, quick_imports, turns
 
 __all__ = ["KERNELS", "Kernel", "eagerly", "missing_kernels", "portable_kernels"]
 
@@ -413,5 +413,6 @@ def _original(name: str) -> Any:
             path = f"mindspore.{path}"
         if importlib.util.find_spec(path.partition(".")[0]) is None:
             return None
-        _originals[name] = getattr(importlib.import_module(path), attribute)
+        with quick_imports.quickly():
+            _originals[name] = getattr(importlib.import_module(path), attribute)
     return _originals[name]
