@@ -185,8 +185,7 @@ def benchmark_cells(rows: list[dict]) -> list[list[str]]:
     if not steps:
         costs = {"peak_gb": "{:.2f}", "stages_gb": "{:.2f}", "unet_calls": "{}", "samples": "{}"}
         costs |= {"shallow_rows": "{}", "graphs": "{}"}
-    names = {"peak_gb": "peak GB", "stages_gb": "stages GB", "unet_calls": "UNet calls"}
-    names["shallow_rows"] = "shallow"
+    names = {"peak_gb": "peak GB", "stages_gb": "stages GB", "unet_calls": "UNet calls", "shallow_rows": "shallow"}
     header = ["party", "maps", "run", "what", *(f"{stage} s" for stage in stages), *(names.get(c, c) for c in costs)]
     cells = [header]
     for row in [*rows, *ratios_of(rows)]:
@@ -246,9 +245,8 @@ def speed_table(runs: list[dict]) -> str:
     for run in runs:
         if run["kind"] in ("edit", "step"):
             for entry in ratios_of(run["rows"]):
-                if entry["party"] not in ("ours / torch", "ours / mindone"):
-                    continue  # `peers_table` has it
-                newest[scope_of(run, entry), entry["party"]] = (run, entry)
+                if entry["party"] in ("ours / torch", "ours / mindone"):  # `peers_table` has the others
+                    newest[scope_of(run, entry), entry["party"]] = (run, entry)
     cells = [["scope", "ratio", "whole", "mask", "inversion", "edit", "peak GB of the two", "date"]]
     places: dict[tuple, set] = {}
     for (scope, party), (run, entry) in newest.items():
@@ -264,41 +262,41 @@ def speed_table(runs: list[dict]) -> str:
 
 
 def peers_table(runs: list[dict]) -> str:
-    """What a user could pick instead: every party of the newest run of each scope in which torch and `edit()` are."""
+    """What a user could pick instead: all parties of the newest run of each scope in which torch and `edit()` are."""
     newest = {}
     for run in runs:
-        if run["kind"] == "edit" and {"torch", ONE_CALL[1]} <= {
-            row["party"] for row in run["rows"] if "seconds" in row
-        }:
-            newest[scope_of(run, {"what": "warm"})] = run
-    parts = [peers_of(scope, run) for scope, run in newest.items()]
+        edits = [row for row in run["rows"] if row["what"] == "warm"] if run["kind"] == "edit" else []
+        if {"torch", "edit-balanced"} <= {row["party"] for row in edits}:
+            newest[scope_of(run, {"what": "warm"})] = (run, edits)
+    parts = []
+    for scope, (run, edits) in newest.items():
+        where = f"{run['date']}: {machine_of(run)}; {versions_text(run['versions'].items())}."
+        parts += [f"**{scope}**", markdown_table(peers_cells(edits)), where, f"```bash\n{run['command']}\n```"]
     return "\n\n".join(parts) or "Not measured yet."
 
 
-def peers_of(scope: str, run: dict) -> str:
-    """One of these tables: medians over the warm edits of each party, torch's at the top."""
-    edits: dict[tuple, list[dict]] = {}
-    for row in run["rows"]:
-        if row["what"] == "warm":
-            edits.setdefault((row["party"], row["maps"]), []).append(row)
-    stages = ("mask", "invert", "edit", "total")
-    cells = [["party", "maps", "mask", "inversion", "edit", "whole, s", "/ torch", "rows", "peak GB", "/ torch"]]
-    base = None
-    for (party, maps), rows in edits.items():
-        seconds = {stage: statistics.median(row["seconds"][stage] for row in rows) for stage in stages}
-        peak = max((row["peak_gb"] for row in rows if row["peak_gb"]), default=None)
-        base = (seconds["total"], peak) if party == "torch" else base
-        ratios = [show(ratio(value, whole)) for value, whole in zip((seconds["total"], peak), base or (None, None))]
-        count = show(rows[0]["samples"], "{}")
-        count += f" + {rows[0]['shallow_rows']} shallow" if rows[0].get("shallow_rows") else ""
-        line = [party, show(maps, "{}"), *(show(value, "{:.1f}") for value in seconds.values())]
-        cells.append([*line, ratios[0], count, show(peak), ratios[1]])
-    lines = [
-        f"**{scope}**",
-        markdown_table(cells),
-        f"{run['date']}: {machine_of(run)}; {versions_text(run['versions'].items())}.",
-    ]
-    return "\n\n".join([*lines, f"```bash\n{run['command']}\n```"])
+def peers_cells(edits: list[dict]) -> list[list[str]]:
+    """Header and cells of one of these tables: medians of a party's warm edits, and what they are of torch's."""
+    parties: dict[tuple, list[dict]] = {}
+    for row in edits:
+        parties.setdefault((row["party"], row["maps"]), []).append(row)
+
+    def costs(rows):
+        return [*(median_of(rows, stage) for stage in ("mask", "invert", "edit", "total")), rows[0]["peak_gb"]]
+
+    *_, torch_seconds, torch_peak = costs([row for row in edits if row["party"] == "torch"])
+    cells = [["party", "maps", "mask s", "inversion s", "edit s", "whole s", "/ torch", "rows", "peak GB", "/ torch"]]
+    for (party, maps), rows in parties.items():
+        *seconds, peak = costs(rows)
+        shallow = f" + {rows[0]['shallow_rows']} shallow" if rows[0]["shallow_rows"] else ""
+        line = [party, show(maps, "{}"), *(show(value, "{:.1f}") for value in seconds)]
+        line += [show(ratio(seconds[-1], torch_seconds)), f"{rows[0]['samples']}{shallow}"]
+        cells.append([*line, show(peak), show(ratio(peak, torch_peak))])
+    return cells
+
+
+def median_of(rows: list[dict], stage: str) -> float:
+    return statistics.median(row["seconds"][stage] for row in rows)
 
 
 def peak_of(rows: list[dict], party: str, maps: int, what: str) -> float | None:
