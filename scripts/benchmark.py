@@ -1,9 +1,13 @@
 """Measures what an edit costs: diffusers on PyTorch, mindone's own pipeline, and ours, on one checkpoint.
 
+Parties: diffusers' three calls in float32 (torch) and under autocast (torch-bfloat16), mindone's three (mindone) and
+ours (ours), and our edit() at each preset (edit-exact, edit-balanced, edit-fast).
+
     python scripts/benchmark.py --size 256 --steps 10 --maps 4
     python scripts/benchmark.py --only-step --parties torch,ours
     python scripts/benchmark.py --cold --parties torch,ours
     python scripts/benchmark.py --load --parties torch,ours --repeats 3
+    python scripts/benchmark.py --quick balanced
 
 Without `--model` a random checkpoint in the sizes of Stable Diffusion 1.5 is made once, from a seed, in the
 user's cache folder (5 GB). Every measurement is a process of its own. They are interleaved: each party once,
@@ -35,7 +39,11 @@ for folder in (HERE, HERE.parent):
 import benchmark_checkpoint as checkpoint  # noqa: E402
 import reports  # noqa: E402
 
-PARTIES = ("torch", "mindone", "ours")
+PARTIES = ("torch", "torch-bfloat16", "mindone", "ours", *reports.ONE_CALL)
+DEFAULT_PARTIES = ["torch", "mindone", "ours"]
+WARM_UP_STEPS = 4
+"""The fewest that run all graphs of every preset."""
+
 WORKER = HERE / "benchmark_worker.py"
 
 LAST_LINES = 8
@@ -122,6 +130,8 @@ def plan_runs(args) -> list[dict]:
     for number in range(1, args.repeats + 1):
         for party in args.parties:
             maps = theirs if party == "mindone" and kind_of(args) == "edit" else args.maps
+            if party in reports.ONE_CALL:
+                maps = None  # its preset says how many
             plan.append({"party": party, "maps": maps, "run": number})
         if {"mindone", "ours"} <= set(args.parties) and theirs < args.maps and kind_of(args) == "edit":
             # The ratio to mindone needs ours at its number of maps.
@@ -137,17 +147,20 @@ def measure(args, model: Path) -> tuple[list[dict], list[dict], dict]:
             party = entry["party"]
             job = {"model": str(model), "party": party, "maps": entry["maps"]}
             job |= {name: getattr(args, name) for name in ("threads", "size", "steps", "batch", "strength", "guidance")}
-            job |= {"kind": kind_of(args), "edits": ["cold"] if args.cold else ["cold", "warm"]}
+            job |= {"kind": kind_of(args), "warm_up": args.warm_up}
+            job["edits"] = ["cold"] if args.cold else ["warm"] if args.warm_up else ["cold", "warm"]
             environment = {}
-            if party == "ours":
+            ours = party == "ours" or party in reports.ONE_CALL
+            if ours:
                 # An empty store of compiled graphs each time: what an earlier command left would not be seen.
                 cache = Path(place) / f"compile-cache-{number}"
                 cache.mkdir()
                 environment["MINDIFFEDIT_CACHE"] = str(cache)
             if party == "mindone":
                 environment["MINDIFFEDIT_NATIVE"] = "0"  # on plain operators, which is what it would have without us
-            say(f"{party}, {entry['maps']} maps, run {entry['run']} of {args.repeats} ...")
-            for again in range(2 if args.cold and party == "ours" else 1):
+            maps = "" if entry["maps"] is None else f" {entry['maps']} maps,"
+            say(f"{party},{maps} run {entry['run']} of {args.repeats} ...")
+            for again in range(2 if args.cold and ours else 1):
                 job["results"] = str(Path(place) / f"{number}-{again}.npz")
                 start = time.monotonic()
                 try:
@@ -174,8 +187,8 @@ def rows_of(entry: dict, result: dict, what: str | None = None) -> list[dict]:
         return [{**entry, "what": "step", "seconds": seconds, **shared, "graphs": result["graphs"]}]
     rows = []
     for edit, cost in result["edits"].items():
-        seconds = {"load": result["load_seconds"]} if edit == "cold" else {}
-        seconds |= {**cost["seconds"], "total": sum(cost["seconds"].values())}
+        seconds = {} if rows else {"load": result["load_seconds"]}
+        seconds |= {"total": sum(cost["seconds"].values()), **cost["seconds"]}
         rows.append(
             {
                 **entry,
@@ -183,7 +196,7 @@ def rows_of(entry: dict, result: dict, what: str | None = None) -> list[dict]:
                 "seconds": {name: round(value, 3) for name, value in seconds.items()},
                 **shared,
                 "stages_gb": gigabytes(cost["stages_peak"]),
-                **{name: cost[name] for name in ("unet_calls", "samples", "graphs")},
+                **{name: cost[name] for name in ("unet_calls", "samples", "shallow_rows", "graphs")},
             }
         )
     return rows
@@ -219,7 +232,7 @@ def agreement(arrays: dict) -> list[dict]:
     return pairs
 
 
-SETTINGS = ("size", "steps", "maps", "batch", "strength", "guidance", "parties", "repeats", "threads", "cold")
+SETTINGS = "size steps maps batch strength guidance parties repeats threads cold warm_up".split()
 
 
 def shown_command(args) -> str:
@@ -229,6 +242,7 @@ def shown_command(args) -> str:
         words += [f"--maps {args.maps}", f"--strength {args.strength:g}"]
     words += [f"--batch {args.batch}", f"--guidance {args.guidance:g}", f"--parties {','.join(args.parties)}"]
     words += [f"--repeats {args.repeats}", f"--threads {args.threads}"]
+    words += [f"--warm-up {args.warm_up}"] if args.warm_up else []
     words += [f"--{name.replace('_', '-')}" for name in ("cold", "only_step", "load") if getattr(args, name)]
     if args.model:
         words.append("--model demo" if args.model == "demo" else "--model FOLDER")
@@ -295,7 +309,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch", type=count, default=1, help="pictures edited together (1)")
     add("--strength", type=number(float, 0, 1, True), default=0.8, help="share of the steps that is run (0.8)")
     add("--guidance", type=number(float, 1, None, True), default=7.5, help="guidance scale, above 1 (7.5)")
-    add("--parties", type=party_names, default=list(PARTIES), help="some of torch,mindone,ours (all)")
+    add("--parties", type=party_names, default=DEFAULT_PARTIES, help=f"of {','.join(PARTIES)} (torch,mindone,ours)")
     add(
         "--mindone-maps",
         type=count,
@@ -308,8 +322,23 @@ def build_parser() -> argparse.ArgumentParser:
     add("--model", metavar="FOLDER", help="measure with this checkpoint, or 'demo', instead")
     add("--checkpoint-folder", type=Path, metavar="FOLDER", help="where the random checkpoint is made and kept")
     add("--cold", action="store_true", help="first edits only; ours with an empty and with a filled compile cache")
+    add(
+        "--warm-up",
+        type=number(int, WARM_UP_STEPS),
+        nargs="?",
+        const=WARM_UP_STEPS,
+        metavar="STEPS",
+        help=f"measure second edits only, after a first one of so many steps and one map ({WARM_UP_STEPS})",
+    )
     add("--only-step", action="store_true", help="guided UNet steps only, the median time of one")
     add("--load", action="store_true", help="loading only, and the memory that is used after it")
+    add(
+        "--quick",
+        choices=[name.removeprefix("edit-") for name in reports.ONE_CALL],
+        metavar="PRESET",
+        help="edit() at a preset against diffusers' three calls with their 10 maps, in a minute: "
+        "--model demo --size 128 --maps 10 --warm-up --parties torch,edit-PRESET, unless other values are given",
+    )
     add("--json", type=Path, metavar="FILE", help="write everything that was measured")
     add("--write", action="store_true", help="add the run to docs/benchmarks.json, and to the page's table")
     add("--timeout", type=number(float, 0, None, True), default=7200, help="seconds for one process (7200)")
@@ -324,6 +353,10 @@ def check_options(parser, args) -> None:
         parser.error("--cold and --only-step exclude each other: a step alone is measured warm.")
     if args.load and (args.cold or args.only_step or args.write):
         parser.error("--load stands alone: no edit is run, and --cold, --only-step and --write are about edits.")
+    if args.warm_up and (args.cold or args.only_step):
+        parser.error("--warm-up is for second edits; leave it out, or --cold and --only-step.")
+    if args.only_step and set(args.parties) & set(reports.ONE_CALL):
+        parser.error("--only-step measures a guided step, which edit() at a preset shares with 'ours'; name that.")
     if args.threads > reports.usable_cores():
         parser.error(f"--threads {args.threads} is more than the {reports.usable_cores()} cores that can be used here.")
     if args.model and args.checkpoint_folder:
@@ -367,6 +400,10 @@ def terminated(*_):
 def main(arguments=None) -> int:
     parser = build_parser()
     args = parser.parse_args(arguments)
+    if args.quick:
+        parser.set_defaults(size=128, maps=10, warm_up=WARM_UP_STEPS, parties=["torch", f"edit-{args.quick}"])
+        parser.set_defaults(model=None if args.checkpoint_folder else "demo")
+        args = parser.parse_args(arguments)
     check_options(parser, args)
     before = signal.signal(signal.SIGTERM, terminated)
     try:

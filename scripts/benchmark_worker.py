@@ -2,7 +2,7 @@
 
 `benchmark.py` starts it. Kinds of jobs:
 
-- "edit": a party loads the checkpoint and edits, once (cold) or twice (cold and warm);
+- "edit": a party loads the checkpoint and edits, once (cold) or twice (cold and warm, or a short warm-up and warm);
 - "load": a party loads the checkpoint;
 - "step": a party runs guided inversion steps, and the time between two steps is taken;
 - "checkpoint": make the random checkpoint.
@@ -13,6 +13,7 @@ Nothing heavy is imported before the cores are chosen, since the libraries start
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import json
 import os
@@ -31,6 +32,10 @@ EDITS = {
 }
 """Seed of the picture, source prompt and target prompt of the first and the second edit. They share nothing, so
 that no store of earlier results can serve the second; all sizes are the same."""
+
+WARM_UP = {"strength": 1.0, "guidance_end": 0.5}
+"""Settings of a short first edit that is not measured. All of its steps run, and half of them are guided whatever the
+preset: from four steps on it runs every graph that a longer edit needs, those of the step cache included."""
 
 
 # --- memory and time ------------------------------------------------------------------------------
@@ -128,14 +133,16 @@ class Party:
 
     Attributes:
         versions: {library: version}.
-        same_noise: whether a seed gives PyTorch's noise, so that results can be compared.
+        comparable: whether results should be those of torch: the same computation, from the same noise.
+        maps_in_shape: whether all maps are evaluated at once, so that their number is compiled into a graph.
     """
 
-    same_noise = True
+    comparable = True
+    maps_in_shape = False
     versions: dict
 
     def __init__(self):
-        self._counter = Counter(calls=0, rows=0)
+        self._counter = Counter(calls=0, rows=0, shallow_rows=0)
 
     def load(self, model: str, threads: int):
         """The pipeline of a checkpoint."""
@@ -158,12 +165,50 @@ class Party:
         return None
 
     def counts(self) -> dict:
-        """Evaluations of the UNet so far, and the samples in them: {"calls", "rows"}."""
+        """Evaluations of the UNet so far, the samples in them, and those of its last layer alone: {"calls", "rows",
+        "shallow_rows"}."""
         return dict(self._counter)
 
     def count(self, sample) -> None:
         self._counter["calls"] += 1
         self._counter["rows"] += int(sample.shape[0])
+
+    def edit(self, pipeline, pictures, sources, targets, seed, job, clock) -> dict:
+        """One edit of pictures: {"seconds", "stages_peak", "mask", "pictures"}. Here by the three calls."""
+        import numpy as np
+
+        shared = {
+            "num_inference_steps": job["steps"],
+            "inpaint_strength": job["strength"],
+            "guidance_scale": job["guidance"],
+        }
+        with clock.stage("mask"):
+            mask = pipeline.generate_mask(
+                image=pictures,
+                source_prompt=sources,
+                target_prompt=targets,
+                num_maps_per_mask=job["maps"],
+                num_inference_steps=job["steps"],
+                guidance_scale=job["guidance"],
+                generator=self.generator(seed),
+            )
+        with clock.stage("invert"):
+            latents = pipeline.invert(
+                prompt=sources, image=pictures, generator=self.generator(seed), return_dict=True, **shared
+            ).latents
+            require_finite(latents)
+        with clock.stage("edit"):
+            edited = pipeline(
+                prompt=targets,
+                negative_prompt=sources,
+                mask_image=np.asarray(mask).astype(np.float32),
+                image_latents=latents,
+                return_dict=True,
+                **shared,
+            ).images
+        stages = ("mask", "invert", "edit")
+        seconds = {name: clock.seconds[name] for name in stages}
+        return {"seconds": seconds, "stages_peak": clock.stages_peak(stages), "mask": mask, "pictures": edited}
 
 
 class Torch(Party):
@@ -192,6 +237,15 @@ class Torch(Party):
         return self.torch.from_numpy(array)
 
 
+class TorchBfloat16(Torch):
+    """The same under autocast: float32 weights, products and convolutions in bfloat16."""
+
+    comparable = False
+
+    def around(self):
+        return self.torch.autocast("cpu", self.torch.bfloat16)
+
+
 class MindSporeParty(Party):
     """What the two parties on MindSpore share."""
 
@@ -211,7 +265,8 @@ class MindSporeParty(Party):
 class Mindone(MindSporeParty):
     """mindone's own pipeline, in graph mode, with only what this device lacks replaced."""
 
-    same_noise = False
+    comparable = False
+    maps_in_shape = True
 
     def __init__(self):
         super().__init__()
@@ -284,10 +339,40 @@ class Ours(MindSporeParty):
 
     def counts(self):
         counter = self.pipeline._stages.calls
-        return {"calls": counter["unet"], "rows": counter["rows"]}
+        return {"calls": counter["unet"], "rows": counter["rows"], "shallow_rows": counter["shallow_rows"]}
 
 
-PARTIES = {"torch": Torch, "mindone": Mindone, "ours": Ours}
+class OneCall(Ours):
+    """`edit()` of this project, with the maps, inversion and guidance of a preset."""
+
+    comparable = False
+
+    def __init__(self, preset: str):
+        super().__init__()
+        self.preset = preset
+
+    def edit(self, pipeline, pictures, sources, targets, seed, job, clock):
+        with clock.stage("whole"):
+            edited = pipeline.edit(
+                pictures,
+                sources,
+                targets,
+                preset=self.preset,
+                num_inference_steps=job["steps"],
+                inpaint_strength=job["strength"],
+                guidance_scale=job["guidance"],
+                guidance_end=job.get("guidance_end"),
+                generator=seed,
+            )
+        spent = edited.report.seconds
+        seconds = {"mask": spent["mask"], "invert": spent["inversion"], "edit": spent["edit"]}
+        seconds["total"] = clock.seconds["whole"]  # pasting and the report are in it, too
+        stages_peak = clock.stages_peak(["whole"])
+        return {"seconds": seconds, "stages_peak": stages_peak, "mask": edited.mask_image, "pictures": edited.images}
+
+
+PARTIES = {"torch": Torch, "torch-bfloat16": TorchBfloat16, "mindone": Mindone, "ours": Ours}
+PARTIES |= {f"edit-{preset}": functools.partial(OneCall, preset) for preset in ("exact", "balanced", "fast")}
 
 
 # --- jobs -----------------------------------------------------------------------------------------
@@ -297,7 +382,7 @@ def require_finite(latents) -> None:
     """Also waits for what still runs."""
     import numpy as np
 
-    if not np.isfinite(np.asarray(latents.asnumpy() if hasattr(latents, "asnumpy") else latents)).all():
+    if not np.isfinite(latents.asnumpy() if hasattr(latents, "asnumpy") else latents.float().numpy()).all():
         raise ArithmeticError("the latents are not finite: these times are worth nothing")
 
 
@@ -310,46 +395,18 @@ def run_edit(party: Party, pipeline, job: dict, what: str, clock: Clock) -> tupl
     pictures = make_pictures(job["size"], batch, seed)
     sources, targets = [source] * batch, [target] * batch
     calls, graphs = party.counts(), party.graphs()
-    shared = {
-        "num_inference_steps": job["steps"],
-        "inpaint_strength": job["strength"],
-        "guidance_scale": job["guidance"],
-    }
-    with clock.stage("mask"):
-        mask = pipeline.generate_mask(
-            image=pictures,
-            source_prompt=sources,
-            target_prompt=targets,
-            num_maps_per_mask=job["maps"],
-            num_inference_steps=job["steps"],
-            guidance_scale=job["guidance"],
-            generator=party.generator(seed),
-        )
-    with clock.stage("invert"):
-        latents = pipeline.invert(
-            prompt=sources, image=pictures, generator=party.generator(seed), return_dict=True, **shared
-        ).latents
-        require_finite(latents)
-    with clock.stage("edit"):
-        edited = pipeline(
-            prompt=targets,
-            negative_prompt=sources,
-            mask_image=np.asarray(mask).astype(np.float32),
-            image_latents=latents,
-            return_dict=True,
-            **shared,
-        ).images
-    stages = ("mask", "invert", "edit")
+    edited = party.edit(pipeline, pictures, sources, targets, seed, job, clock)
     after = party.counts()
     cost = {
-        "seconds": {name: clock.seconds[name] for name in stages},
-        "stages_peak": clock.stages_peak(stages),
+        "seconds": edited["seconds"],
+        "stages_peak": edited["stages_peak"],
         "unet_calls": after["calls"] - calls["calls"],
         "samples": after["rows"] - calls["rows"],
+        "shallow_rows": after["shallow_rows"] - calls["shallow_rows"],
         "graphs": None if graphs is None else party.graphs() - graphs,
     }
-    results = {f"{what}_mask": np.asarray(mask), f"{what}_pictures": np.stack([np.asarray(p) for p in edited])}
-    return cost, results
+    shown = np.stack([np.asarray(picture) for picture in edited["pictures"]])
+    return cost, {f"{what}_mask": np.asarray(edited["mask"]), f"{what}_pictures": shown}
 
 
 def edit_job(job: dict) -> dict:
@@ -359,10 +416,13 @@ def edit_job(job: dict) -> dict:
         with clock.stage("load"):
             pipeline = party.load(job["model"], job["threads"])
         pipeline.set_progress_bar_config(disable=True)
+        if job["warm_up"]:
+            maps = job["maps"] if party.maps_in_shape else 1
+            run_edit(party, pipeline, {**job, **WARM_UP, "steps": job["warm_up"], "maps": maps}, "cold", clock)
         for what in job["edits"]:
             edits[what], results = run_edit(party, pipeline, job, what, clock)
             arrays |= results
-    if party.same_noise:
+    if party.comparable:
         import numpy as np
 
         np.savez(job["results"], **arrays)

@@ -33,7 +33,17 @@ PAGES = ("performance.md", "quality.md")
 MAX_LINE = 300
 """Characters of a line of the data; a row of a run has about 250."""
 
-PEERS = ("torch", "mindone")
+ONE_CALL = ("edit-exact", "edit-balanced", "edit-fast")
+"""Parties that are `edit()` at a preset. Their rows have no number of maps, which the preset decides."""
+
+PAIRS = (
+    ("ours", "torch"),
+    ("ours", "torch-bfloat16"),
+    ("ours", "mindone"),
+    *((party, "torch") for party in ("torch-bfloat16", *ONE_CALL)),
+)
+"""Whose seconds are divided by whose."""
+
 STAGES = ("load", "mask", "invert", "edit", "total", "first", "step")
 
 EXACT = 100.0
@@ -114,22 +124,23 @@ def ratio(ours: float | None, theirs: float | None) -> float | None:
 
 
 def ratios_of(rows: list[dict]) -> list[dict]:
-    """Ours over each other party, stage by stage: the median over the runs of the ratios within a run.
+    """One party over another, stage by stage, for `PAIRS`: the median over the runs of the ratios within a run.
 
     Runs of one number are next to each other in time, so what slows the machine down slows both sides. Other parties
-    keep nothing between processes: their first edit stands against both of ours.
+    keep nothing between processes: their first edit stands against both of ours. Both have the same number of maps,
+    unless a preset decides it.
     """
     ratios = []
     timed = [row for row in rows if "seconds" in row]
-    for peer in PEERS:
-        for maps in sorted({row["maps"] for row in timed}):
+    for party, peer in PAIRS:
+        for maps in sorted({row["maps"] for row in timed if row["party"] == peer}):
             for what in ("cold", "warm", "second process", "step", "load"):
                 counterpart = "cold" if what == "second process" else what
                 pairs = [
                     (ours, theirs)
                     for ours in timed
                     for theirs in timed
-                    if (ours["party"], ours["what"], ours["maps"]) == ("ours", what, maps)
+                    if (ours["party"], ours["what"]) == (party, what) and ours["maps"] in (maps, None)
                     if (theirs["party"], theirs["what"], theirs["maps"]) == (peer, counterpart, maps)
                     if ours["run"] == theirs["run"]
                 ]
@@ -140,9 +151,9 @@ def ratios_of(rows: list[dict]) -> list[dict]:
                     known = [ratio(a["seconds"].get(stage), b["seconds"].get(stage)) for a, b in pairs]
                     if None not in known:
                         medians[stage] = statistics.median(known)
-                ratios.append(
-                    {"party": f"ours / {peer}", "maps": maps, "run": len(pairs), "what": what, "ratios": medians}
-                )
+                entry = {"party": f"{party} / {peer}", "maps": maps, "run": len(pairs), "what": what}
+                peaks = [max(row["peak_gb"] or 0 for row in side) for side in zip(*pairs)]
+                ratios.append({**entry, "ratios": medians, "peak_gb": ratio(*peaks)})
     return ratios
 
 
@@ -173,16 +184,17 @@ def benchmark_cells(rows: list[dict]) -> list[list[str]]:
     edits = stages == STAGES[:5]
     costs = {"peak_gb": "{:.2f}", "graphs": "{}"}
     if edits:
-        costs = {"peak_gb": "{:.2f}", "stages_gb": "{:.2f}", "unet_calls": "{}", "samples": "{}", "graphs": "{}"}
-    names = {"peak_gb": "peak GB", "stages_gb": "stages GB", "unet_calls": "UNet calls"}
+        costs = {"peak_gb": "{:.2f}", "stages_gb": "{:.2f}", "unet_calls": "{}", "samples": "{}"}
+        costs |= {"shallow_rows": "{}", "graphs": "{}"}
+    names = {"peak_gb": "peak GB", "stages_gb": "stages GB", "unet_calls": "UNet calls", "shallow_rows": "shallow"}
     header = ["party", "maps", "run", "what", *(f"{stage} s" for stage in stages), *(names.get(c, c) for c in costs)]
     cells = [header]
     for row in [*rows, *ratios_of(rows)]:
         times, pattern = ("ratios", "{:.2f} x") if "ratios" in row else ("seconds", "{:.2f}")
         run = f"of {row['run']}" if "ratios" in row else str(row["run"])
-        line = [row["party"], str(row["maps"]) if edits else "-", run, row["what"]]
+        line = [row["party"], show(row["maps"], "{}") if edits else "-", run, row["what"]]
         line += [show(row.get(times, {}).get(stage), pattern) for stage in stages]
-        cells.append(line + [show(row.get(name), pattern) for name, pattern in costs.items()])
+        cells.append(line + [show(row.get(name), pattern if "ratios" in row else costs[name]) for name in costs])
     return cells
 
 
@@ -219,7 +231,7 @@ def scope_of(run: dict, entry: dict) -> str:
         words.append("one guided step")
     else:
         words.append(f"{settings['steps']} steps at strength {settings['strength']:g}")
-        words.append(f"{entry['maps']} map{'s' if entry['maps'] > 1 else ''}")
+        words += [f"{entry['maps']} map{'s' if entry['maps'] > 1 else ''}"] if "maps" in entry else []
         words.append(WHEN[entry["what"]])
     if settings["batch"] > 1:
         words.append(f"{settings['batch']} pictures")
@@ -234,7 +246,8 @@ def speed_table(runs: list[dict]) -> str:
     for run in runs:
         if run["kind"] in ("edit", "step"):
             for entry in ratios_of(run["rows"]):
-                newest[scope_of(run, entry), entry["party"]] = (run, entry)
+                if entry["party"] in ("ours / torch", "ours / mindone"):  # `peers_table` has the others
+                    newest[scope_of(run, entry), entry["party"]] = (run, entry)
     cells = [["scope", "ratio", "whole", "mask", "inversion", "edit", "peak GB of the two", "date"]]
     places: dict[tuple, set] = {}
     for (scope, party), (run, entry) in newest.items():
@@ -247,6 +260,44 @@ def speed_table(runs: list[dict]) -> str:
         places.setdefault((run["date"], machine_of(run)), set()).update(run["versions"].items())
     where = [f"{day}: {machine}; {versions_text(versions)}." for (day, machine), versions in places.items()]
     return "\n\n".join([markdown_table(cells), *where])
+
+
+def peers_table(runs: list[dict]) -> str:
+    """What a user could pick instead: all parties of the newest run of each scope in which torch and `edit()` are."""
+    newest = {}
+    for run in runs:
+        edits = [row for row in run["rows"] if row["what"] == "warm"] if run["kind"] == "edit" else []
+        if {"torch", "edit-balanced"} <= {row["party"] for row in edits}:
+            newest[scope_of(run, {"what": "warm"})] = (run, edits)
+    parts = []
+    for scope, (run, edits) in newest.items():
+        where = f"{run['date']}: {machine_of(run)}; {versions_text(run['versions'].items())}."
+        parts += [f"**{scope}**", markdown_table(peers_cells(edits)), where, f"```bash\n{run['command']}\n```"]
+    return "\n\n".join(parts) or "Not measured yet."
+
+
+def peers_cells(edits: list[dict]) -> list[list[str]]:
+    """Header and cells of one of these tables: medians of a party's warm edits, and what they are of torch's."""
+    parties: dict[tuple, list[dict]] = {}
+    for row in edits:
+        parties.setdefault((row["party"], row["maps"]), []).append(row)
+
+    def costs(rows):
+        return [*(median_of(rows, stage) for stage in ("mask", "invert", "edit", "total")), rows[0]["peak_gb"]]
+
+    *_, torch_seconds, torch_peak = costs([row for row in edits if row["party"] == "torch"])
+    cells = [["party", "maps", "mask s", "inversion s", "edit s", "whole s", "/ torch", "rows", "peak GB", "/ torch"]]
+    for (party, maps), rows in parties.items():
+        *seconds, peak = costs(rows)
+        shallow = f" + {rows[0]['shallow_rows']} shallow" if rows[0]["shallow_rows"] else ""
+        line = [party, show(maps, "{}"), *(show(value, "{:.1f}") for value in seconds)]
+        line += [show(ratio(seconds[-1], torch_seconds)), f"{rows[0]['samples']}{shallow}"]
+        cells.append([*line, show(peak), show(ratio(peak, torch_peak))])
+    return cells
+
+
+def median_of(rows: list[dict], stage: str) -> float:
+    return statistics.median(row["seconds"][stage] for row in rows)
 
 
 def peak_of(rows: list[dict], party: str, maps: int, what: str) -> float | None:
@@ -392,6 +443,7 @@ def blocks(runs: list[dict]) -> dict[str, str]:
     return {
         **curves,
         "speed": speed_table(runs),
+        "peers": peers_table(runs),
         "scope": f"{scope}\n\n```bash\n{comparison['command']}\n```",
         "parties": tables["parties"],
         "ablation": tables["ablation"],

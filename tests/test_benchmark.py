@@ -69,22 +69,25 @@ COST = {
     "stages_peak": 2 * 10**9,
     "unet_calls": 4,
     "samples": 8,
+    "shallow_rows": 0,
     "graphs": 5,
 }
 RESULT = {"load_seconds": 2.0, "edits": {"cold": COST, "warm": COST}, "peak": 3 * 10**9, "versions": {"library": "1.0"}}
 
 
-def test_whole_command(tiny, tmp_path, capsys, monkeypatch):
-    """Both libraries load what the maker made, and every field is there.
-
-    Ours in a process of its own; torch, which is imported here already, in this one, which saves half of the time.
-    """
+@pytest.fixture
+def torch_here(monkeypatch):
+    """Runs torch, which is imported here already, in this process, which saves half of the time."""
     run_job = benchmark.run_job
 
     def here_or_there(job, *arguments):
-        return worker.edit_job(job) if job["party"] == "torch" else run_job(job, *arguments)
+        return worker.edit_job(job) if job["party"].startswith("torch") else run_job(job, *arguments)
 
     monkeypatch.setattr(benchmark, "run_job", here_or_there)
+
+
+def test_whole_command(tiny, tmp_path, capsys, torch_here):
+    """Both libraries load what the maker made, and every field is there."""
     words = "--size 64 --steps 2 --maps 2 --strength 0.5 --parties torch,ours --threads 1".split()
     assert benchmark.main(["--model", str(tiny), *words, "--json", str(tmp_path / "all.json")]) == 0
     run = json.loads((tmp_path / "all.json").read_text())
@@ -118,8 +121,47 @@ def test_loading_alone(fake_worker, tiny, capsys):
     assert lines[2:5] == [
         "torch - 1 load 2.00 3.00 -".split(),
         "ours - 1 load 1.50 3.00 -".split(),
-        "ours / torch - of 1 load 0.75 x - -".split(),
+        "ours / torch - of 1 load 0.75 x 1.00 x -".split(),
     ]
+
+
+def test_a_preset_after_a_short_warm_up(tiny, tmp_path, capsys, torch_here):
+    file = tmp_path / "all.json"
+    words = "--size 64 --steps 6 --maps 3 --strength 1 --warm-up --threads 1".split()
+    parties = ["torch", "torch-bfloat16", "edit-fast"]
+    assert benchmark.main(["--model", str(tiny), *words, "--parties", ",".join(parties), "--json", str(file)]) == 0
+    run = json.loads(file.read_text())
+    assert [(row["party"], row["what"]) for row in run["rows"]] == [(party, "warm") for party in parties]
+    torch, bfloat16, fast = run["rows"]
+    assert torch["samples"] == bfloat16["samples"] == 4 * 3 + 2 * 6 + 2 * 6 and torch["shallow_rows"] == 0
+    assert fast["graphs"] == 0, "the short edit has run all graphs of the longer one"
+    assert fast["maps"] is None and 0 < fast["samples"] < torch["samples"] and fast["shallow_rows"] > 0
+    stages = [fast["seconds"][name] for name in ("mask", "invert", "edit")]
+    assert min(stages) > 0 and fast["seconds"]["load"] > 0 and fast["seconds"]["total"] > sum(stages) - 0.01
+    assert run["agreement"] == [] and "--warm-up 4" in run["command"]
+    shown = capsys.readouterr().out
+    assert "edit-fast / torch" in shown and "torch-bfloat16 / torch" in shown
+
+
+def test_quick_is_one_preset_on_the_demo_unless_more_is_said(fake_worker, tiny, tmp_path, capsys):
+    log = tmp_path / "log"
+    fake_worker(
+        f"""
+        names = ("party", "size", "steps", "maps", "warm_up", "edits")
+        with open({str(log)!r}, "a") as out:
+            out.write(json.dumps([job[name] for name in names]) + "\\n")
+        """
+    )
+    assert benchmark.main(["--quick", "balanced"]) == 0
+    assert benchmark.main(["--quick", "fast", "--model", str(tiny), "--size", "64", "--maps", "2"]) == 0
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert lines == [
+        ["torch", 128, 10, 10, 4, ["warm"]],
+        ["edit-balanced", 128, 10, None, 4, ["warm"]],
+        ["torch", 64, 10, 2, 4, ["warm"]],
+        ["edit-fast", 64, 10, None, 4, ["warm"]],
+    ]
+    assert "edit-balanced / torch" in capsys.readouterr().out
 
 
 def test_a_party_that_dies_is_a_line_of_the_table(fake_worker, tiny, tmp_path, capsys):
@@ -202,6 +244,10 @@ def test_bad_options_give_one_sentence(capsys):
         ("--steps 1 --strength 0.5", "leaves no step"),
         ("--cold --only-step", "exclude each other"),
         ("--load --write", "stands alone"),
+        ("--cold --warm-up", "second edits"),
+        ("--warm-up 2", "at least 4"),
+        ("--only-step --parties edit-fast", "name that"),
+        ("--quick slow", "invalid choice"),
         ("--threads 100000", "more than"),
         ("--model /nowhere", "model_index.json"),
         ("--model demo --checkpoint-folder x", "one of them"),
@@ -295,7 +341,8 @@ def test_a_peak_is_seen_and_begins_anew():
 
 def row(party, number, seconds, maps=4, what="warm"):
     stages = {"mask": seconds, "invert": 2 * seconds, "edit": 3 * seconds, "total": 6 * seconds}
-    return {"party": party, "maps": maps, "run": number, "what": what, "seconds": stages, "peak_gb": seconds}
+    costs = {"peak_gb": seconds, "samples": 8, "shallow_rows": 0}
+    return {"party": party, "maps": maps, "run": number, "what": what, "seconds": stages, **costs}
 
 
 def test_ratios_are_medians_over_neighbouring_runs():
@@ -305,6 +352,7 @@ def test_ratios_are_medians_over_neighbouring_runs():
     (entry,) = reports.ratios_of(rows)
     assert (entry["party"], entry["what"], entry["run"], entry["maps"]) == ("ours / torch", "warm", 3, 4)
     assert entry["ratios"] == {"mask": 2.0, "invert": 2.0, "edit": 2.0, "total": 2.0}
+    assert entry["peak_gb"] == 2.0, "the highest peaks of both, 6 and 3"
 
 
 def test_ratios_compare_equal_numbers_of_maps_and_first_edits():
@@ -319,6 +367,12 @@ def test_ratios_compare_equal_numbers_of_maps_and_first_edits():
     ]
     ratios = {entry["what"]: entry["ratios"]["total"] for entry in reports.ratios_of(rows)}
     assert ratios == {"cold": 9.0, "second process": 3.0}, "a filled cache stands against the others' first edit"
+
+
+def test_a_preset_is_compared_whatever_the_maps():
+    rows = [row("torch", 1, 4.0, maps=10), row("edit-fast", 1, 1.0, maps=None), row("ours", 1, 2.0, maps=4)]
+    (entry,) = reports.ratios_of(rows)
+    assert (entry["party"], entry["maps"], entry["ratios"]["total"]) == ("edit-fast / torch", 10, 0.25)
 
 
 def run_of(rows, **settings):
@@ -339,6 +393,18 @@ def test_the_table_has_the_newest_run_of_each_scope():
     assert lines[2] == f"| {scope} | ours / torch | 0.75 | 0.75 | 0.75 | 0.75 | 0.75 / 1.00 | 2030-02-01 |"
     assert "2 pictures | ours / torch | 3.00" in lines[3] and not lines[4]
     assert sum("torch 2.0" in line for line in lines) == 2, "where each of them ran"
+
+
+def test_the_table_of_peers_has_every_party_of_the_newest_run():
+    assert reports.peers_table([run_of([row("torch", 1, 1.0), row("ours", 1, 0.5)])]) == "Not measured yet."
+    balanced = row("edit-balanced", 1, 1.0, maps=None) | {"shallow_rows": 3}
+    rows = [row("torch", 1, 4.0, maps=10), row("mindone", 1, 5.0, maps=1), balanced]
+    old, new = run_of([*rows, row("edit-fast", 1, 0.1, maps=None)]), run_of(rows)
+    text = reports.peers_table([old, run_of(rows, size=512), new])
+    assert text.count("**256 x 256, 10 steps at strength 0.8, second edit**") == 1 and "edit-fast" not in text
+    assert "| torch | 10 | 4.0 | 8.0 | 12.0 | 24.0 | 1.00 | 8 | 4.00 | 1.00 |" in text
+    assert "| edit-balanced | - | 1.0 | 2.0 | 3.0 | 6.0 | 0.25 | 8 + 3 shallow | 1.00 | 0.25 |" in text
+    assert "edit-balanced" not in reports.speed_table([new])
 
 
 def test_pages_show_the_data():
