@@ -10,8 +10,8 @@ from mindiffedit.cli.command import main
 from mindiffedit.runtime import quick_imports
 
 
-def program() -> int:
-    """``main`` in a process of its own, whose surroundings are ours to set."""
+def run() -> int:
+    """``main`` in a process of its own, whose surroundings are ours to set; returns the exit code."""
     gc.disable()  # until everything is loaded: it would look for garbage among what only grows
     if sys.argv[1:3] != ["parity", "record"]:
         # Where torch is installed, transformers would import it, for seconds; only its tokenizer is used here.
@@ -24,6 +24,12 @@ def program() -> int:
     os.environ.setdefault("DIFFUSERS_NO_ADVISORY_WARNINGS", "1")
     code = main()
     gc.enable()
+    return code
+
+
+def program() -> int:
+    """``run``, and the end of the process."""
+    code = run()
     return _end(code) if "mindspore" in sys.modules else code
 
 
@@ -39,8 +45,11 @@ def _end(code: int) -> int:
     for name in ("mindspore.profiler", "mindspore.dataset.engine.iterators"):
         sys.modules.setdefault(name, _Idle(name))
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:  # nobody reads, or a full disk: Python's own end has a word and an exit code for that
+        return code
     os._exit(code)
 
 

@@ -117,7 +117,7 @@ def _check_points(points: int, iterations: int) -> None:
 PRESETS = {
     "exact": Evaluations(),
     "balanced": Evaluations(inversion_points=3, inversion_maps=2, guidance_end=0.4),
-    "fast": Evaluations(inversion_points=2, inversion_maps=2, guidance_end=0.2, unet_cache_interval=2),
+    "fast": Evaluations(inversion_points=2, inversion_maps=2, guidance_end=0.2, unet_cache_interval=3),
 }
 """How many evaluations ``edit`` spends; measured in docs/quality.md."""
 

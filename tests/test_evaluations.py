@@ -189,7 +189,7 @@ def test_rows_of_each_preset(ours):
         assert len(ours._stages.graphs) == graphs, "a second edit compiles nothing"
     assert rows["exact"] == (4 * 2 + 6 + 2 * 6, 0)
     assert rows["balanced"] == (3 + 2 + 6 + 2, 0)
-    assert rows["fast"] == (2 + 2 + 2 + 3, 2)  # whole, shallow, whole, shallow, whole after the guided step
+    assert rows["fast"] == (2 + 2 + 2 + 2, 3)  # whole, shallow, shallow, whole, shallow after the guided step
 
 
 def test_what_is_asked_for_goes_before_the_preset(ours, caplog):
@@ -213,9 +213,7 @@ def test_what_is_asked_for_goes_before_the_preset(ours, caplog):
     assert rows(image_latents=inverted) == 8 + 6 + 2
 
 
-@pytest.mark.parametrize(
-    "name", ["LCMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "DDIMScheduler"]
-)
+@pytest.mark.parametrize("name", ["LCMScheduler", "EulerDiscreteScheduler"])
 def test_few_steps_without_guidance(sd1_folder, name):
     """As checkpoints take it that are distilled to a few steps: a prediction a level, at their own noise levels."""
     pipe = our_pipeline(sd1_folder)
@@ -227,7 +225,7 @@ def test_few_steps_without_guidance(sd1_folder, name):
     assert [list(timesteps) for timesteps in seen["timesteps"]] == [[249, 499, 749, 999], [999, 749, 499, 249]]
     assert calls["rows"] == 3 + 2 + 4 and np.isfinite(to_numpy(result.latents)).all()
     fast = partial(edit, inpaint_strength=1.0, preset="fast")
-    assert counted(pipe, fast)[1]["rows"] == 2 + 2 + 2, "and two by the last layer"
+    assert counted(pipe, fast)[1]["rows"] == 2 + 2 + 2, "and two of the last layer alone"
 
 
 @pytest.mark.parametrize(

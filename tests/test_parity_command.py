@@ -52,7 +52,7 @@ class Without:
 
 
 sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
-from mindiffedit.__main__ import program
+from mindiffedit.__main__ import run as program
 
 for number, run in enumerate(plan["runs"]):
     if run.get("plant"):
