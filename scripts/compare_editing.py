@@ -4,11 +4,11 @@ Three parties, on one checkpoint, with the same scenes, prompts, steps, strength
 
 - *reference*: the three calls with every default of the reference, so the inversion is guided as the edit is, and the
   mask settings that suit it (``demo.SETTINGS``);
-- *edit()*: the one call as it comes, with those that suit it (``demo.EDIT_SETTINGS``);
+- *edit()*: the one call, with those that suit it (``demo.EDIT_SETTINGS``);
 - *edit(), no paste-back*: the same run without the last step, so that the background is what the model made of it.
 
-Then edit() again with one correction at a time switched off, on a part of the scenes and by the preset "exact", whose
-mask and inversion the corrections were chosen for. Quality is measured in batches;
+Then edit() again with one correction at a time switched off, on a part of the scenes. All of it by the preset "exact";
+what the others save, ``pareto_editing.py`` measures. Quality is measured in batches;
 seconds are measured apart, one picture at a time, the parties taking turns, on graphs that are compiled already.
 """
 
@@ -47,7 +47,7 @@ SHOWN = 4
 """Scenes that the sheet of pictures shows."""
 
 
-def one_call(editor, edits, pictures, settings, seed, **changes):
+def one_call(editor, edits, pictures, settings, seed, preset="exact", **changes):
     """(masks (B, h, w), pictures) of ``edit``, with the mask settings that suit it."""
     from mindiffedit import MaskOptions, demo, inputs
 
@@ -61,13 +61,14 @@ def one_call(editor, edits, pictures, settings, seed, **changes):
         "guidance": settings["guidance"],
     }
     options = dict(
+        preset=preset,
         num_inference_steps=settings["steps"],
         inpaint_strength=settings["strength"],
         guidance_scale=settings["guidance"],
         mask_thresholding_ratio=suited["mask_threshold"],
         generator=[editor.generator(g) for g in measures.generators(seed, edits, 2)],
     )
-    if changes.get("preset") == "exact" and "inversion_maps" not in changes:
+    if preset == "exact" and "inversion_maps" not in changes:
         options |= dict(num_maps_per_mask=suited["maps"], mask_encode_strength=suited["mask_strength"])
     options |= {name: values.get(value, value) for name, value in changes.items()}
     sources, targets = [edit.source.caption for edit in edits], [edit.target.caption for edit in edits]
@@ -164,14 +165,13 @@ def compare(editor, classifier, settings, *, count, seed, batch, ablation, rebui
     results = {"parties": {name: means(rows) for name, rows in records.items()}, "ablation": {}}
     if ablation:
         part = edits[:ablation]
-        unpasted, ours, sheet["exact"] = run("exact", part, preset="exact")
-        results["ablation"]["edit(preset='exact'), no paste-back"] = means(unpasted)
+        results["ablation"]["edit(), no paste-back"] = means(unpasted[:ablation])
         changed = {f"without: {name}": changes for name, changes in CORRECTIONS.items()}
         changed |= {f"with: {name}": changes for name, changes in EXTRAS.items()}
         for name, changes in changed.items():
-            rows, _, sheet[name] = run(name, part, preset="exact", **changes)
+            rows, _, sheet[name] = run(name, part, **changes)
             results["ablation"][name] = means(rows)
-        results["ablation"]["with: pasted back (C5)"] = means(ours)
+        results["ablation"]["with: pasted back (C5)"] = means(ours[:ablation])
         results["ablation"]["reference"] = means(theirs[:ablation])
     if rebuilt:
         results["reconstruction"] = {

@@ -221,7 +221,10 @@ def shown_command(args) -> str:
         f"--seed {args.seed}",
         f"--ablation {args.ablation}",
     ]
-    return " ".join(["python scripts/evaluate_editing.py", *words, f"--timed {args.timed}"])
+    words.append(f"--timed {args.timed}")
+    if args.pareto:
+        words.append(f"--reconstructions {args.reconstructions}")
+    return " ".join(["python scripts/evaluate_editing.py", *words])
 
 
 def compare(args, editor, classifier, settings) -> tuple[dict, str]:
