@@ -907,8 +907,9 @@ class StableDiffusionDiffEditPipeline(Adapters):
             num_inference_steps: steps of the whole schedule, 1 to 1000.
             inpaint_strength: share of them that runs, in (0, 1].
             guidance_scale: classifier-free guidance of mask and edit, at least 0; 1 or less is without.
-            guidance_start, guidance_end: the shares of the edit's steps, in [0, 1], between which there is guidance;
-                outside them a step is one evaluation instead of two (C12).
+            guidance_start: share of the edit's steps, in [0, 1], from which on there is guidance; a step without it is one
+                evaluation instead of two (C12).
+            guidance_end: share of the steps, in [0, 1] and above ``guidance_start``, after which there is none.
             unet_cache_interval: of the edit's steps, each one of so many runs the whole UNet, and those between only
                 its last layer, on what the deep ones gave before (C13); 1 is without.
             num_maps_per_mask: as for ``generate_mask``; None: 4, or maps of the inversion by the preset.
