@@ -29,7 +29,6 @@ from mindiffedit.checkpoints.adapters import Adapters
 from mindiffedit.errors import InputError, InputTypeError, named
 from mindiffedit.images import edges, pictures
 from mindiffedit.inputs import (
-    DEFAULT_PRESET,
     Callbacks,
     EditInputs,
     InvertInputs,
@@ -846,7 +845,7 @@ class StableDiffusionDiffEditPipeline(Adapters):
         source_prompt_embeds=None,
         target_prompt_embeds=None,
         negative_prompt_embeds=None,
-        preset: str = DEFAULT_PRESET,
+        preset: str = "balanced",
         num_inference_steps: int = 50,
         inpaint_strength: float = 0.8,
         guidance_scale: float = 7.5,
@@ -907,8 +906,8 @@ class StableDiffusionDiffEditPipeline(Adapters):
             num_inference_steps: steps of the whole schedule, 1 to 1000.
             inpaint_strength: share of them that runs, in (0, 1].
             guidance_scale: classifier-free guidance of mask and edit, at least 0; 1 or less is without.
-            guidance_start: share of the edit's steps, in [0, 1], from which on there is guidance; a step without it is one
-                evaluation instead of two (C12).
+            guidance_start: share of the edit's steps, in [0, 1], from which on there is guidance; a step without it is
+                one evaluation instead of two (C12).
             guidance_end: share of the steps, in [0, 1] and above ``guidance_start``, after which there is none.
             unet_cache_interval: of the edit's steps, each one of so many runs the whole UNet, and those between only
                 its last layer, on what the deep ones gave before (C13); 1 is without.

@@ -429,7 +429,8 @@ def test_a_written_run_is_in_the_data_and_on_the_page(tmp_path):
     assert reports.load_runs(tmp_path)[-1] == run and len(reports.load_runs(tmp_path)) == len(reports.load_runs()) + 1
     assert "| ours / torch | 0.12 |" in (tmp_path / "performance.md").read_text(encoding="utf-8")
     assert (tmp_path / "quality.md").read_bytes() == quality
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([reports.DATA, *reports.PAGES])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([reports.DATA, *reports.PAGES, "pareto.svg"])
+    assert (tmp_path / "pareto.svg").read_bytes() == (reports.DOCS / "pareto.svg").read_bytes()
 
 
 def test_the_page_names_options_that_there_are():
