@@ -192,7 +192,7 @@ def edit(
             corrected_guidance=corrected_guidance,
             outlier_quantile=outlier_quantile,
             mask_options=mask_options,
-            unet_cached=cached,
+            cache_interval=1 if cached else None,
         )
     invert_inputs = InvertInputs.checked(
         model,
@@ -204,7 +204,7 @@ def edit(
         attention_kwargs=attention_kwargs,
         inversion_iterations=inversion_iterations,
         inversion_points=evaluations.inversion_points,
-        unet_cached=cached,
+        cache_interval=1 if cached else None,
     )
     edit_inputs = EditInputs.checked(
         model,

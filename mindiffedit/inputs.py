@@ -304,7 +304,7 @@ def checked_rng(generator, model: ModelLimits, pixels: np.ndarray, batch: int, c
 class MaskInputs:
     """Of ``generate_mask``: its arguments; ``pixels`` and ``rng`` are what its picture and generator became.
 
-    ``unet_cached``: whether the UNet is run by the graphs of the step cache, which the edit has in use.
+    ``cache_interval`` is the step cache's, as ``Stages.predictor`` takes it; 1 where the edit has one in use.
     """
 
     pixels: np.ndarray
@@ -320,7 +320,7 @@ class MaskInputs:
     corrected_guidance: bool
     outlier_quantile: float | None
     mask_options: masks.MaskOptions
-    unet_cached: bool = False
+    cache_interval: int | None = None
 
     @property
     def batch(self) -> int:
@@ -346,7 +346,7 @@ class MaskInputs:
         corrected_guidance,
         outlier_quantile,
         mask_options,
-        unet_cached: bool = False,
+        cache_interval: int | None = None,
     ) -> MaskInputs:
         """Prompts, ``pixels``, guidance scale and ``attention_kwargs`` come checked, by what stands above."""
         if source.batch != target.batch:
@@ -385,7 +385,7 @@ class MaskInputs:
             corrected_guidance,
             outlier_quantile,
             mask_options,
-            unet_cached,
+            cache_interval,
         )
 
 
@@ -408,7 +408,7 @@ class Regularisation:
 class InvertInputs:
     """Of ``invert``: its arguments; ``pixels`` and ``rng`` are what its picture and generator became.
 
-    ``unet_cached`` is as for ``MaskInputs``.
+    ``cache_interval`` is as for ``MaskInputs``.
     """
 
     pixels: np.ndarray
@@ -421,7 +421,7 @@ class InvertInputs:
     inversion_points: int = 0
     regularisation: Regularisation = Regularisation()
     callbacks: Callbacks = Callbacks()
-    unet_cached: bool = False
+    cache_interval: int | None = None
 
     @classmethod
     def checked(
@@ -438,7 +438,7 @@ class InvertInputs:
         inversion_points=0,
         regularisation: Regularisation = Regularisation(),
         callbacks: Callbacks = Callbacks(),
-        unet_cached: bool = False,
+        cache_interval: int | None = None,
     ) -> InvertInputs:
         """Prompts, pixels, schedule, guidance scale, regularisation, callbacks come checked, by what stands above."""
         options.check_count(inversion_iterations, "inversion_iterations", options.MAX_ITERATIONS)
@@ -462,7 +462,7 @@ class InvertInputs:
             inversion_points,
             regularisation,
             callbacks,
-            unet_cached,
+            cache_interval,
         )
 
 
@@ -481,7 +481,7 @@ class EditInputs:
     callbacks: Callbacks = Callbacks()
     guidance_start: float = 0.0
     guidance_end: float = 1.0
-    unet_cache_interval: int = 1
+    cache_interval: int | None = None
 
     def guided_steps(self, count: int) -> range:
         """Which of so many steps are guided; at least one, where any is."""
@@ -525,5 +525,5 @@ class EditInputs:
             callbacks,
             evaluations.guidance_start,
             evaluations.guidance_end,
-            evaluations.unet_cache_interval,
+            evaluations.unet_cache_interval if evaluations.unet_cache_interval > 1 else None,
         )

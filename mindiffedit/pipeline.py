@@ -559,15 +559,13 @@ class StableDiffusionDiffEditPipeline(Adapters):
         return regularise
 
     def _predictor(
-        self, embeds: np.ndarray, inputs, batch: int, timesteps=(), cache_interval: int | None = None
+        self, embeds: np.ndarray, inputs: MaskInputs | InvertInputs | EditInputs, batch: int, timesteps=()
     ) -> Predictor:
         """The UNet with some embeddings for a call with these inputs; see ``Stages.predictor``."""
-        if getattr(inputs, "unet_cached", False):
-            cache_interval = 1
         rows = self.unet_batch_size
-        if cache_interval is not None:  # groups of one size everywhere, so that there are two graphs of the UNet (C13)
+        if inputs.cache_interval is not None:  # groups of one size, so that there are two graphs of the UNet (C13)
             rows = min(rows, batch)
-        return self._stages.predictor(embeds, inputs.attention_kwargs, rows, timesteps, cache_interval)
+        return self._stages.predictor(embeds, inputs.attention_kwargs, rows, timesteps, inputs.cache_interval)
 
     # --- what both loops are made of -----------------------------------------------------------------------------
 
@@ -823,14 +821,10 @@ class StableDiffusionDiffEditPipeline(Adapters):
         """The UNet for the edit's steps, guided in those that the interval of guidance says (C12)."""
         guided = inputs.guided_steps(len(timesteps))
         batch = len(embeds) // 2 if inputs.prompts.is_guided else len(embeds)
-        interval = inputs.unet_cache_interval
-
-        def predictor(some):
-            return self._predictor(some, inputs, batch, timesteps, interval if interval > 1 else None)
-
+        predictor = self._predictor(embeds, inputs, batch, timesteps)
         if len(guided) in (0, len(timesteps)):
-            return predictor(embeds)
-        return IntervalPredictor(predictor(embeds), predictor(embeds[batch:]), guided)
+            return predictor
+        return IntervalPredictor(predictor, self._predictor(embeds[batch:], inputs, batch, timesteps), guided)
 
     # --- in one call ---------------------------------------------------------------------------------------------
 

@@ -348,11 +348,15 @@ def comparison_tables(results: dict) -> dict[str, str]:
         tables["reconstruction"] = two_columns(header, results["reconstruction"], "{:.2f}")
     if "seconds" in results:
         tables["seconds"] = two_columns(["seconds of one edit, median", ""], results["seconds"], "{:.3f}")
-    cells = [["goal", "wanted", "reached", ""]]
-    for name, goal in results["goals"].items():
-        cells.append([name, goal["wanted"], goal["reached"], "passed" if goal["passed"] else "missed"])
-    tables["goals"] = markdown_table(cells)
+    tables["goals"] = goals_table(results["goals"])
     return tables
+
+
+def goals_table(goals: dict) -> str:
+    cells = [["goal", "wanted", "reached", ""]]
+    for name, goal in goals.items():
+        cells.append([name, goal["wanted"], goal["reached"], "passed" if goal["passed"] else "missed"])
+    return markdown_table(cells)
 
 
 def pareto_tables(results: dict) -> dict[str, str]:
@@ -370,10 +374,7 @@ def pareto_tables(results: dict) -> dict[str, str]:
         cells = [["there and back, dB", *(f"{count} steps" for count in steps)]]
         cells += [[name, *(f"{row[count]:.2f}" for count in steps)] for name, row in results["rebuilt"].items()]
         tables["rebuilt"] = markdown_table(cells)
-    cells = [["goal", "wanted", "reached", ""]]
-    for name, goal in results["goals"].items():
-        cells.append([name, goal["wanted"], goal["reached"], "passed" if goal["passed"] else "missed"])
-    tables["pareto_goals"] = markdown_table(cells)
+    tables["pareto_goals"] = goals_table(results["goals"])
     return tables
 
 
@@ -432,16 +433,11 @@ def blocks(runs: list[dict]) -> dict[str, str]:
         f"Inversion and denoising of whole pictures, PSNR: {rebuilt}. One edit, median: {taken}. Goals reached: "
         f"{len(reached)} of {len(comparison['goals'])} ({'; '.join(reached)})."
     )
-    pareto = [run for run in runs if run["kind"] == "pareto"][-1:]
-    curves = pareto_tables(pareto[0]) if pareto else {}
-    if pareto:
-        curves["pareto_scope"] = (
-            f"Measured on {pareto[0]['date']} ({machine_of(pareto[0])}; "
-            f"{versions_text(pareto[0]['versions'].items())}):"
-            f"\n\n```bash\n{pareto[0]['command']}\n```"
-        )
+    pareto = newest_pareto(runs)
+    where = f"{machine_of(pareto)}; {versions_text(pareto['versions'].items())}"
     return {
-        **curves,
+        **pareto_tables(pareto),
+        "pareto_scope": f"Measured on {pareto['date']} ({where}):\n\n```bash\n{pareto['command']}\n```",
         "speed": speed_table(runs),
         "peers": peers_table(runs),
         "scope": f"{scope}\n\n```bash\n{comparison['command']}\n```",
@@ -451,26 +447,29 @@ def blocks(runs: list[dict]) -> dict[str, str]:
     }
 
 
+def newest_pareto(runs: list[dict]) -> dict:
+    return [run for run in runs if run["kind"] == "pareto"][-1]
+
+
 def page_with(text: str, contents: dict[str, str]) -> str:
     """A page whose blocks, `<!-- data: NAME -->` to `<!-- end -->`, hold what `contents` has for them."""
 
     def filled(match: re.Match) -> str:
-        return f"{match[1]}\n{contents[match[2]]}\n{match[3]}" if match[2] in contents else match[0]
+        return f"{match[1]}\n{contents[match[2]]}\n{match[3]}"
 
     return re.sub(r"(<!-- data: (\w+) -->)\n.*?(<!-- end -->)", filled, text, flags=re.DOTALL)
 
 
 def write_pages(folder: Path = DOCS) -> None:
     """Every page's blocks anew; pages that are in accord with the data stay untouched."""
-    contents = blocks(load_runs(folder))
+    runs = load_runs(folder)
+    contents = blocks(runs)
     for page in PAGES:
         before = (folder / page).read_text(encoding="utf-8")
         after = page_with(before, contents)
         if after != before:
             write_whole(folder / page, after)
-    pareto = [run for run in load_runs(folder) if run["kind"] == "pareto"]
-    if pareto:
-        write_whole(folder / "pareto.svg", pareto_curve(pareto[-1]))
+    write_whole(folder / "pareto.svg", pareto_curve(newest_pareto(runs)))
 
 
 if __name__ == "__main__":

@@ -94,16 +94,17 @@ class Job:
     def masked_by_inversion(self) -> bool:
         """Whether `edit()` makes the mask of its inversion: by its preset, where no maps of noise are asked for."""
         args = self.args
-        return (
-            args.command in ("edit", "demo")
-            and not args.reference
-            and self.computes_mask
-            and inputs.PRESETS[self.settings["preset"]].inversion_maps > 0
-            and self.settings["inversion"] == "ddim"
-            and not self.settings["iterations"]
-            and self.latents is None
-            and not any(is_given(args, name) for name in ("maps", "mask_strength", "sweep"))
+        if args.command not in ("edit", "demo") or args.reference or is_given(args, "sweep") or not self.computes_mask:
+            return False
+        evaluations = inputs.Evaluations.checked(
+            self.settings["preset"],
+            inverts=self.inverts and self.latents is None,
+            tabulated=True,  # as all of --scheduler's are
+            by_noise=is_given(args, "maps") or is_given(args, "mask_strength"),
+            inversion_iterations=self.settings["iterations"],
+            inversion_maps=None,
         )
+        return evaluations.inversion_maps > 0
 
     @property
     def inverted(self) -> DiffEditInversionPipelineOutput | None:

@@ -184,7 +184,7 @@ def edit(
         debug_callback=_bar_names(job, pipe, (["invert"] if inverts else []) + [stage]),
     )
     arguments["preset"] = settings["preset"]
-    if job.masked_by_inversion and mask is None and inverts:
+    if job.masked_by_inversion:
         del arguments["num_maps_per_mask"], arguments["mask_encode_strength"]
     if guidance is not None:
         arguments["guidance_scale"] = guidance
