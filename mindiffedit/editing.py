@@ -19,7 +19,9 @@ from mindiffedit.checkpoints import step_cache
 from mindiffedit.errors import InputError, InputTypeError, Message
 from mindiffedit.images import colours, pictures
 from mindiffedit.inputs import (
+    EDIT_MAPS,
     EDIT_MASK,
+    EDIT_MASK_STRENGTH,
     INVERSION_MASK,
     INVERSIONS,
     MAX_FEATHER,
@@ -156,7 +158,9 @@ def edit(
                 raise
             evaluations, cached = replace(evaluations, unet_cache_interval=1), False
     by_inversion = evaluations.inversion_maps > 0
-    num_maps = evaluations.inversion_maps if by_inversion else 4 if num_maps_per_mask is None else num_maps_per_mask
+    num_maps = (
+        evaluations.inversion_maps if by_inversion else EDIT_MAPS if num_maps_per_mask is None else num_maps_per_mask
+    )
     if mask_options is None:
         mask_options = INVERSION_MASK if by_inversion else EDIT_MASK
     masks.checked_options(mask_options)
@@ -182,7 +186,7 @@ def edit(
             prompts(source_prompt, source_prompt_embeds, "source_", guided=is_guided),
             prompts(target_prompt, target_prompt_embeds, "target_", guided=is_guided),
             num_maps_per_mask=num_maps,
-            mask_encode_strength=0.5 if mask_encode_strength is None else mask_encode_strength,
+            mask_encode_strength=EDIT_MASK_STRENGTH if mask_encode_strength is None else mask_encode_strength,
             mask_thresholding_ratio=mask_thresholding_ratio,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,

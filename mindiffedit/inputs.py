@@ -33,6 +33,9 @@ edges. Chosen on drawn scenes, see ``docs/quality.md``.
 INVERSION_MASK = replace(EDIT_MASK, smoothing=2.0)
 """The same for a map of an inversion's points, which holds no fresh noise and is coarser; chosen likewise."""
 
+EDIT_MAPS, EDIT_MASK_STRENGTH = 4, 0.5
+"""Of ``edit``, where its mask is made of maps of fresh noise: ``num_maps_per_mask`` and ``mask_encode_strength``."""
+
 MAX_FEATHER = 10000  # pixels
 
 

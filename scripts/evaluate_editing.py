@@ -227,24 +227,22 @@ def shown_command(args) -> str:
     return " ".join(["python scripts/evaluate_editing.py", *words])
 
 
-def compare(args, editor, classifier, settings) -> tuple[dict, str]:
-    """``--compare``: what was measured, and as text."""
-
-    def progress(name, done):
-        print(f"{name}: {done} edits", file=sys.stderr, flush=True)
-
-    results, sheet = compare_editing.compare(
-        editor,
-        classifier,
-        settings,
+def scope(args) -> dict:
+    """What is measured with --compare or --pareto."""
+    return dict(
         count=args.scenes,
         seed=args.seed,
         batch=args.batch,
         ablation=min(args.ablation, args.scenes),
         rebuilt=min(args.reconstructions, args.scenes),
         timed=min(args.timed, args.scenes - 1),
-        progress=progress,
+        progress=lambda name, done: print(f"{name}: {done} edits", file=sys.stderr, flush=True),
     )
+
+
+def compare(args, editor, classifier, settings) -> tuple[dict, str]:
+    """``--compare``: what was measured, and as text."""
+    results, sheet = compare_editing.compare(editor, classifier, settings, **scope(args))
     if args.sheet:
         sheet.quantize(256, dither=Image.Dither.NONE).save(args.sheet, optimize=True)
     if args.write:
@@ -254,18 +252,7 @@ def compare(args, editor, classifier, settings) -> tuple[dict, str]:
 
 def pareto(args, editor, classifier, settings) -> tuple[dict, str]:
     """``--pareto``: the same."""
-    results = pareto_editing.pareto(
-        editor,
-        classifier,
-        settings,
-        count=args.scenes,
-        seed=args.seed,
-        batch=args.batch,
-        part=min(args.ablation, args.scenes),
-        rebuilt=min(args.reconstructions, args.scenes),
-        timed=min(args.timed, args.scenes - 1),
-        progress=lambda name, done: print(f"{name}: {done} edits", file=sys.stderr, flush=True),
-    )
+    results = pareto_editing.pareto(editor, classifier, settings, **scope(args))
     if args.write:
         write_run(args, "pareto", results)
     return results, "\n\n".join(reports.pareto_tables(results).values())

@@ -66,7 +66,7 @@ def pareto(
     count: int,
     seed: int,
     batch: int,
-    part: int,
+    ablation: int,
     rebuilt: int,
     timed: int,
     progress: Callable[[str, int], None],
@@ -74,7 +74,7 @@ def pareto(
     """Everything that is measured.
 
     Args:
-        count: scenes for ``WHOLE``; ``part`` of them for the other settings.
+        count: scenes for ``WHOLE``; ``ablation`` of them for the other settings.
         rebuilt: pictures that are led into noise and back; 0: none.
         timed: pictures whose edits are timed, one by one, the settings taking turns.
     """
@@ -86,7 +86,7 @@ def pareto(
     results: dict = {"settings": {}}
     records = {}
     for name, run in runs.items():
-        some = edits if name in WHOLE else edits[:part]
+        some = edits if name in WHOLE else edits[:ablation]
         records[name], rows, shallow = _measured(run, editor, some, batch, classifier, partial(progress, name))
         results["settings"][name] = {
             "rows": rows,

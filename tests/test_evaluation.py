@@ -326,7 +326,16 @@ def test_a_pareto_run_has_every_part(monkeypatch):
 
     monkeypatch.setattr(oracle, "edit", costly(oracle.edit))
     results = pareto_editing.pareto(
-        oracle, ColourJudge(), SETTINGS, count=3, seed=2, batch=2, part=2, rebuilt=1, timed=1, progress=lambda *_: None
+        oracle,
+        ColourJudge(),
+        SETTINGS,
+        count=3,
+        seed=2,
+        batch=2,
+        ablation=2,
+        rebuilt=1,
+        timed=1,
+        progress=lambda *_: None,
     )
     settings = results["settings"]
     assert list(settings) == list(pareto_editing.FAMILY)

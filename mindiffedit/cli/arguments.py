@@ -12,7 +12,7 @@ from typing import Any
 from mindiffedit import __version__, demo
 from mindiffedit.cli.wording import BAD_INPUT, MASK_FIELDS, on_one_line, option
 from mindiffedit.errors import shown
-from mindiffedit.inputs import DEFAULT_PRESET, EDIT_MASK, INVERSIONS, PRESETS
+from mindiffedit.inputs import DEFAULT_PRESET, EDIT_MAPS, EDIT_MASK, EDIT_MASK_STRENGTH, INVERSIONS, PRESETS
 from mindiffedit.masks import COMBINATIONS
 from mindiffedit.runtime.devices import DEVICE_TARGETS
 from mindiffedit.solvers import SOLVERS
@@ -34,7 +34,8 @@ DEFAULTS = {
 # Those of `edit()` where it has others or more.
 CORRECTED_DEFAULTS = {
     "invert_guidance": 1.0,
-    "maps": 4,
+    "maps": EDIT_MAPS,
+    "mask_strength": EDIT_MASK_STRENGTH,
     "mask_threshold": 2.0,
     "outliers": 0.99,
     "preset": DEFAULT_PRESET,
