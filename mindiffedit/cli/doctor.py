@@ -226,7 +226,7 @@ def _replay(args: Namespace, figures: dict) -> Iterator[Finding]:
 
 def _step(args: Namespace, figures: dict) -> Iterator[Finding]:
     """Seconds of one guided step, with the time that a first edit takes to compile beside it."""
-    from mindiffedit import load_image
+    from mindiffedit.images.reading import load_image
     from mindiffedit.pipeline import StableDiffusionDiffEditPipeline
 
     with hushed():
