@@ -115,6 +115,7 @@ def build_parser() -> argparse.ArgumentParser:
     _build_mask(_command(commands, "mask", "write the mask of what would change, white on black"))
     _build_invert(_command(commands, "invert", "write a picture's latents, for several edits of it"))
     _build_demo(_command(commands, "demo", "edit the sample picture that ships with mindiffedit"))
+    _build_doctor(_command(commands, "doctor", "say whether mindiffedit works on this machine, and what is missing"))
     _build_parity(
         commands.add_parser(
             "parity",
@@ -204,6 +205,11 @@ def _build_demo(show) -> None:
     _add_mask_options(show)
     _add_edit_options(show)
     _add_common(show, model=False)
+
+
+def _build_doctor(doctor) -> None:
+    _add_device(doctor)
+    _add_printing(doctor)
 
 
 def _build_parity(parity) -> None:

@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         with contextlib.redirect_stdout(sys.stderr), notes(args):
             line, result, *code = _COMMANDS[args.command](args)
         line = json.dumps(result, ensure_ascii=True) if args.json else line
-        if not args.command.startswith("parity"):  # whose tables have many
+        if not args.command.startswith(("parity", "doctor")):  # whose tables have many
             line = " ".join(line.splitlines())  # a name may have a line break in it
         print(printable(line, sys.stdout.encoding or "utf-8"), flush=True)
         return code[0] if code else OK
@@ -210,6 +210,12 @@ def _invert(args):
     return f"{args.output}: latents {' x '.join(map(str, latents.shape))}, {_ending(job)}", result
 
 
+def _doctor(args):
+    from mindiffedit.cli.doctor import doctor
+
+    return doctor(args)
+
+
 def _parity(args):
     from mindiffedit.cli import parity
 
@@ -221,6 +227,7 @@ _COMMANDS = {
     "mask": _mask,
     "invert": _invert,
     "demo": _demo,
+    "doctor": _doctor,
     "parity record": _parity,
     "parity check": _parity,
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["EDIT_SETTINGS", "SAMPLE_PROMPTS", "SETTINGS", "checkpoint_folder", "sample_picture"]
+__all__ = ["EDIT_SETTINGS", "SAMPLE_PROMPTS", "SETTINGS", "checkpoint_folder", "golden_file", "sample_picture"]
 
 _HERE = Path(__file__).resolve().parent
 
@@ -43,6 +43,11 @@ EDIT_SETTINGS = {**SETTINGS, "maps": 2, "mask_strength": 0.7, "mask_threshold": 
 def checkpoint_folder() -> Path:
     """The folder of the demo checkpoint, to be given to ``from_pretrained``."""
     return _found(_HERE / "checkpoint")
+
+
+def golden_file() -> Path:
+    """What PyTorch diffusers computed for a short edit of the sample, a golden file of ``mindiffedit parity``."""
+    return _found(_HERE / "golden.safetensors")
 
 
 def sample_picture() -> Path:
