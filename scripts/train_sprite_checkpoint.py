@@ -7,8 +7,8 @@ The demo's next world: rendered objects in place of the drawn ones that the chec
 Needs the ``train`` extra (torch, diffusers). Runs on a CPU (days on two cores) or, with ``--device cuda``, on a GPU,
 which has not been seen yet: there the defaults are larger batches, and ``--unet-minutes 6`` ends the longest stage in
 time, its learning rate brought down. Every stage leaves its state in WORKDIR every few minutes, and a second run goes
-on where the first one stopped; a larger ``--unet-steps`` lengthens a training. ``--stages export`` writes what is there.
-The stages:
+on where the first one stopped; a larger ``--unet-steps`` lengthens a training, ``--stages export`` writes what is
+there. The stages:
 
     tokenizer   a byte-level CLIP BPE vocabulary in which every caption word is one token
     vae         AutoencoderKL, 128 x 128 pixels <-> 4 x 32 x 32 latents, on random crops of drawn scenes
