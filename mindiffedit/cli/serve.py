@@ -50,11 +50,6 @@ def serve(args: Namespace) -> tuple[str, dict]:
     # Of requests nothing is noted here: their clients are told what is to be said.
     logging.getLogger("mindiffedit").setLevel(logging.ERROR)
 
-    class Server(uvicorn.Server):
-        async def shutdown(self, sockets=None):
-            worker.close()  # before it waits for the connections, whose requests would wait for one another
-            await super().shutdown(sockets)
-
     config = uvicorn.Config(
         server.create_app(editor, settings, worker),
         host=args.host,
@@ -65,7 +60,7 @@ def serve(args: Namespace) -> tuple[str, dict]:
         ws="none",
     )
     try:
-        Server(config).run()
+        server.Server(config).run()
     except SystemExit as error:  # uvicorn has said why on stderr
         raise OSError(f"nothing can listen on {cut(args.host, 100)}, port {args.port}") from error
     return f"served {editor.model} on {args.host}", {}

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
+import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
@@ -176,6 +177,14 @@ def create_app(editor: Editor, settings: Settings | None = None, worker: Worker 
             raise Refusal(400, error.message, code="not_finite") from error
 
     return app
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, which tells the application at once that it is to end: what waits would keep its connections open."""
+
+    async def shutdown(self, sockets=None):
+        self.config.app.state.worker.close()
+        await super().shutdown(sockets)
 
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
