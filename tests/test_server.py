@@ -20,7 +20,6 @@ import sys
 import threading
 import time
 from argparse import Namespace
-from dataclasses import replace
 
 import httpx
 import numpy as np
@@ -44,6 +43,8 @@ from mindiffedit.service.server import Server, Settings, create_app
 
 DEADLINE = 60
 """Seconds after which a test gives up what it waits for."""
+
+HTTP = httpx.Client(timeout=DEADLINE)
 
 TEXTS = {"prompt": demo.SAMPLE_PROMPTS["target"], "source_prompt": demo.SAMPLE_PROMPTS["source"]}
 
@@ -134,6 +135,11 @@ def post(client, path="/v1/images/edits", files=None, headers=None, **fields):
     return client.post(path, files=files, data={**TEXTS, **fields}, headers=headers)
 
 
+def form(client, **fields):
+    """A request without a file."""
+    return client.post("/v1/images/edits", files={name: (None, value) for name, value in {**TEXTS, **fields}.items()})
+
+
 def refused(answer, status, words="", param=None):
     """The error of an answer in OpenAI's shape."""
     assert answer.status_code == status, answer.text
@@ -214,7 +220,7 @@ def test_masks_of_both_kinds(client, demo_editor):
 
 def test_the_mask_alone(address, demo_editor):
     headers = {"Authorization": "Bearer a secret"}
-    answer = post(httpx, f"{address}/v1/masks", {"image": SAMPLE}, headers, **{k: str(v) for k, v in QUICK.items()})
+    answer = post(HTTP, f"{address}/v1/masks", {"image": SAMPLE}, headers, **{k: str(v) for k, v in QUICK.items()})
     assert answer.status_code == 200, answer.text
     sample = PIL.Image.open(demo.sample_picture())
     options = {"target": TEXTS["prompt"], "source": TEXTS["source_prompt"], **QUICK}
@@ -257,7 +263,7 @@ def test_the_command_ends_well(tmp_path):
 
             until(ready)
             answers = queue.Queue()
-            send = functools.partial(post, httpx, f"{address}/v1/images/edits", {"image": SAMPLE}, headers, steps="300")
+            send = functools.partial(post, HTTP, f"{address}/v1/images/edits", {"image": SAMPLE}, headers, steps="300")
             thread = threading.Thread(target=lambda: answers.put(send()))
             thread.start()
             until(lambda: "mindiffedit_running 1.0" in httpx.get(f"{address}/metrics", headers=headers).text)
@@ -279,8 +285,7 @@ def sent(count, address, **fields):
     answers = queue.Queue()
 
     def send(number):
-        with httpx.Client(timeout=DEADLINE) as client:
-            answers.put(post(client, f"{address}/v1/images/edits", seed=str(number), **fields))
+        answers.put(post(HTTP, f"{address}/v1/images/edits", seed=str(number), **fields))
 
     threads = [threading.Thread(target=send, args=(number,)) for number in range(count)]
     for thread in threads:
@@ -326,7 +331,7 @@ def test_a_client_that_goes_away_cancels(fake):
         first.close()  # the one that runs
         assert fake.cancelled.get(timeout=DEADLINE)["seed"] == "1"
         fake.gate.set()
-        assert post(httpx, f"{address}/v1/images/edits", seed="3").status_code == 200
+        assert post(HTTP, f"{address}/v1/images/edits", seed="3").status_code == 200
         assert fake.started.get(timeout=DEADLINE)["seed"] == "3" and worker.held == 0
 
 
@@ -414,12 +419,12 @@ def test_fields_that_do_not_fit(fake):
             ({"target": "x"}, "target", "there is no field 'target'"),
             ({"lora": "/etc/passwd"}, "lora", "there is no field 'lora'"),
             ({"mask_combine": "union"}, None, "`mask`"),
-            ({"seed": "x" * 300}, "seed", "..."),
+            ({"seed": "x" * 3000}, "seed", "..."),
         ):
             refused(post(client, **fields), 400, words, param)
         refused(client.post("/v1/images/edits", files={"image": PNG}), 400, "`prompt` is missing", "prompt")
         refused(client.post("/v1/images/edits", files={"steps": PNG}, data=TEXTS), 400, "`steps` has to be a text")
-        refused(client.post("/v1/images/edits", data=TEXTS, files={"user": ""}), 400, "`image` is missing")
+        refused(form(client), 400, "`image` is missing")
         refused(post(client, "/v1/masks", files={"image": PNG, "mask": PNG}), 400, "no field 'mask'")
         refused(client.post("/v1/images/edits", json={"prompt": "x"}), 415, "multipart/form-data")
         twice = [("image", PNG), ("image", PNG)]
@@ -442,8 +447,7 @@ def test_pictures_that_do_not_fit(fake):
             (wide, "at most 16777216 pixels"),
         ):
             refused(post(client, files={"image": content}), 400, words, "image")
-            error = refused(post(client, files={"image": PNG, "mask": content}), 400, words)
-            assert "`mask`" in error["message"]
+            refused(post(client, files={"image": PNG, "mask": content}), 400, words, "mask")
         assert fake.started.empty()
 
 
@@ -452,7 +456,7 @@ def test_no_path_is_read_and_none_is_said(fake, tmp_path):
     secret.write_bytes(PNG)
     with called(fake) as client:
         for value in (str(secret), f"file://{secret}", "http://127.0.0.1/p.png", "data:image/png;base64,AAAA"):
-            refused(client.post("/v1/images/edits", files={"user": ""}, data={**TEXTS, "image": value}), 400)
+            refused(form(client, image=value), 400, "`image` has to be a file")
             answer = client.post("/v1/images/edits", files={"image": PNG}, data={**TEXTS, "mask": value})
             refused(answer, 400, "`mask` has to be a file")
         fake.fault = OSError(28, "No space left on device", str(secret))
@@ -620,7 +624,7 @@ def test_urls_where_they_are_allowed(fake, site):
     with called(fake, limits=Limits(urls=True)) as client:
 
         def asked(url):
-            return client.post("/v1/images/edits", files={"user": ""}, data={**TEXTS, "image": url})
+            return form(client, image=url)
 
         assert asked(f"{site}/p.png").status_code == 200
         Site.answers["/there"] = (302, {"Location": "/p.png"}, lambda: [])
@@ -652,12 +656,19 @@ def test_urls_that_send_too_much_or_too_slowly(site, monkeypatch):
         fetching.fetch(f"{site}/much", 10**6)
     monkeypatch.setattr(fetching, "MAX_SECONDS", 0.3)
     waits = threading.Event()
-    Site.answers["/slow"] = (200, {}, lambda: iter(lambda: b"x" * (not waits.wait(0.02)), None))
-    with pytest.raises(ValueError, match="has not sent|does not answer"):
-        fetching.fetch(f"{site}/slow", 10**6)
-    Site.answers["/dead"] = (200, {"Content-Length": "100"}, lambda: [b"x"] * (not waits.wait(1)))
-    with pytest.raises(ValueError, match="has not sent|does not answer"):
-        fetching.fetch(f"{site}/dead", 10**6)
+
+    def drips():
+        while not waits.wait(0.02):
+            yield b"x"
+
+    def stops():
+        yield b"x"
+        waits.wait(DEADLINE)
+
+    for path, headers, chunks in (("/slow", {}, drips), ("/dead", {"Content-Length": "100"}, stops)):
+        Site.answers[path] = (200, headers, chunks)
+        with pytest.raises(ValueError, match="has not sent|does not answer"):
+            fetching.fetch(site + path, 10**6)
     waits.set()
 
 
@@ -780,9 +791,8 @@ def test_hostile_pictures(hostile, content, data):
 
 @pytest.fixture(scope="module")
 def schema():
-    app = create_app(FakeEditor(), replace(Settings(), max_seconds=DEADLINE))
-    with TestClient(app):  # it lives as long as the requests
-        yield schemathesis.openapi.from_asgi("/openapi.json", app)
+    with live(FakeEditor()) as (address, _):
+        yield schemathesis.openapi.from_url(f"{address}/openapi.json")
 
 
 @schemathesis.pytest.from_fixture("schema").parametrize()
@@ -792,17 +802,18 @@ def test_requests_that_the_openapi_leads_to(case):
     assert answer.status_code < 500, answer.content
 
 
-@pytest.mark.parametrize("fields", [
-    {"steps": "1"}, {"strength": "0.001"}, {"guidance": "1e30"}, {"guidance": "0"}, {"mask_threshold": "1e-30"},
-    {"mask_smoothing": "1e9"}, {"mask_edges": "64"}, {"feather": "1e4"}, {"seed": "-1"}, {"seed": str(2**64 - 1), "n": "2"},
-    {"source_prompt": ""}, {"negative": "", "guidance": "1.5"}, {"prompt": "pear " * 2000}, {"size": "1"}, {"size": "8x8"},
-    {"mask_level": "auto"}, {"mask_level": "0"}, {"outliers": "none"}, {"outliers": "0.001"}, {"inversion": "noise"},
-    {"scheduler": "dpm"}, {"maps": "1"}, {"iterations": "1"}, {"reference": "true"}, {"mask_erosion": "999"},
-    {"smallest_region": "99999"}, {"invert_guidance": "1e6"}, {"soft_mask": "true", "mask_smoothing": "0"},
-])  # fmt: skip
-def test_hostile_options_and_the_demo_model(address, fields):
-    fields = {"steps": "3", "seed": "3", **fields}
-    headers = {"Authorization": "Bearer a secret"}
-    answer = httpx.post(f"{address}/v1/images/edits", files={"image": SAMPLE}, data={**TEXTS, **fields}, headers=headers,
-                        timeout=DEADLINE)  # fmt: skip
+EXTREMES = [
+    *({"steps": "1"}, {"strength": "0.001"}, {"guidance": "1e30"}, {"guidance": "0"}, {"mask_threshold": "1e-30"}),
+    *({"mask_smoothing": "1e9"}, {"mask_edges": "64"}, {"feather": "1e4"}, {"seed": "-1"}, {"outliers": "none"}),
+    *({"seed": str(2**64 - 1), "n": "2"}, {"source_prompt": ""}, {"negative": "", "guidance": "1.5"}, {"size": "8x8"}),
+    *({"prompt": "pear " * 2000}, {"size": "1"}, {"mask_level": "auto"}, {"mask_level": "0"}, {"outliers": "0.001"}),
+    *({"inversion": "noise"}, {"scheduler": "dpm"}, {"maps": "1"}, {"iterations": "1"}, {"reference": "true"}),
+    *({"mask_erosion": "999"}, {"smallest_region": "99999"}, {"invert_guidance": "1e6"}, {"soft_mask": "true"}),
+]
+
+
+@pytest.mark.parametrize("fields", EXTREMES, ids=str)
+def test_extreme_options_and_the_demo_model(address, fields):
+    headers, fields = {"Authorization": "Bearer a secret"}, {"steps": "3", "seed": "3", **fields}
+    answer = post(HTTP, f"{address}/v1/images/edits", {"image": SAMPLE}, headers, **fields)
     assert answer.status_code in (200, 400), answer.text

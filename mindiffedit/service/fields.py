@@ -123,9 +123,12 @@ def _choice(texts: dict[str, str], name: str, default: str, choices: list[str]) 
 
 
 def _picture(content: str | bytes, name: str, limits: Limits) -> PIL.Image.Image:
-    if isinstance(content, str):
-        content = fetch(content.strip(), limits.body)
-    return reading.decode(io.BytesIO(content), f"`{name}`", limits.pixels)
+    try:
+        if isinstance(content, str):
+            content = fetch(content.strip(), limits.body)
+        return reading.decode(io.BytesIO(content), f"`{name}`", limits.pixels)
+    except InputError as error:
+        raise error.renamed(image=name) from error
 
 
 def _white_on_black(mask: PIL.Image.Image) -> PIL.Image.Image:
