@@ -415,9 +415,9 @@ def test_fields_that_do_not_fit(fake):
             ({"size": "5000"}, "size", "at most 1024"),
             ({"size": "56x56"}, "size", "crop it first"),
             ({"response_format": "gif"}, "response_format", "one of b64_json, url"),
-            ({"stream": "true"}, "stream", "there is no field 'stream'"),
-            ({"target": "x"}, "target", "there is no field 'target'"),
-            ({"lora": "/etc/passwd"}, "lora", "there is no field 'lora'"),
+            ({"stream": "true"}, None, "there is no field 'stream'"),
+            ({"target": "x"}, None, "there is no field 'target'"),
+            ({"lora": "/etc/passwd"}, None, "there is no field 'lora'"),
             ({"mask_combine": "union"}, None, "`mask`"),
             ({"seed": "x" * 3000}, "seed", "..."),
         ):

@@ -48,7 +48,8 @@ def serve(args: Namespace) -> tuple[str, dict]:
     # Loaded where it is going to run: some devices belong to the thread that opened them.
     editor = worker.submit(Editor.load, args).result()
     # Of requests nothing is noted here: their clients are told what is to be said.
-    logging.getLogger("mindiffedit").setLevel(logging.ERROR)
+    for name in ("mindiffedit", "python_multipart"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
     config = uvicorn.Config(
         server.create_app(editor, settings, worker),
