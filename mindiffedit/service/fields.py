@@ -19,7 +19,7 @@ from mindiffedit.service.editor import option_schemas
 from mindiffedit.service.fetching import fetch
 
 MAX_PICTURES = 10
-READ = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
+READ = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 """Formats of pictures that are read: Pillow has decoders of many more, which are written with less care."""
 FORMATS = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}
 
