@@ -69,6 +69,9 @@ class FakeEditor:
         self.gate.set()
         self.fault = None
 
+    def keep_sizes(self, count):
+        pass
+
     def check(self, picture, options, mask=None, *, command="edit"):
         with editor_module._as_given():
             args = editor_module._parsed(command, options)

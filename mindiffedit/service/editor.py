@@ -47,6 +47,9 @@ OPTIONS = (
 
 _FLAGS = {"reference": False, "no_paste_back": False, "fill_holes": True, "soft_mask": True}  # has it a --no-...?
 
+_GRAPHS_OF_A_SIZE = 12
+"""Graphs that edits of one size of pictures may need, over all presets."""
+
 _OF_MODEL = (
     *("model", "config", "variant", "revision", "offline", "no_safety_checker", "lora", "embedding"),
     *("caption_model", "scheduler", "device", "dtype", "mode", "no_cache"),
@@ -144,6 +147,10 @@ class Editor:
     def graphs_made(self) -> int:
         """Graphs that were compiled, or read from the cache, since the model was loaded."""
         return self.pipe._stages.graphs.made
+
+    def keep_sizes(self, count: int) -> None:
+        """Keep the graphs of so many sizes of pictures, and of another one that comes between."""
+        self.pipe.max_graphs = max(self.pipe.max_graphs, 1 + _GRAPHS_OF_A_SIZE * (count + 1))
 
     def check(self, picture: PIL.Image.Image, options: Mapping[str, Any], mask=None, *, command: str = "edit") -> None:
         """Raises the InputError that `edit` (or `find_mask`, the command "mask") would, without waiting for a turn."""

@@ -289,6 +289,7 @@ def _encoded(picture: PIL.Image.Image, asked: Asked) -> dict[str, str]:
 
 def _warm_up(editor: Editor, sizes: Sequence[tuple[int, int]], stop: threading.Event) -> None:
     """Everything that an edit of these sizes may run, once; graphs do not depend on the number of steps."""
+    editor.keep_sizes(len(sizes))
     texts = {"source": "a picture", "target": "another picture"}
     for size in sizes:
         picture = PIL.Image.linear_gradient("L").resize(size).convert("RGB")
