@@ -200,6 +200,8 @@ class Editor:
             for name in ("output", "picture", "sweep"):
                 settings.pop(name, None)
             settings["model"] = self.model
+            if settings.get("report") is not None:
+                settings["report"]["warnings"] = [*map(_by_given_names, settings["report"]["warnings"])]
             for adapter in settings.get("loras", []) + settings.get("embeddings", []):
                 adapter["file"] = _last_part(adapter["file"])
             return Edited(
