@@ -102,8 +102,8 @@ def measure(process: Process, count: int, total: int, steps: int) -> tuple[dict,
         for number, (took, digest) in enumerate(send(range(total)), start=1):
             seconds.append(took)
             digests.append(digest)
-            if number in (SETTLED, total):
-                memory[number] = process.number("process_resident_memory_bytes")
+            if number % SETTLED == 0 or number == total:
+                memory[number] = round(process.number("process_resident_memory_bytes") / 2**20, 1)
     elapsed = time.monotonic() - begun
     figures = {
         "clients": count,
@@ -113,7 +113,7 @@ def measure(process: Process, count: int, total: int, steps: int) -> tuple[dict,
         "p95_s": round(statistics.quantiles(seconds, n=20)[-1], 3),
         "requests_per_s": round(total / elapsed, 3),
         "graphs_made": process.number("mindiffedit_graphs_made") - graphs,
-        "memory_mib": round(memory[total] / 2**20, 1),
+        "memory_mib": memory,
     }
     if SETTLED in memory and total > SETTLED:
         figures["growth_percent"] = round(100 * (memory[total] / memory[SETTLED] - 1), 2)
