@@ -143,7 +143,7 @@ class DamagedPicture(InputError):
     """A file whose pixels cannot be read."""
 
 
-def decode(stream, name: str, max_pixels: int = MAX_PIXELS, formats: Sequence[str] | None = None) -> PIL.Image.Image:
+def decode(stream, name: str, max_pixels: int | None = None, formats: Sequence[str] | None = None) -> PIL.Image.Image:
     """Decode a binary stream into an upright picture, after its header has been judged.
 
     Args:
