@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 from mindiffedit import __version__, demo
+from mindiffedit.cli import serve_arguments
 from mindiffedit.cli.wording import BAD_INPUT, MASK_FIELDS, on_one_line, option
 from mindiffedit.errors import shown
 from mindiffedit.inputs import DEFAULT_PRESET, EDIT_MAPS, EDIT_MASK, EDIT_MASK_STRENGTH, INVERSIONS, PRESETS
@@ -100,9 +101,12 @@ examples:
 """
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command line; `command` of what it parses names the command."""
-    parser = _Parser(
+def build_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.ArgumentParser:
+    """The parser of the whole command line; `command` of what it parses names the command.
+
+    `kind` is its class and that of the commands' parsers, which says what becomes of an error.
+    """
+    parser = kind(
         prog="mindiffedit",
         description="Edit a picture by two texts, what it shows and what it should show, with DiffEdit.",
         epilog=_EXAMPLES,
@@ -116,6 +120,7 @@ def build_parser() -> argparse.ArgumentParser:
     _build_invert(_command(commands, "invert", "write a picture's latents, for several edits of it"))
     _build_demo(_command(commands, "demo", "edit the sample picture that ships with mindiffedit"))
     _build_doctor(_command(commands, "doctor", "say whether mindiffedit works on this machine, and what is missing"))
+    _build_service(serve_arguments.add(_command(commands, "serve", "answer requests for edits over HTTP")))
     _build_parity(
         commands.add_parser(
             "parity",
@@ -125,6 +130,12 @@ def build_parser() -> argparse.ArgumentParser:
         )
     )
     return parser
+
+
+def options_of(command: str) -> dict[str, argparse.Action]:
+    """The options of a command by their names in what is parsed, each with its type, choices and help."""
+    found = next(action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction))
+    return {action.dest: action for action in found.choices[command]._actions}
 
 
 def _command(commands, name: str, summary: str, description: str | None = None) -> argparse.ArgumentParser:
@@ -210,6 +221,17 @@ def _build_demo(show) -> None:
 def _build_doctor(doctor) -> None:
     _add_device(doctor)
     _add_printing(doctor)
+
+
+def _build_service(service) -> None:
+    """The options of the model that a service loads once; those of an edit come with each request."""
+    _add_scheduler(service)
+    _add_model(service)
+    group = service.add_argument_group("running")
+    _add_device(group)
+    _add_dtype(group)
+    service.set_defaults(json=False)
+    _flag(group, "--quiet", "no progress and no notes on stderr")
 
 
 def _build_parity(parity) -> None:
@@ -372,8 +394,7 @@ def _add_common(command, model: bool = True) -> None:
         _add_model(command)
     group = command.add_argument_group("running and output")
     _add_device(group)
-    what = "numbers the model computes with (default: float32)"
-    _add(group, "--dtype", None, what, choices=_DTYPES, default="float32")
+    _add_dtype(group)
     _add_printing(group)
 
 
@@ -398,12 +419,13 @@ def _add_model(command) -> None:
         "for several"
     )
     _add(group, "--embedding", "FILE", what, action="append")
-    if name != "invert":
+    if name in ("edit", "mask"):
         what = "--source and --target are concepts, such as 'bowl', for which it writes prompts"
         _add(group, "--prompt-model", "MODEL", f"a Flan-T5 (folder or hub id): {what}")
     use = "for the inversion, and " if name == "edit" else ""
+    source = "--source" if name in ("edit", "mask", "invert") else "the source text"
     what = (
-        f"a BLIP (folder or hub id), which says what the picture shows: {use}in place of --source where that is missing"
+        f"a BLIP (folder or hub id), which says what the picture shows: {use}in place of {source} where that is missing"
     )
     _add(group, "--caption-model", "MODEL", what)
 
@@ -422,6 +444,11 @@ def _add_device(command) -> None:
         "variable MINDIFFEDIT_CACHE names or in ~/.cache/mindiffedit)"
     )
     _flag(command, "--no-cache", what)
+
+
+def _add_dtype(command) -> None:
+    what = "numbers the model computes with (default: float32)"
+    _add(command, "--dtype", None, what, choices=_DTYPES, default="float32")
 
 
 def _add_printing(command) -> None:
