@@ -166,6 +166,14 @@ def _build_edit(edit) -> None:
     _add_common(edit)
 
 
+def helps_of_edit() -> dict[str, str]:
+    """What `edit --help` says of each option, by its name, without the default."""
+    edit = argparse.ArgumentParser(add_help=False)
+    edit.set_defaults(command="edit")
+    _build_edit(edit)
+    return {action.dest: (action.help or "").partition(" (default")[0] for action in edit._actions}
+
+
 def _build_mask(mask) -> None:
     _add_texts(mask, "default with --caption-model: the caption")
     _add_output(mask, "the mask to write (PNG, BMP or TIFF); not needed with --sweep", required=False)
