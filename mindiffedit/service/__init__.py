@@ -1,1 +1,1 @@
-"""What runs on and on around one model: the page in a browser, and what it shares with others of its kind."""
+"""The editor for others than one command: a page, a server, a batch."""
