@@ -77,8 +77,8 @@ def settings(of_demo: bool) -> dict[str, gr.components.Component]:
 
 
 def options_of(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The controls' values as options of `mindiffedit edit`."""
-    options = dict(values)
+    """The controls' values as options of `mindiffedit edit`; an empty text is none."""
+    options = {name: None if isinstance(value, str) and not value.strip() else value for name, value in values.items()}
     if options.pop("auto_level"):
         options["mask_level"] = "auto"
     return options

@@ -140,7 +140,7 @@ class Edits:
             [f"{strength:g}" for strength in down],
             [f"{guidance:g}" for guidance in across],
             corner="strength down, guidance across",
-            title=f"{options['source']} -> {options['target']}",
+            title=f"{row[0].settings['source']} -> {row[0].settings['target']}",
         )
 
 
