@@ -22,9 +22,7 @@ def serve(args: Namespace) -> tuple[str, dict[str, Any]]:
         InputError: Gradio is not installed, the port is taken, or the model cannot be loaded.
     """
     if args.port is not None and not 1 <= args.port <= MAX_PORT:
-        raise InputError(
-            "{parameter} has to be from 1 to {most}, but is {port}.", "--port", most=MAX_PORT, port=args.port
-        )
+        raise InputError("--port {port} is none; give one from 1 to {most}.", port=args.port, most=MAX_PORT)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what is to be removed is
     with tempfile.TemporaryDirectory(prefix="mindiffedit-ui-") as folder:
         _settle_gradio(folder)
@@ -49,6 +47,9 @@ def serve(args: Namespace) -> tuple[str, dict[str, Any]]:
         try:
             editor.set_result(Editor.load(args))
             page.block_thread()
+        except BaseException as error:
+            editor.set_exception(error)  # for an edit that waits for it
+            raise
         finally:
             page.close(verbose=False)
     return f"the page at {url} is closed", {}

@@ -122,7 +122,12 @@ class Page:
 
     def _build_input(self, of_demo: bool) -> None:
         self.picture = _Picture(
-            label="Picture", type="filepath", image_mode=None, sources=["upload", "clipboard"], height=260
+            label="Picture",
+            type="filepath",
+            image_mode=None,
+            sources=["upload", "clipboard"],
+            height=260,
+            elem_id="picture",
         )
         self.texts = controls.sentences()
         self.edit = gr.Button("Edit", variant="primary", elem_id="edit")
