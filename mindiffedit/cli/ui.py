@@ -48,7 +48,8 @@ def serve(args: Namespace) -> tuple[str, dict[str, Any]]:
             editor.set_result(Editor.load(args))
             page.block_thread()
         except BaseException as error:
-            editor.set_exception(error)  # for an edit that waits for it
+            if not editor.done():
+                editor.set_exception(error)  # for an edit that waits for it
             raise
         finally:
             page.close(verbose=False)

@@ -202,7 +202,7 @@ class Page:
         self.picture.change(self.on_picture, self.picture, taking, **_AT_ONCE)
         self.kind.change(self.on_kind, [self.result, self.kind], self.download, **_AT_ONCE)
         auto, level = self.settings["auto_level"], self.settings["mask_level"]
-        auto.change(lambda is_auto: gr.Slider(interactive=not is_auto), auto, level, **_AT_ONCE)
+        auto.change(lambda is_auto: gr.update(interactive=not is_auto), auto, level, **_AT_ONCE)
 
     @property
     def switches(self) -> list[gr.Button]:
@@ -211,10 +211,10 @@ class Page:
 
     def on_start(self, request: gr.Request):
         self.work.begin(_tab(request))
-        return [*[gr.Button(interactive=False)] * 3, gr.Button(visible=True)]
+        return [*[gr.update(interactive=False)] * 3, gr.update(visible=True)]
 
     def on_end(self):
-        return [*[gr.Button(interactive=True)] * 3, gr.Button(visible=False)]
+        return [*[gr.update(interactive=True)] * 3, gr.update(visible=False)]
 
     def on_cancel(self, request: gr.Request):
         self.work.cancel(_tab(request))
@@ -281,7 +281,7 @@ class Page:
             self.mask: edits.grey(edited.mask, before.size),
             self.edited: after,
             self.paint: edits.canvas(picture, edited.mask),
-            self.download: gr.DownloadButton(value=self._written(result, kind), interactive=True),
+            self.download: gr.update(value=self._written(result, kind), interactive=True),
         }
 
     def _written(self, result: Result, kind: str) -> str:
