@@ -1,6 +1,5 @@
 """The page of `mindiffedit ui`: its buttons, with an editor that answers at once; and all of it in a browser."""
 
-import json
 import logging
 import re
 import subprocess
@@ -16,6 +15,7 @@ import pytest
 
 gr = pytest.importorskip("gradio")
 
+import mindiffedit  # noqa: E402
 from mindiffedit import InputError, demo, masks  # noqa: E402
 from mindiffedit.cli import ui  # noqa: E402
 from mindiffedit.cli.arguments import build_parser, defaults_of, helps_of_edit  # noqa: E402
@@ -427,9 +427,8 @@ def test_nothing_is_public_and_nothing_is_asked_of_others(page):
     for event in page.blocks.fns.values():
         assert event.api_visibility == "private" or any(kind == "unload" for _, kind in event.targets), event.name
     assert not page.blocks.analytics_enabled
-    theme = LAUNCH["theme"]
-    assert "http" not in json.dumps([str(font) for font in (*theme._font, *theme._font_mono)]) + LAUNCH["css"]
-    assert not getattr(theme, "_stylesheets", None)
+    assert not LAUNCH["theme"]._stylesheets and not LAUNCH["theme"]._font_css
+    assert "url(" not in LAUNCH["css"]
 
 
 def test_a_page_is_built_for_every_model():
@@ -457,6 +456,15 @@ def test_help_is_quick():
     code = "import sys; from mindiffedit.cli.command import main; main(['ui', '-h']); print('gradio' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "--share" in done.stdout and done.stdout.endswith("False\n"), done.stderr
+
+
+def test_the_space_names_this_version():
+    space = Path(__file__).resolve().parents[1] / "docs" / "space"
+    assert f"mindiffedit-{mindiffedit.__version__}-" in (space / "requirements.txt").read_text(encoding="utf-8")
+    header = (space / "README.md").read_text(encoding="utf-8").split("---")[1]
+    assert re.search(r"^sdk_version: (.*)$", header, re.MULTILINE)[1] == gr.__version__
+    assert re.search(r"^app_file: (.*)$", header, re.MULTILINE)[1] == "app.py"
+    compile((space / "app.py").read_text(encoding="utf-8"), "app.py", "exec")
 
 
 # --- in a browser ----------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import sys
 from typing import Any
 
 from mindiffedit import __version__, demo
-from mindiffedit.cli import ui_arguments
+from mindiffedit.cli import serve_arguments, ui_arguments
 from mindiffedit.cli.wording import BAD_INPUT, MASK_FIELDS, on_one_line, option
 from mindiffedit.errors import shown
 from mindiffedit.inputs import DEFAULT_PRESET, EDIT_MAPS, EDIT_MASK, EDIT_MASK_STRENGTH, INVERSIONS, PRESETS
@@ -119,7 +119,8 @@ def build_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argu
     _build_mask(_command(commands, "mask", "write the mask of what would change, white on black"))
     _build_invert(_command(commands, "invert", "write a picture's latents, for several edits of it"))
     _build_demo(_command(commands, "demo", "edit the sample picture that ships with mindiffedit"))
-    _build_ui(_command(commands, "ui", "edit in a page of the browser"))
+    _build_service(ui_arguments.add(_command(commands, "ui", "edit in a page of the browser")))
+    _build_service(serve_arguments.add(_command(commands, "serve", "answer requests for edits over HTTP")))
     _build_parity(
         commands.add_parser(
             "parity",
@@ -129,6 +130,12 @@ def build_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argu
         )
     )
     return parser
+
+
+def options_of(command: str) -> dict[str, argparse.Action]:
+    """The options of a command by their names in what is parsed, each with its type, choices and help."""
+    found = next(action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction))
+    return {action.dest: action for action in found.choices[command]._actions}
 
 
 def _command(commands, name: str, summary: str, description: str | None = None) -> argparse.ArgumentParser:
@@ -219,9 +226,15 @@ def _build_demo(show) -> None:
     _add_common(show, model=False)
 
 
-def _build_ui(ui) -> None:
-    ui_arguments.build(ui)
-    _add_common(ui, runs_on=True)
+def _build_service(service) -> None:
+    """The options of the model that a service loads once; those of an edit come with each request."""
+    _add_scheduler(service)
+    _add_model(service)
+    group = service.add_argument_group("running")
+    _add_device(group)
+    _add_dtype(group)
+    service.set_defaults(json=False)
+    _flag(group, "--quiet", "no progress and no notes on stderr")
 
 
 def _build_parity(parity) -> None:
@@ -375,10 +388,8 @@ def _add_scheduler(command) -> None:
     _add(command, "--scheduler", None, text, choices=SOLVERS)
 
 
-def _add_common(command, model: bool = True, runs_on: bool = False) -> None:
-    """What all commands have that run a model; one that `runs_on` has neither one seed nor one result."""
-    if not runs_on:
-        _add(command, "--seed", "N", "seed of all noise, as torch.Generator().manual_seed's (default: 0)", default=0)
+def _add_common(command, model: bool = True) -> None:
+    _add(command, "--seed", "N", "seed of all noise, as torch.Generator().manual_seed's (default: 0)", default=0)
     _add_scheduler(command)
     size = "work on at most N x N pixels (default: about the model's own size)"
     _add(command, "--size", "N", f"{size}; results come back at the picture's own size")
@@ -386,9 +397,8 @@ def _add_common(command, model: bool = True, runs_on: bool = False) -> None:
         _add_model(command)
     group = command.add_argument_group("running and output")
     _add_device(group)
-    what = "numbers the model computes with (default: float32)"
-    _add(group, "--dtype", None, what, choices=_DTYPES, default="float32")
-    _add_printing(group, result=not runs_on)
+    _add_dtype(group)
+    _add_printing(group)
 
 
 def _add_model(command) -> None:
@@ -412,11 +422,11 @@ def _add_model(command) -> None:
         "for several"
     )
     _add(group, "--embedding", "FILE", what, action="append")
-    if name not in ("invert", "ui"):
+    if name in ("edit", "mask"):
         what = "--source and --target are concepts, such as 'bowl', for which it writes prompts"
         _add(group, "--prompt-model", "MODEL", f"a Flan-T5 (folder or hub id): {what}")
     use = "for the inversion, and " if name == "edit" else ""
-    source = "the first sentence" if name == "ui" else "--source"
+    source = "--source" if name in ("edit", "mask", "invert") else "the source text"
     what = (
         f"a BLIP (folder or hub id), which says what the picture shows: {use}in place of {source} where that is missing"
     )
@@ -439,9 +449,13 @@ def _add_device(command) -> None:
     _flag(command, "--no-cache", what)
 
 
-def _add_printing(command, result: bool = True) -> None:
-    if result:
-        _flag(command, "--json", "print the result as one JSON object")
+def _add_dtype(command) -> None:
+    what = "numbers the model computes with (default: float32)"
+    _add(command, "--dtype", None, what, choices=_DTYPES, default="float32")
+
+
+def _add_printing(command) -> None:
+    _flag(command, "--json", "print the result as one JSON object")
     _flag(command, "--quiet", "no progress and no notes on stderr")
 
 

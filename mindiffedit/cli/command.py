@@ -1,4 +1,4 @@
-"""The command `mindiffedit`: edit, mask, invert and demo; `ui` and `parity` have modules of their own.
+"""The command `mindiffedit`: edit, mask, invert and demo; `parity` has a module of its own.
 
 What can be given is defined in `arguments` and judged in `checks` and `job`; `loading` gets the pipeline, `runs` asks
 it, `sweeps` draws contact sheets, `results` is what machines are told. Here are the commands: which files are written,
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         # Libraries print; stdout is for the result alone.
         with contextlib.redirect_stdout(sys.stderr), notes(args):
             line, result, *code = _COMMANDS[args.command](args)
-        line = json.dumps(result, ensure_ascii=True) if getattr(args, "json", False) else line
+        line = json.dumps(result, ensure_ascii=True) if args.json else line
         if not args.command.startswith("parity"):  # whose tables have many
             line = " ".join(line.splitlines())  # a name may have a line break in it
         print(printable(line, sys.stdout.encoding or "utf-8"), flush=True)
@@ -185,12 +185,19 @@ def _ui(args):
     return ui.serve(args)
 
 
+def _serve(args):
+    from mindiffedit.cli import serve
+
+    return serve.serve(args)
+
+
 _COMMANDS = {
     "edit": _edit,
     "mask": _mask,
     "invert": _invert,
     "demo": _demo,
     "ui": _ui,
+    "serve": _serve,
     "parity record": _parity,
     "parity check": _parity,
 }
