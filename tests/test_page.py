@@ -445,6 +445,11 @@ def test_ports_are_checked(port, capsys):
     assert f"--port {port} is none; give one from 1 to 65535." in capsys.readouterr().err
 
 
+def test_sizes_are_checked(capsys):
+    assert main(["ui", "--size=0"]) == 2
+    assert "--size" in capsys.readouterr().err
+
+
 def test_without_gradio_the_command_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "mindiffedit.service.page", None)
     monkeypatch.setattr(ui.signal, "signal", lambda *_: None)

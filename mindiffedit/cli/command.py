@@ -1,4 +1,4 @@
-"""The command `mindiffedit`: edit, mask, invert and demo; `parity` has a module of its own.
+"""The command `mindiffedit`: edit, mask, invert and demo; `parity`, `ui` and `serve` have modules of their own.
 
 What can be given is defined in `arguments` and judged in `checks` and `job`; `loading` gets the pipeline, `runs` asks
 it, `sweeps` draws contact sheets, `results` is what machines are told. Here are the commands: which files are written,

@@ -10,6 +10,7 @@ from argparse import Namespace
 from concurrent.futures import Future
 from typing import Any
 
+from mindiffedit.cli import checks
 from mindiffedit.errors import InputError
 
 MAX_PORT = 65535
@@ -19,10 +20,11 @@ def serve(args: Namespace) -> tuple[str, dict[str, Any]]:
     """Serve the page until Ctrl-C or SIGTERM.
 
     Raises:
-        InputError: Gradio is not installed, the port is taken, or the model cannot be loaded.
+        InputError: Gradio is not installed, the address is none or taken, or the model cannot be loaded.
     """
     if args.port is not None and not 1 <= args.port <= MAX_PORT:
         raise InputError("--port {port} is none; give one from 1 to {most}.", port=args.port, most=MAX_PORT)
+    checks.check_numbers({"size": args.size})
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what is to be removed is
     with tempfile.TemporaryDirectory(prefix="mindiffedit-ui-") as folder:
         _settle_gradio(folder)
