@@ -82,15 +82,6 @@ def build_page(
     return Page(Edits(editor, fixed), of_demo).blocks
 
 
-class _Picture(gr.Image):
-    """A picture whose file is handed on as it came: what is wrong with it is said in our words, by `edits.read`."""
-
-    is_template = True  # for the browser it is a gr.Image
-
-    def preprocess(self, payload):
-        return None if payload is None else payload.path
-
-
 class Page:
     """The parts of the page as attributes, its events as methods; `blocks` is what Gradio launches.
 
@@ -121,14 +112,10 @@ class Page:
     # --- its parts -----------------------------------------------------------------------------------
 
     def _build_input(self, of_demo: bool) -> None:
-        self.picture = _Picture(
-            label="Picture",
-            type="filepath",
-            image_mode=None,
-            sources=["upload", "clipboard"],
-            height=260,
-            elem_id="picture",
-        )
+        self.picture = gr.Image(label="Picture", sources=["upload", "clipboard"], height=260, elem_id="picture")
+        # The file as it came: what is wrong with it is said in our words, by `edits.read`. (A subclass would do, but
+        # Gradio writes a file beside the source of each.)
+        self.picture.preprocess = lambda file: None if file is None else file.path
         self.texts = controls.sentences()
         self.edit = gr.Button("Edit", variant="primary", elem_id="edit")
         with gr.Accordion("Settings", open=False):
