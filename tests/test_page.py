@@ -216,7 +216,7 @@ def test_a_mask_is_painted_and_read_as_it_was():
 
 def test_a_large_picture_is_painted_on_at_a_smaller_size():
     canvas = edits.canvas(PIL.Image.new("L", (3000, 1000)), GRID)
-    assert canvas["background"].size == (edits.MAX_CANVAS, 341) and canvas["background"].mode == "RGB"
+    assert canvas["background"].size == (edits.MAX_SHOWN, 533) and canvas["background"].mode == "RGB"
 
 
 def test_the_brush_adds_and_the_eraser_takes_away():

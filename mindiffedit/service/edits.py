@@ -27,8 +27,8 @@ from mindiffedit.service.editor import Cancelled, Edited, Editor
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, the steps that are done, and all of them."""
 
-MAX_CANVAS = 1024
-"""Pixels of the longer side of what is painted on. Masks are used on the latents' grid, which is coarser."""
+MAX_SHOWN = 1600
+"""Pixels of the longer side of what is shown and painted on. Masks are used on the latents' grid, which is coarser."""
 
 PAINT = (255, 90, 0)
 """The colour of masks."""
@@ -176,8 +176,13 @@ def read(path: str) -> PIL.Image.Image:
 
 
 def shown(picture: PIL.Image.Image) -> PIL.Image.Image:
-    """A picture as a browser shows it: RGB, sRGB."""
-    return colours.Original(picture).shown
+    """A picture as a browser shows it: RGB, sRGB, no larger than `MAX_SHOWN`."""
+    picture = colours.Original(picture).shown
+    factor = MAX_SHOWN / max(picture.size)
+    if factor >= 1:
+        return picture
+    width, height = (max(1, round(side * factor)) for side in picture.size)
+    return picture.resize((width, height), PIL.Image.Resampling.LANCZOS)
 
 
 def grey(values: np.ndarray, size: tuple[int, int]) -> PIL.Image.Image:
@@ -193,15 +198,11 @@ def map_picture(edited: Edited, size: tuple[int, int]) -> PIL.Image.Image | None
 
 
 def canvas(picture: PIL.Image.Image, mask: np.ndarray | None) -> dict[str, Any]:
-    """A picture with a mask to paint on, for `gradio.ImageEditor`; no larger than `MAX_CANVAS`."""
+    """A picture with a mask to paint on, for `gradio.ImageEditor`."""
     background = shown(picture)
-    factor = min(1, MAX_CANVAS / max(background.size))
-    size = tuple(max(1, round(side * factor)) for side in background.size)
-    if size != background.size:
-        background = background.resize(size, PIL.Image.Resampling.LANCZOS)
-    layer = PIL.Image.new("RGBA", size, (*PAINT, 0))
+    layer = PIL.Image.new("RGBA", background.size, (*PAINT, 0))
     if mask is not None:
-        layer.putalpha(grey(mask, size).point(lambda level: PAINT_ALPHA * level // 255))
+        layer.putalpha(grey(mask, background.size).point(lambda level: PAINT_ALPHA * level // 255))
     return {"background": background, "layers": [layer], "composite": None}
 
 
