@@ -20,7 +20,7 @@ from mindiffedit import InputError, demo, masks  # noqa: E402
 from mindiffedit.cli import ui  # noqa: E402
 from mindiffedit.cli.arguments import build_parser, defaults_of, helps_of_edit  # noqa: E402
 from mindiffedit.cli.command import main  # noqa: E402
-from mindiffedit.images import reading  # noqa: E402
+from mindiffedit.images.colours import Original  # noqa: E402
 from mindiffedit.images.settings import MAX_SETTINGS, save_with_settings, settings_in  # noqa: E402
 from mindiffedit.images.writing import save_image_atomically  # noqa: E402
 from mindiffedit.outputs import EditReport  # noqa: E402
@@ -150,8 +150,8 @@ def test_damaged_exif_data_has_no_settings(data):
 
 def test_files_of_the_command_have_no_settings(tmp_path):
     save_with_settings(PIL.Image.new("RGB", (2, 2)), tmp_path / "first.png", SETTINGS)
-    read = reading.load_image(tmp_path / "first.png")
-    save_image_atomically(edits.shown(read), tmp_path / "second.png")
+    read = edits.read(str(tmp_path / "first.png"))
+    save_image_atomically(Original(read).rewritten(PIL.Image.new("RGB", (2, 2), "red")), tmp_path / "second.png")
     assert b"mindiffedit" not in (tmp_path / "second.png").read_bytes()
 
 
@@ -208,8 +208,8 @@ def test_controls_refuse_what_nobody_could_set(name, value):
 
 
 def test_a_mask_is_painted_and_read_as_it_was():
-    canvas = edits.canvas(PIL.Image.new("RGB", (128, 96)), GRID)
-    assert canvas["background"].size == canvas["layers"][0].size == (128, 96)
+    canvas = edits.canvas(PIL.Image.new("RGB", (128, 128)), GRID)
+    assert canvas["background"].size == canvas["layers"][0].size == (128, 128)
     back = masks.user_mask(edits.painted_mask(canvas["layers"]), (16, 16), soft=False)
     assert (back == GRID).all()
 
@@ -306,7 +306,6 @@ def test_a_contact_sheet_tries_values_around_the_present_ones(page, editor, pict
 @pytest.mark.parametrize(
     "changes, words",
     [
-        (dict(picture=None), "There is no picture yet"),
         (dict(strengths="0.5, x"), "“Strengths” to sweep over has 'x'"),
         (dict(guidances="a lot"), "“Guidances”"),
         (dict(strengths="0.01"), "“Strengths”"),
@@ -315,6 +314,14 @@ def test_a_contact_sheet_tries_values_around_the_present_ones(page, editor, pict
 def test_what_does_not_fit_a_sheet_is_said_in_words(page, editor, picture, changes, words):
     shown = page.on_draw(values_of(page, picture, **changes), TAB, nobody)
     assert words in text_of(shown[page.state]) and 'role="alert"' in shown[page.state]
+    assert not editor.calls
+
+
+def test_without_a_picture_every_button_says_so(page, editor):
+    layers = [PIL.Image.new("RGBA", (128, 96), (*edits.PAINT, 200))]
+    for press in (page.on_edit, page.on_inside, page.on_draw):
+        shown = press(values_of(page, None, paint={"layers": layers}), TAB, nobody)
+        assert "There is no picture yet" in shown[page.state]
     assert not editor.calls
 
 

@@ -6,6 +6,7 @@ They are one JSON object. What a file says is anybody's word: who reads it has t
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -65,11 +66,13 @@ _COMMENT = PIL.ExifTags.Base.UserComment
 def _exif(data: bytes) -> PIL.Image.Exif:
     """EXIF data read; none of what is damaged."""
     exif = PIL.Image.Exif()
-    try:
-        exif.load(data)
-        exif.get_ifd(PIL.ExifTags.IFD.Exif)
-    except Exception:
-        exif = PIL.Image.Exif()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            exif.load(data)
+            exif.get_ifd(PIL.ExifTags.IFD.Exif)
+        except Exception:
+            exif = PIL.Image.Exif()
     return exif
 
 

@@ -227,7 +227,7 @@ def in_page_words(sentence: object) -> str:
     """A sentence of the command line as the page says it: options are controls, and files have no folders."""
     text = re.sub(r"--([a-z-]+)|`([a-z_]+)`", _control, told(sentence, "edit"))
     text = re.sub(r"/(?:[^/\s]+/)+([^/\s]+)", r"\1", text)
-    return text[:1].upper() + text[1:]
+    return re.sub(r"^[a-z]+(?= )", lambda word: word[0].capitalize(), text)
 
 
 def _control(match: re.Match) -> str:
@@ -238,7 +238,7 @@ def _control(match: re.Match) -> str:
 def line(sentence: str, kind: str = "done") -> str:
     """A sentence as HTML for the page's one line of state; `kind` is "done", "note" or "problem"."""
     role = "alert" if kind == "problem" else "status"
-    return f'<p class="{kind}" role="{role}">{html.escape(sentence)}</p>'
+    return f'<p class="{kind}" role="{role}">{html.escape(sentence, quote=False)}</p>'
 
 
 def summary(edited: Edited) -> str:
