@@ -6,6 +6,7 @@ What the buttons do is in `edits`, what the controls are in `controls`.
 from __future__ import annotations
 
 import tempfile
+from abc import ABCMeta
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,9 @@ _STYLE = """
 #line p.note { border-color: var(--neutral-400); }
 #line p.problem { border-color: var(--error-border-color); background: var(--error-background-fill);
                   color: var(--error-text-color); }
+#line .pending { visibility: hidden; }
 #cancel { max-width: 160px; }
+#parts img { width: 100%; height: 100%; object-fit: contain; }
 """
 
 # A system's own are there at once; others would be asked of a server.
@@ -82,6 +85,16 @@ def build_page(
     return Page(Edits(editor, fixed), of_demo).blocks
 
 
+# Hands on the file as it came: what is wrong with it is said in our words, by `edits.read`. For the browser it is a
+# gr.Image. A `class` statement would make Gradio write a file of types beside this one.
+_Picture = ABCMeta.__new__(
+    type(gr.Image),
+    "_Picture",
+    (gr.Image,),
+    {"is_template": True, "preprocess": lambda self, file: None if file is None else file.path},
+)
+
+
 class Page:
     """The parts of the page as attributes, its events as methods; `blocks` is what Gradio launches.
 
@@ -99,23 +112,18 @@ class Page:
             with gr.Row():
                 with gr.Column(scale=2, min_width=320):
                     self._build_input(of_demo)
-                with gr.Column(scale=3, min_width=320), gr.Tabs():
-                    with gr.Tab("Result"):
-                        self._build_result()
-                    with gr.Tab("Mask"):
-                        self._build_mask()
-                    with gr.Tab("Contact sheet"):
-                        self._build_sheet()
+                # One below the other, in no tabs: an image editor that is filled before it is seen breaks.
+                with gr.Column(scale=3, min_width=320):
+                    self._build_result()
+                    self._build_mask()
+                    self._build_sheet()
             self.named = {**self.texts, **self.settings}
             self._connect()
 
     # --- its parts -----------------------------------------------------------------------------------
 
     def _build_input(self, of_demo: bool) -> None:
-        self.picture = gr.Image(label="Picture", sources=["upload", "clipboard"], height=260, elem_id="picture")
-        # The file as it came: what is wrong with it is said in our words, by `edits.read`. (A subclass would do, but
-        # Gradio writes a file beside the source of each.)
-        self.picture.preprocess = lambda file: None if file is None else file.path
+        self.picture = _Picture(label="Picture", sources=["upload", "clipboard"], height=260, elem_id="picture")
         self.texts = controls.sentences()
         self.edit = gr.Button("Edit", variant="primary", elem_id="edit")
         with gr.Accordion("Settings", open=False):
@@ -129,19 +137,19 @@ class Page:
     def _build_result(self) -> None:
         seen: dict[str, Any] = {"format": "png", "interactive": False, "buttons": ["fullscreen"]}
         self.compare = gr.ImageSlider(label="Original and edited", max_height=420, **seen)
-        with gr.Row():
+        with gr.Row(elem_id="parts"):
             self.original, self.map, self.mask, self.edited = (
                 gr.Image(label=label, min_width=130, height=200, elem_id=label.lower(), **seen)
                 for label in ("Original", "Map", "Mask", "Edited")
             )
-        with gr.Row(equal_height=True):
+        with gr.Row():
             self.kind = gr.Radio([*FORMATS], value="PNG", label="Format", scale=2, min_width=200)
             self.download = gr.DownloadButton(
                 "Download, with settings", interactive=False, elem_id="download", min_width=180
             )
 
     def _build_mask(self) -> None:
-        gr.Markdown("The brush adds to what may change, the eraser takes away.")
+        gr.Markdown("### Paint on the mask\nThe brush adds to what may change, the eraser takes away.")
         colour = ("#{:02x}{:02x}{:02x}".format(*PAINT), PAINT_ALPHA / 255)
         self.paint = gr.ImageEditor(
             label="Mask",
@@ -157,7 +165,7 @@ class Page:
         self.inside = gr.Button("Edit again inside this mask", variant="primary", elem_id="inside")
 
     def _build_sheet(self) -> None:
-        gr.Markdown("Edits over strength, downwards, and guidance, across, all inside one mask.")
+        gr.Markdown("### Look and choose\nEdits over strength, downwards, and guidance, across, all inside one mask.")
         with gr.Row():
             self.strengths, self.guidances = (
                 gr.Textbox(
