@@ -1,5 +1,6 @@
 """The page of `mindiffedit ui`: its buttons, with an editor that answers at once; and all of it in a browser."""
 
+import base64
 import logging
 import re
 import subprocess
@@ -20,11 +21,12 @@ from mindiffedit import InputError, demo, masks  # noqa: E402
 from mindiffedit.cli import ui  # noqa: E402
 from mindiffedit.cli.arguments import build_parser, defaults_of, helps_of_edit  # noqa: E402
 from mindiffedit.cli.command import main  # noqa: E402
+from mindiffedit.images import reading  # noqa: E402
 from mindiffedit.images.colours import Original  # noqa: E402
 from mindiffedit.images.settings import MAX_SETTINGS, save_with_settings, settings_in  # noqa: E402
-from mindiffedit.images.writing import save_image_atomically  # noqa: E402
+from mindiffedit.images.writing import encoded, save_image_atomically  # noqa: E402
 from mindiffedit.outputs import EditReport  # noqa: E402
-from mindiffedit.service import controls, edits  # noqa: E402
+from mindiffedit.service import controls, edits, painter  # noqa: E402
 from mindiffedit.service.editor import Cancelled, Edited  # noqa: E402
 from mindiffedit.service.page import FORMATS, LAUNCH, Page, build_page  # noqa: E402
 
@@ -87,7 +89,7 @@ def picture(tmp_path):
 def values_of(page, picture, **changes):
     """What a browser sends for the page as it is, with some values changed."""
     values = {control: control.value for control in page.named.values()}
-    values.update({page.picture: picture, page.kind: "PNG", page.result: None, page.paint: None})
+    values.update({page.picture: picture, page.kind: "PNG", page.result: None, page.painted: ""})
     values.update({page.strengths: "", page.guidances: ""})
     values.update({page.named["source"]: "a cat", page.named["target"]: "a dog"})
     return {**values, **{getattr(page, name, None) or page.named[name]: value for name, value in changes.items()}}
@@ -207,30 +209,43 @@ def test_controls_refuse_what_nobody_could_set(name, value):
 # --- masks to paint on -----------------------------------------------------------------------------
 
 
+def address_of(picture):
+    """What the browser gives of a canvas."""
+    return "data:image/png;base64," + base64.b64encode(encoded(picture, "PNG")).decode()
+
+
 def test_a_mask_is_painted_and_read_as_it_was():
-    canvas = edits.canvas(PIL.Image.new("RGB", (128, 128)), GRID)
-    assert canvas["background"].size == canvas["layers"][0].size == (128, 128)
-    back = masks.user_mask(edits.painted_mask(canvas["layers"]), (16, 16), soft=False)
-    assert (back == GRID).all()
+    picture = PIL.Image.new("RGB", (128, 128), "red")
+    code = painter.painter(picture, edits.grey(GRID, picture.size))
+    below, canvas = re.findall(r'"(data:image/png;base64,[^"]*)"', code)
+    assert reading.load_image(below).getpixel((5, 5)) == (255, 0, 0)
+    assert (masks.user_mask(painter.painted_mask(canvas), (16, 16), soft=False) == GRID).all()
+    _, empty = re.findall(r'"(data:image/png;base64,[^"]*)"', painter.painter(picture))
+    with pytest.raises(InputError, match="the mask is empty; paint over what may change"):
+        painter.painted_mask(empty)
 
 
-def test_a_large_picture_is_painted_on_at_a_smaller_size():
-    canvas = edits.canvas(PIL.Image.new("L", (3000, 1000)), GRID)
-    assert canvas["background"].size == (edits.MAX_SHOWN, 533) and canvas["background"].mode == "RGB"
-
-
-def test_the_brush_adds_and_the_eraser_takes_away():
-    layer, other = (edits.canvas(PIL.Image.new("RGB", (64, 64)), None)["layers"][0] for _ in range(2))
-    layer.paste((*edits.PAINT, edits.PAINT_ALPHA), (0, 0, 8, 8))
-    other.paste((*edits.PAINT, 255), (8, 0, 16, 8))
-    mask = np.asarray(edits.painted_mask([layer, other]))
+def test_what_is_painted_by_half_is_in_the_mask():
+    layer = PIL.Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+    layer.paste((255, 90, 0, 255), (0, 0, 8, 8))
+    layer.paste((255, 90, 0, 128), (8, 0, 16, 8))
+    layer.paste((255, 90, 0, 127), (16, 0, 24, 8))
+    mask = np.asarray(painter.painted_mask(address_of(layer)))
     assert (mask[:8, :16] == 255).all() and mask.sum() == 255 * 8 * 16
-    layer.paste((0, 0, 0, 0), (0, 0, 64, 64))
-    assert np.asarray(edits.painted_mask([layer, other])).sum() == 255 * 8 * 8
-    with pytest.raises(InputError, match="paint over what may change"):
-        edits.painted_mask([layer])
-    with pytest.raises(InputError, match="empty"):
-        edits.painted_mask([])
+
+
+@pytest.mark.parametrize("text", ["", "/etc/passwd", "http://127.0.0.1/", "data:image/png;base64,AAAA", "data:,x"])
+def test_what_is_no_canvas_is_no_mask(text):
+    with pytest.raises(InputError):
+        painter.painted_mask(text)
+
+
+def test_a_large_picture_is_shown_at_a_smaller_size():
+    shown = edits.shown(PIL.Image.new("L", (3000, 1000)))
+    assert shown.size == (edits.MAX_SHOWN, 533) and shown.mode == "RGB"
+
+
+PAINTED = address_of(PIL.Image.new("RGBA", (128, 96), (255, 90, 0, 255)))
 
 
 # --- the buttons -----------------------------------------------------------------------------------
@@ -250,7 +265,7 @@ def test_an_edit(page, editor, picture):
     for part in (page.original, page.map, page.mask, page.edited):
         assert shown[part].size == (128, 96)
     assert np.asarray(shown[page.map]).max() == 255
-    assert shown[page.paint]["layers"][0].size == (128, 96)
+    assert "<canvas" in shown[page.paint]
 
 
 def test_the_download_has_the_settings(page, editor, picture):
@@ -265,8 +280,7 @@ def test_the_download_has_the_settings(page, editor, picture):
 
 def test_an_edit_inside_a_painted_mask_takes_the_inversion_again(page, editor, picture):
     first = page.on_edit(values_of(page, picture), TAB, nobody)
-    layers = [PIL.Image.new("RGBA", (128, 96), (*edits.PAINT, 200))]
-    given = values_of(page, picture, paint={"layers": layers}, result=first[page.result])
+    given = values_of(page, picture, painted=PAINTED, result=first[page.result])
     shown = page.on_inside(given, TAB, nobody)
     call = editor.calls[-1]
     assert np.asarray(call.mask).all() and call.reuse is first[page.result].edited
@@ -275,12 +289,11 @@ def test_an_edit_inside_a_painted_mask_takes_the_inversion_again(page, editor, p
 
 
 def test_a_mask_can_be_painted_before_the_first_edit(page, editor, picture):
-    layers = [PIL.Image.new("RGBA", (128, 96), (*edits.PAINT, 200))]
-    page.on_inside(values_of(page, picture, paint={"layers": layers}), TAB, nobody)
+    page.on_inside(values_of(page, picture, painted=PAINTED), TAB, nobody)
     assert editor.calls[-1].reuse is None
-    for paint in (None, {"layers": []}):
-        shown = page.on_inside(values_of(page, picture, paint=paint), TAB, nobody)
-        assert shown.keys() == {page.state} and "The mask is empty" in shown[page.state]
+    for painted in (None, "", "data:,"):
+        shown = page.on_inside(values_of(page, picture, painted=painted), TAB, nobody)
+        assert shown.keys() == {page.state} and "There is no mask yet" in shown[page.state]
 
 
 def test_a_contact_sheet(page, editor, picture):
@@ -318,9 +331,8 @@ def test_what_does_not_fit_a_sheet_is_said_in_words(page, editor, picture, chang
 
 
 def test_without_a_picture_every_button_says_so(page, editor):
-    layers = [PIL.Image.new("RGBA", (128, 96), (*edits.PAINT, 200))]
     for press in (page.on_edit, page.on_inside, page.on_draw):
-        shown = press(values_of(page, None, paint={"layers": layers}), TAB, nobody)
+        shown = press(values_of(page, None, painted=PAINTED), TAB, nobody)
         assert "There is no picture yet" in shown[page.state]
     assert not editor.calls
 
@@ -372,9 +384,9 @@ def test_the_edit_s_warnings_are_notes(page, editor, picture):
 
 def test_a_new_picture_is_there_to_be_painted_on(page, picture):
     taken = page.on_picture(picture)
-    assert taken[page.result] is None and taken[page.paint]["background"].size == (128, 96)
+    assert taken[page.result] is None and "<canvas" in taken[page.paint]
     assert taken.keys() == {page.result, page.paint, page.state}
-    assert page.on_picture(None)[page.paint] is None
+    assert "<canvas" not in page.on_picture(None)[page.paint]
 
 
 def test_a_picture_s_settings_are_taken(page, tmp_path):
@@ -389,7 +401,7 @@ def test_what_is_no_picture_is_said_in_words(page, tmp_path):
     (tmp_path / "a.png").write_text("no picture")
     taken = page.on_picture(str(tmp_path / "a.png"))
     assert "a.png" in taken[page.state] and str(tmp_path) not in taken[page.state]
-    assert 'class="problem"' in taken[page.state] and taken[page.paint] is None
+    assert 'class="problem"' in taken[page.state] and "<canvas" not in taken[page.paint]
     shown = page.on_edit(values_of(page, str(tmp_path / "a.png")), TAB, nobody)
     assert 'class="problem"' in shown[page.state]
 

@@ -7,7 +7,7 @@ import html
 import logging
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,16 +23,13 @@ from mindiffedit.images import colours, pictures, reading, sheets
 from mindiffedit.options import NumericalError
 from mindiffedit.service.controls import LABELS, OF_COMPUTED_MASKS
 from mindiffedit.service.editor import Cancelled, Edited, Editor
+from mindiffedit.service.painter import painted_mask
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, the steps that are done, and all of them."""
 
 MAX_SHOWN = 1600
 """Pixels of the longer side of what is shown and painted on. Masks are used on the latents' grid, which is coarser."""
-
-PAINT = (255, 90, 0)
-"""The colour of masks."""
-PAINT_ALPHA = 150  # out of 255; of the brush, too
 
 
 @dataclass(frozen=True)
@@ -94,12 +91,12 @@ class Edits:
         tab: str,
         picture: str | None,
         options: Mapping[str, Any],
-        layers: Sequence[PIL.Image.Image],
+        painted: str,
         progress: Progress,
         earlier: Result | None = None,
     ) -> Result:
-        """The edit inside a painted mask; the inversion of an `earlier` result is taken again where it is the same."""
-        path, mask = _given(picture), painted_mask(layers)
+        """The edit inside a mask, `painted` as `painter.READ` says; an `earlier` inversion that is the same serves again."""
+        path, mask = _given(picture), painted_mask(painted)
         reuse = None if earlier is None else earlier.edited
         return Result(path, self._run(tab, read(path), options, progress, mask=mask, reuse=reuse))
 
@@ -195,27 +192,6 @@ def map_picture(edited: Edited, size: tuple[int, int]) -> PIL.Image.Image | None
     if edited.map is None:
         return None
     return grey(edited.map / max(float(edited.map.max()), 1e-12), size)
-
-
-def canvas(picture: PIL.Image.Image, mask: np.ndarray | None) -> dict[str, Any]:
-    """A picture with a mask to paint on, for `gradio.ImageEditor`."""
-    background = shown(picture)
-    layer = PIL.Image.new("RGBA", background.size, (*PAINT, 0))
-    if mask is not None:
-        layer.putalpha(grey(mask, background.size).point(lambda level: PAINT_ALPHA * level // 255))
-    return {"background": background, "layers": [layer], "composite": None}
-
-
-def painted_mask(layers: Sequence[PIL.Image.Image]) -> PIL.Image.Image:
-    """White where anything is painted on one of the layers (RGBA, of one size), black elsewhere.
-
-    Raises:
-        InputError: Nothing is painted.
-    """
-    painted = [np.asarray(layer.getchannel("A")) >= PAINT_ALPHA // 2 for layer in layers]
-    if not painted or not np.any(painted):
-        raise InputError("the mask is empty; paint over what may change.")
-    return PIL.Image.fromarray(np.any(painted, axis=0)).convert("L")
 
 
 # --- words -----------------------------------------------------------------------------------------

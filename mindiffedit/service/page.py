@@ -15,9 +15,9 @@ import gradio as gr
 
 from mindiffedit import demo
 from mindiffedit.images.settings import save_with_settings, settings_in
-from mindiffedit.service import controls, edits
+from mindiffedit.service import controls, edits, painter
 from mindiffedit.service.editor import Editor
-from mindiffedit.service.edits import PAINT, PAINT_ALPHA, Edits, Result, line
+from mindiffedit.service.edits import Edits, Result, line
 
 FORMATS = {"PNG": "png", "JPEG": "jpg", "WebP": "webp"}
 """Of the file to download: names, and extensions."""
@@ -53,7 +53,8 @@ LAUNCH: dict[str, Any] = {
         font=["system-ui", "sans-serif"],
         font_mono=["ui-monospace", "monospace"],
     ),
-    "css": _STYLE,
+    "css": _STYLE + painter.STYLE,
+    "head": painter.HEAD,
     "footer_links": ["settings"],
     "max_file_size": "64mb",
     "state_session_capacity": 100,
@@ -112,7 +113,6 @@ class Page:
             with gr.Row():
                 with gr.Column(scale=2, min_width=320):
                     self._build_input(of_demo)
-                # One below the other, in no tabs: an image editor that is filled before it is seen breaks.
                 with gr.Column(scale=3, min_width=320):
                     self._build_result()
                     self._build_mask()
@@ -150,18 +150,8 @@ class Page:
 
     def _build_mask(self) -> None:
         gr.Markdown("### Paint on the mask\nThe brush adds to what may change, the eraser takes away.")
-        colour = ("#{:02x}{:02x}{:02x}".format(*PAINT), PAINT_ALPHA / 255)
-        self.paint = gr.ImageEditor(
-            label="Mask",
-            type="pil",
-            format="png",
-            sources=(),
-            transforms=(),
-            layers=False,
-            brush=gr.Brush(colors=[colour], default_color=colour, color_mode="fixed"),
-            buttons=["fullscreen"],
-            elem_id="paint",
-        )
+        self.paint = gr.HTML(painter.EMPTY, elem_id="paint")
+        self.painted = gr.Textbox(visible="hidden", label="Painted")
         self.inside = gr.Button("Edit again inside this mask", variant="primary", elem_id="inside")
 
     def _build_sheet(self) -> None:
@@ -185,10 +175,11 @@ class Page:
         given = {self.picture, self.kind, self.result, *self.named.values()}
         for button, work, inputs, outputs in (
             (self.edit, self.on_edit, given, [self.state, self.result, *pictures]),
-            (self.inside, self.on_inside, given | {self.paint}, [self.state, self.result, *pictures]),
+            (self.inside, self.on_inside, given | {self.painted}, [self.state, self.result, *pictures]),
             (self.draw, self.on_draw, given | {self.strengths, self.guidances}, [self.state, self.sheet]),
         ):
-            started = button.click(self.on_start, None, self.switches, **_AT_ONCE)
+            pressed = button.click(None, None, self.painted, js=painter.READ, **_AT_ONCE)
+            started = pressed.then(self.on_start, None, self.switches, **_AT_ONCE)
             ended = started.then(work, inputs, outputs, show_progress_on=self.state, **_IN_TURN)
             ended.then(self.on_end, None, self.switches, **_AT_ONCE)
         self.cancel.click(self.on_cancel, None, None, **_AT_ONCE)
@@ -225,9 +216,8 @@ class Page:
 
     def on_inside(self, data: dict, request: gr.Request, progress: gr.Progress = _PROGRESS):
         with edits.problems() as said:
-            layers = (data[self.paint] or {}).get("layers") or []
-            asked = data[self.picture], self._options(data), layers, _shown_by(progress), data[self.result]
-            return self._shown(self.work.edit_inside(_tab(request), *asked), data[self.kind])
+            asked = self._options(data), data[self.painted] or "", _shown_by(progress), data[self.result]
+            return self._shown(self.work.edit_inside(_tab(request), data[self.picture], *asked), data[self.kind])
         return {self.state: said.line}
 
     def on_draw(self, data: dict, request: gr.Request, progress: gr.Progress = _PROGRESS):
@@ -239,13 +229,13 @@ class Page:
 
     def on_picture(self, path: str | None):
         """Nothing is edited of a new picture, and the controls take the settings in its file."""
-        nothing: dict = {self.result: None, self.paint: None, self.state: WELCOME}
+        nothing: dict = {self.result: None, self.paint: painter.EMPTY, self.state: WELCOME}
         if path is None:
             return nothing
         with edits.problems() as said:
             picture = edits.read(path)
             settings = settings_in(picture)
-            return {**nothing, self.paint: edits.canvas(picture, None), **self._taken(settings or {})}
+            return {**nothing, self.paint: painter.painter(edits.shown(picture)), **self._taken(settings or {})}
         return {**nothing, self.state: said.line}
 
     def on_kind(self, result: Result | None, kind: str):
@@ -267,15 +257,16 @@ class Page:
     def _shown(self, result: Result, kind: str) -> dict:
         picture, edited = edits.read(result.picture), result.edited
         before, after = edits.shown(picture), edits.shown(edited.image)
+        mask = edits.grey(edited.mask, before.size)
         return {
             self.result: result,
             self.state: edits.summary(edited),
             self.compare: (before, after),
             self.original: before,
             self.map: edits.map_picture(edited, before.size),
-            self.mask: edits.grey(edited.mask, before.size),
+            self.mask: mask,
             self.edited: after,
-            self.paint: edits.canvas(picture, edited.mask),
+            self.paint: painter.painter(before, mask),
             self.download: gr.update(value=self._written(result, kind), interactive=True),
         }
 
