@@ -410,7 +410,7 @@ def test_what_is_no_picture_is_said_in_words(page, tmp_path):
 
 
 def test_cancel_stops_what_a_tab_does_and_nothing_else(page, editor, picture):
-    page.on_start(TAB)
+    page.on_start("", TAB)
     editor.waits = True
     shown = {}
     thread = threading.Thread(target=lambda: shown.update(page.on_edit(values_of(page, picture), TAB, nobody)))
@@ -424,15 +424,15 @@ def test_cancel_stops_what_a_tab_does_and_nothing_else(page, editor, picture):
 
 
 def test_what_waits_for_its_turn_can_be_cancelled_too(page, editor, picture):
-    page.on_start(TAB)
+    page.on_start("", TAB)
     page.on_cancel(TAB)
     assert "Cancelled." in page.on_edit(values_of(page, picture), TAB, nobody)[page.state]
-    page.on_start(TAB)  # and the next work is not
+    page.on_start("", TAB)  # and the next work is not
     assert "in the mask" in page.on_edit(values_of(page, picture), TAB, nobody)[page.state]
 
 
 def test_a_tab_that_is_closed_cancels(page, editor, picture):
-    page.on_start(TAB)
+    page.on_start("", TAB)
     stop = page.work._stops[TAB.session_hash]
     page.on_close(TAB)
     page.on_close(TAB)

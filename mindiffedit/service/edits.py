@@ -95,7 +95,7 @@ class Edits:
         progress: Progress,
         earlier: Result | None = None,
     ) -> Result:
-        """The edit inside a mask, `painted` as `painter.READ` says; an `earlier` inversion that is the same serves again."""
+        """The edit inside a mask as `painter.READ` gives it; an `earlier` inversion that is the same serves."""
         path, mask = _given(picture), painted_mask(painted)
         reuse = None if earlier is None else earlier.edited
         return Result(path, self._run(tab, read(path), options, progress, mask=mask, reuse=reuse))

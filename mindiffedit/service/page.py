@@ -178,14 +178,15 @@ class Page:
             (self.inside, self.on_inside, given | {self.painted}, [self.state, self.result, *pictures]),
             (self.draw, self.on_draw, given | {self.strengths, self.guidances}, [self.state, self.sheet]),
         ):
-            pressed = button.click(None, None, self.painted, js=painter.READ, **_AT_ONCE)
-            started = pressed.then(self.on_start, None, self.switches, **_AT_ONCE)
+            # The browser hands on what is painted as it is when the button is pressed.
+            taking = {"inputs": self.painted, "outputs": [self.painted, *self.switches], "js": painter.READ}
+            started = button.click(self.on_start, **taking, **_AT_ONCE)
             ended = started.then(work, inputs, outputs, show_progress_on=self.state, **_IN_TURN)
             ended.then(self.on_end, None, self.switches, **_AT_ONCE)
         self.cancel.click(self.on_cancel, None, None, **_AT_ONCE)
         self.blocks.unload(self.on_close)
-        taking = [self.state, self.result, self.paint, *self.named.values()]
-        self.picture.change(self.on_picture, self.picture, taking, **_AT_ONCE)
+        changed = [self.state, self.result, self.paint, *self.named.values()]
+        self.picture.change(self.on_picture, self.picture, changed, **_AT_ONCE)
         self.kind.change(self.on_kind, [self.result, self.kind], self.download, **_AT_ONCE)
         auto, level = self.settings["auto_level"], self.settings["mask_level"]
         auto.change(lambda is_auto: gr.update(interactive=not is_auto), auto, level, **_AT_ONCE)
@@ -195,9 +196,9 @@ class Page:
         """The buttons that start work, and the one that cancels it."""
         return [self.edit, self.inside, self.draw, self.cancel]
 
-    def on_start(self, request: gr.Request):
+    def on_start(self, painted: str, request: gr.Request):
         self.work.begin(_tab(request))
-        return [*[gr.update(interactive=False)] * 3, gr.update(visible=True)]
+        return [painted, *[gr.update(interactive=False)] * 3, gr.update(visible=True)]
 
     def on_end(self):
         return [*[gr.update(interactive=True)] * 3, gr.update(visible=False)]
