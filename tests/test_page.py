@@ -217,10 +217,10 @@ def address_of(picture):
 def test_a_mask_is_painted_and_read_as_it_was():
     picture = PIL.Image.new("RGB", (128, 128), "red")
     code = painter.painter(picture, edits.grey(GRID, picture.size))
-    below, canvas = re.findall(r'"(data:image/png;base64,[^"]*)"', code)
+    below, canvas = re.findall(r'"(data:image/png;base64,[^"#]*)', code)
     assert reading.load_image(below).getpixel((5, 5)) == (255, 0, 0)
     assert (masks.user_mask(painter.painted_mask(canvas), (16, 16), soft=False) == GRID).all()
-    _, empty = re.findall(r'"(data:image/png;base64,[^"]*)"', painter.painter(picture))
+    _, empty = re.findall(r'"(data:image/png;base64,[^"#]*)', painter.painter(picture))
     with pytest.raises(InputError, match="the mask is empty; paint over what may change"):
         painter.painted_mask(empty)
 
@@ -530,6 +530,13 @@ def line_of(tab, words):
     return tab.locator("#line").inner_text()
 
 
+PAINTED_SHARE = """() => {
+    const canvas = document.querySelector("#paint canvas");
+    const pixels = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
+    return pixels.filter((value, index) => index % 4 == 3 && value > 127).length / (pixels.length / 4);
+}"""
+
+
 @pytest.mark.tools
 def test_upload_edit_paint_and_edit_again(tab, tmp_path):
     tab.locator("#picture input[type=file]").set_input_files(demo.sample_picture())
@@ -544,6 +551,8 @@ def test_upload_edit_paint_and_edit_again(tab, tmp_path):
 
     canvas = tab.locator("#paint canvas").first
     canvas.wait_for()
+    assert 0.1 < tab.evaluate(PAINTED_SHARE) < 0.4  # the mask that was computed
+    canvas.scroll_into_view_if_needed()
     box = canvas.bounding_box()
     tab.mouse.move(box["x"] + 0.1 * box["width"], box["y"] + 0.1 * box["height"])
     tab.mouse.down()
@@ -554,7 +563,15 @@ def test_upload_edit_paint_and_edit_again(tab, tmp_path):
     tab.locator("#cancel").wait_for(state="hidden")
     again = line_of(tab, "in the mask")
     assert "inversion" not in again.lower() and "edit" in again.lower()
-    assert int(again.split("%")[0]) > int(first.split("%")[0])  # the brush added
+    added = int(again.split("%")[0])
+    assert added > int(first.split("%")[0])
+
+    tab.get_by_label("Eraser").check()
+    canvas.click()  # in the middle
+    tab.locator("#inside").click()
+    tab.locator("#cancel").wait_for()
+    tab.locator("#cancel").wait_for(state="hidden")
+    assert int(line_of(tab, "in the mask").split("%")[0]) < added
 
     tab.get_by_label("JPEG").check()
     with tab.expect_download() as download:

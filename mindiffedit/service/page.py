@@ -155,12 +155,12 @@ class Page:
         self.inside = gr.Button("Edit again inside this mask", variant="primary", elem_id="inside")
 
     def _build_sheet(self) -> None:
-        gr.Markdown("### Look and choose\nEdits over strength, downwards, and guidance, across, all inside one mask.")
+        gr.Markdown(
+            "### Look and choose\nEdits over strength, downwards, and guidance, across, all inside one mask; without values some around the present ones."
+        )
         with gr.Row():
             self.strengths, self.guidances = (
-                gr.Textbox(
-                    label=controls.LABELS[name], placeholder=f"such as {such}; empty: some around", max_length=200
-                )
+                gr.Textbox(label=controls.LABELS[name], placeholder=such, max_length=200)
                 for name, such in (("sweep_strengths", "0.5, 0.7, 0.9"), ("sweep_guidances", "3, 5, 8"))
             )
         self.draw = gr.Button("Make the sheet", variant="primary", elem_id="draw")

@@ -6,6 +6,7 @@ Gradio's own image editor (of 6.17) shows no layers that it is given, which is w
 from __future__ import annotations
 
 import base64
+import itertools
 
 import numpy as np
 import PIL.Image
@@ -18,6 +19,7 @@ COLOUR = "#ff5a00"
 
 EMPTY = "<p>The picture will be here.</p>"
 
+_numbers = itertools.count()
 _PNG = "data:image/png;base64,"
 
 # In the canvas the colour is opaque or not there; that the picture shows through is a matter of style.
@@ -29,8 +31,9 @@ _PAINTER = """
   <button type="button">Clear</button>
 </div>
 <div class="layers">
-  <img src="{picture}" alt="The picture" draggable="false" onload="paintMask(this.parentNode.parentNode)">
-  <canvas data-mask="{mask}" data-colour="{colour}"></canvas>
+  <img src="{picture}" alt="The picture" draggable="false">
+  <canvas data-colour="{colour}"></canvas>
+  <img src="{mask}#{number}" alt="" hidden onload="paintMask(this)">
 </div>
 """
 
@@ -41,18 +44,16 @@ STYLE = """
 #paint .tools button { padding: 2px 12px; border-radius: 6px; background: var(--button-secondary-background-fill);
                        color: var(--button-secondary-text-color); }
 #paint .layers { position: relative; max-width: 512px; }
-#paint .layers img { display: block; width: 100%; margin: 0; }
+#paint .layers img:first-child { display: block; width: 100%; margin: 0; }
 #paint .layers canvas { position: absolute; inset: 0; width: 100%; height: 100%; opacity: 0.55; cursor: crosshair;
                         touch-action: none; }
 """
 
 HEAD = """<script>
-function paintMask(painter) {
-  const [image, canvas] = painter.querySelector(".layers").children, pen = canvas.getContext("2d");
-  [canvas.width, canvas.height] = [image.naturalWidth, image.naturalHeight];
-  const mask = new Image();
-  mask.onload = () => pen.drawImage(mask, 0, 0);
-  mask.src = canvas.dataset.mask;
+function paintMask(mask) {
+  const canvas = mask.previousElementSibling, painter = mask.closest("#paint"), pen = canvas.getContext("2d");
+  [canvas.width, canvas.height] = [mask.naturalWidth, mask.naturalHeight];
+  pen.drawImage(mask, 0, 0);
   let last = null;
   const place = (event) => {
     const box = canvas.getBoundingClientRect(), scale = canvas.width / box.width;
@@ -86,7 +87,9 @@ def painter(picture: PIL.Image.Image, mask: PIL.Image.Image | None = None) -> st
     """The HTML of a picture (RGB) to paint a mask on, which begins as `mask` (grey, of its size) or empty."""
     layer = PIL.Image.new("RGBA", picture.size, COLOUR)
     layer.putalpha(PIL.Image.new("L", picture.size, 0) if mask is None else mask)
-    return _PAINTER.format(picture=_address(picture), mask=_address(layer), colour=COLOUR)
+    # Gradio changes what differs in the page; by its number a mask is another one, though it be the same.
+    number = next(_numbers)
+    return _PAINTER.format(picture=_address(picture), mask=_address(layer), colour=COLOUR, number=number)
 
 
 def painted_mask(canvas: str) -> PIL.Image.Image:
