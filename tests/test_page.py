@@ -551,7 +551,7 @@ def test_upload_edit_paint_and_edit_again(tab, tmp_path):
 
     canvas = tab.locator("#paint canvas").first
     canvas.wait_for()
-    assert 0.1 < tab.evaluate(PAINTED_SHARE) < 0.4  # the mask that was computed
+    tab.wait_for_function(f"({PAINTED_SHARE})() > 0.1 && ({PAINTED_SHARE})() < 0.4")  # the mask that was computed
     canvas.scroll_into_view_if_needed()
     box = canvas.bounding_box()
     tab.mouse.move(box["x"] + 0.1 * box["width"], box["y"] + 0.1 * box["height"])

@@ -156,7 +156,9 @@ class Page:
 
     def _build_sheet(self) -> None:
         gr.Markdown(
-            "### Look and choose\nEdits over strength, downwards, and guidance, across, all inside one mask; without values some around the present ones."
+            "### Look and choose
+Edits over strength, downwards, and guidance, across, all inside one mask; without "
+            "values some around the present ones."
         )
         with gr.Row():
             self.strengths, self.guidances = (
