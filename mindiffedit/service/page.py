@@ -156,8 +156,7 @@ class Page:
 
     def _build_sheet(self) -> None:
         gr.Markdown(
-            "### Look and choose
-Edits over strength, downwards, and guidance, across, all inside one mask; without "
+            "### Look and choose\nEdits over strength, downwards, and guidance, across, all inside one mask; without "
             "values some around the present ones."
         )
         with gr.Row():
