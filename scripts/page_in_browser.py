@@ -28,7 +28,7 @@ from PIL import Image  # noqa: E402
 from mindiffedit import demo  # noqa: E402
 from mindiffedit.images.writing import atomic_path  # noqa: E402
 
-WIDE, NARROW = (1280, 1180), (400, 1180)
+WIDE, NARROW = (1280, 1600), (400, 1600)
 """Width and height of the two screens, in pixels."""
 
 # Nothing is asked of other servers, and no one's profile is used.

@@ -537,6 +537,23 @@ PAINTED_SHARE = """() => {
 }"""
 
 
+def stroke(tab, start, end):
+    """Draw a line over the mask, between points in shares of its width and height."""
+    canvas = tab.locator("#paint canvas")
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    tab.mouse.move(box["x"] + start[0] * box["width"], box["y"] + start[1] * box["height"])
+    tab.mouse.down()
+    tab.mouse.move(box["x"] + end[0] * box["width"], box["y"] + end[1] * box["height"], steps=20)
+    tab.mouse.up()
+
+
+def edit_inside(tab):
+    tab.locator("#inside").click()
+    tab.locator("#cancel").wait_for()
+    tab.locator("#cancel").wait_for(state="hidden")
+
+
 @pytest.mark.tools
 def test_upload_edit_paint_and_edit_again(tab, tmp_path):
     tab.locator("#picture input[type=file]").set_input_files(demo.sample_picture())
@@ -549,28 +566,17 @@ def test_upload_edit_paint_and_edit_again(tab, tmp_path):
     for part in ("original", "map", "mask", "edited"):
         tab.locator(f"#{part} img").wait_for()
 
-    canvas = tab.locator("#paint canvas").first
-    canvas.wait_for()
     tab.wait_for_function(f"({PAINTED_SHARE})() > 0.1 && ({PAINTED_SHARE})() < 0.4")  # the mask that was computed
-    canvas.scroll_into_view_if_needed()
-    box = canvas.bounding_box()
-    tab.mouse.move(box["x"] + 0.1 * box["width"], box["y"] + 0.1 * box["height"])
-    tab.mouse.down()
-    tab.mouse.move(box["x"] + 0.9 * box["width"], box["y"] + 0.15 * box["height"], steps=20)
-    tab.mouse.up()
-    tab.locator("#inside").click()
-    tab.locator("#cancel").wait_for()
-    tab.locator("#cancel").wait_for(state="hidden")
+    stroke(tab, (0.1, 0.1), (0.9, 0.15))
+    edit_inside(tab)
     again = line_of(tab, "in the mask")
     assert "inversion" not in again.lower() and "edit" in again.lower()
     added = int(again.split("%")[0])
     assert added > int(first.split("%")[0])
 
     tab.get_by_label("Eraser").check()
-    canvas.click()  # in the middle
-    tab.locator("#inside").click()
-    tab.locator("#cancel").wait_for()
-    tab.locator("#cancel").wait_for(state="hidden")
+    stroke(tab, (0.1, 0.12), (0.9, 0.5))
+    edit_inside(tab)
     assert int(line_of(tab, "in the mask").split("%")[0]) < added
 
     tab.get_by_label("JPEG").check()

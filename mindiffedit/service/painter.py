@@ -51,6 +51,7 @@ STYLE = """
 
 HEAD = """<script>
 function paintMask(mask) {
+  if (!mask.isConnected) return;  // a draft of the page
   const canvas = mask.previousElementSibling, painter = mask.closest("#paint"), pen = canvas.getContext("2d");
   [canvas.width, canvas.height] = [mask.naturalWidth, mask.naturalHeight];
   pen.drawImage(mask, 0, 0);
