@@ -99,6 +99,7 @@ def edit(tab) -> None:
     """Press Edit and wait for the result."""
     tab.locator("#edit").click()
     tab.locator("#line", has_text="in the mask").wait_for()
+    tab.locator("#cancel").wait_for(state="hidden")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -111,6 +112,7 @@ def main(argv: list[str] | None = None) -> int:
             tab = opened(program, address, size, colours)
             choose_example(tab)
             edit(tab)
+            edit(tab)  # the first one compiled the model
             tab.mouse.move(0, 0)
             path = Path(folder) / f"{colours}.png"
             tab.screenshot(path=path)

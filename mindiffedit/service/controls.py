@@ -5,7 +5,6 @@ Their help is the command line's. Their names are those of the options of `mindi
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Mapping
 from typing import Any
 
@@ -105,7 +104,7 @@ def _has_room_for(control: gr.components.Component, value: Any) -> bool:
     if isinstance(control, gr.Checkbox):
         return isinstance(value, bool)
     assert isinstance(control, (gr.Slider, gr.Number))
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
     whole = control.step == 1
     return bool(control.minimum <= value <= control.maximum) and (not whole or value == int(value))

@@ -121,7 +121,8 @@ class Edits:
         """
         down, across = _values(options, strengths, guidances)
         original = read(_given(picture))
-        mask, rows = None, []
+        mask: np.ndarray | None = None
+        rows: list[list[PIL.Image.Image]] = []
         for strength in down:
             row: list[Edited] = []
             for guidance in across:
@@ -222,7 +223,7 @@ def summary(edited: Edited) -> str:
     share = float(edited.mask.mean(dtype=np.float64))
     stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in edited.seconds.items() if seconds >= 0.05)
     lines = [line(f"{share:.0%} of the picture is in the mask. {stages[:1].upper()}{stages[1:]}.")]
-    warnings = list(edited.report.warnings)
+    warnings = [] if edited.report is None else list(edited.report.warnings)
     if edited.flagged:
         warnings.append("the model's safety checker blackened the result; try another text or seed.")
     return "".join([*lines, *(line(in_page_words(warning), "note") for warning in warnings)])
