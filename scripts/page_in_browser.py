@@ -98,8 +98,9 @@ def choose_example(tab) -> None:
 def edit(tab) -> None:
     """Press Edit and wait for the result."""
     tab.locator("#edit").click()
-    tab.locator("#line", has_text="in the mask").wait_for()
+    tab.locator("#cancel").wait_for()
     tab.locator("#cancel").wait_for(state="hidden")
+    tab.locator("#line", has_text="in the mask").wait_for()
 
 
 def main(argv: list[str] | None = None) -> int:
