@@ -166,7 +166,7 @@ def test_strengths_around_one():
         *((0.5, 50, [0.3, 0.5, 0.7]), (0.9, 20, [0.7, 0.9, 1]), (1, 50, [0.8, 1]), (0.1, 50, [0.02, 0.1, 0.3])),
         *((0.4, 3, [0.4, 0.6]), (1, 1, [1])),
     ):
-        assert sweeps._around_strength(strength, steps) == expected
+        assert sweeps.around_strength(strength, steps) == expected
 
 
 def test_no_sheet_of_what_cannot_be_drawn(capsys):

@@ -10,7 +10,7 @@ import sys
 from typing import Any
 
 from mindiffedit import __version__, demo
-from mindiffedit.cli import serve_arguments
+from mindiffedit.cli import serve_arguments, ui_arguments
 from mindiffedit.cli.wording import BAD_INPUT, MASK_FIELDS, on_one_line, option
 from mindiffedit.errors import shown
 from mindiffedit.inputs import DEFAULT_PRESET, EDIT_MAPS, EDIT_MASK, EDIT_MASK_STRENGTH, INVERSIONS, PRESETS
@@ -120,6 +120,7 @@ def build_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argu
     _build_invert(_command(commands, "invert", "write a picture's latents, for several edits of it"))
     _build_demo(_command(commands, "demo", "edit the sample picture that ships with mindiffedit"))
     _build_doctor(_command(commands, "doctor", "say whether mindiffedit works on this machine, and what is missing"))
+    _build_service(ui_arguments.add(_command(commands, "ui", "edit in a page of the browser")))
     _build_service(serve_arguments.add(_command(commands, "serve", "answer requests for edits over HTTP")))
     _build_parity(
         commands.add_parser(
@@ -176,6 +177,14 @@ def _build_edit(edit) -> None:
     _add_edit_options(edit)
     _add_sweep(edit, "edited pictures over strength and guidance", "strengths", "guidances")
     _add_common(edit)
+
+
+def helps_of_edit() -> dict[str, str]:
+    """What `edit --help` says of each option, by its name, without the default."""
+    edit = argparse.ArgumentParser(add_help=False)
+    edit.set_defaults(command="edit")
+    _build_edit(edit)
+    return {action.dest: (action.help or "").partition(" (default")[0] for action in edit._actions}
 
 
 def _build_mask(mask) -> None:

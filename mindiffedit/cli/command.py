@@ -1,4 +1,4 @@
-"""The command `mindiffedit`: edit, mask, invert and demo; `parity` has a module of its own.
+"""The command `mindiffedit`: edit, mask, invert and demo; `parity`, `ui` and `serve` have modules of their own.
 
 What can be given is defined in `arguments` and judged in `checks` and `job`; `loading` gets the pipeline, `runs` asks
 it, `sweeps` draws contact sheets, `results` is what machines are told. Here are the commands: which files are written,
@@ -185,6 +185,12 @@ def _parity(args):
     return parity.record(args) if args.command == "parity record" else parity.check(args)
 
 
+def _ui(args):
+    from mindiffedit.cli import ui
+
+    return ui.serve(args)
+
+
 def _serve(args):
     from mindiffedit.cli import serve
 
@@ -197,6 +203,7 @@ _COMMANDS = {
     "invert": _invert,
     "demo": _demo,
     "doctor": _doctor,
+    "ui": _ui,
     "serve": _serve,
     "parity record": _parity,
     "parity check": _parity,

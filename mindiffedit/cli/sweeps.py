@@ -37,7 +37,7 @@ def settled(job: Job) -> Sweep | None:
     else:
         strength, other = settings["strength"], settings["guidance"]
         name, text, check = "guidance", args.sweep_guidances, options.check_guidance_scale
-        others = _around(other) if other > 1 else [other, 3.0, 7.5]
+        others = around_guidance(other)
 
     def check_strength(value, name):
         value = options.check_strength(value, name)
@@ -48,16 +48,21 @@ def settled(job: Job) -> Sweep | None:
     if args.sweep_strengths is not None:
         strengths = masks.sweep_values(args.sweep_strengths, "--sweep-strengths", check_strength)
     elif job.latents is None:
-        strengths = _around_strength(strength, settings["steps"])
+        strengths = around_strength(strength, settings["steps"])
     if text is not None:
         others = masks.sweep_values(text, f"--sweep-{name}s", check)
     return Sweep(strengths, others, name)
 
 
-def _around_strength(strength: float, steps: int) -> list[float]:
+def around_strength(strength: float, steps: int) -> list[float]:
     """A strength and those 0.2 from it, as far as a step runs there."""
     tried = {round(min(max(strength + change, 1 / steps), 1), 3) for change in (-0.2, 0, 0.2)}
     return sorted(value for value in tried if int(steps * value) >= 1)
+
+
+def around_guidance(guidance: float) -> list[float]:
+    """A guidance and others to try beside it."""
+    return _around(guidance) if guidance > 1 else [guidance, 3.0, 7.5]
 
 
 def _around(value: float) -> list[float]:
@@ -82,7 +87,7 @@ def mask_sheet(job: Job, pipe, sweep: Sweep, known: dict[float, np.ndarray] | No
         row = []
         for threshold in sweep.others:
             mask = masks.mask_of(map_, threshold, job.mask_options, per_image=True, guides=guides)
-            row.append(_cell(masks.overlay(job.fitted, runs.whole_mask(job, mask)[0])))
+            row.append(cell(masks.overlay(job.fitted, runs.whole_mask(job, mask)[0])))
         rows.append(row)
     return _sheet(job, sweep, rows, "mask strength", "threshold")
 
@@ -100,12 +105,13 @@ def edit_sheet(job: Job, pipe, sweep: Sweep, mask: np.ndarray | None = None) -> 
         row = []
         for guidance in sweep.others:
             stage = f"edit, strength {strength:g}, guidance {guidance:g}"
-            row.append(_cell(runs.edit(job, pipe, mask, inverted, strength, guidance, stage).picture))
+            row.append(cell(runs.edit(job, pipe, mask, inverted, strength, guidance, stage).picture))
         rows.append(row)
     return _sheet(job, sweep, rows, "strength", "guidance")
 
 
-def _cell(picture: PIL.Image.Image) -> PIL.Image.Image:
+def cell(picture: PIL.Image.Image) -> PIL.Image.Image:
+    """A picture as a sheet has it: RGB, sRGB, no larger than `CELL`."""
     picture = colours.to_srgb(picture)
     factor = CELL / max(picture.size)
     if factor >= 1:

@@ -31,6 +31,8 @@ PICTURE_FORMATS = {
     ".webp": "WEBP",
 }
 LOSSLESS_EXTENSIONS = (".png", ".bmp", ".tif", ".tiff")
+# What a picture's `info` has under this name is written into a PNG as a text of this name; see `settings`.
+TEXT_CHUNK = "mindiffedit"
 
 __all__ = [
     "LOSSLESS_EXTENSIONS",
@@ -180,8 +182,10 @@ def _options(picture: PIL.Image.Image, kind: str) -> dict[str, Any]:
         dots = tuple(float(number) for number in info.get("dpi", ()))
         if len(dots) == 2 and all(1 < number <= 65535 for number in dots):
             options["dpi"] = dots
-    if kind == "PNG" and info.get("gamma") and "icc_profile" not in options:
-        chunks = PIL.PngImagePlugin.PngInfo()
-        chunks.add(b"gAMA", struct.pack(">I", round(info["gamma"] * 100000)))
-        options["pnginfo"] = chunks
+    if kind == "PNG":
+        options["pnginfo"] = chunks = PIL.PngImagePlugin.PngInfo()
+        if info.get("gamma") and "icc_profile" not in options:
+            chunks.add(b"gAMA", struct.pack(">I", round(info["gamma"] * 100000)))
+        if TEXT_CHUNK in info:
+            chunks.add_text(TEXT_CHUNK, info[TEXT_CHUNK])
     return options
