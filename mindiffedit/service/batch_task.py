@@ -1,0 +1,135 @@
+"""What every row of a batch has in common, and one row from its files to its picture and its record."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import os
+import re
+import traceback
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import PIL.Image
+
+from mindiffedit.cli.wording import on_one_line, told
+from mindiffedit.errors import MAX_TEXT_LENGTH, InputError, InputTypeError, cut
+from mindiffedit.images import colours, reading, writing
+from mindiffedit.options import NumericalError
+from mindiffedit.service.batch_rows import Row
+from mindiffedit.service.batch_table import DONE, FAILED, is_same, stamp
+
+if TYPE_CHECKING:
+    from mindiffedit.service.editor import Editor
+
+_ADDRESS = re.compile(r"\s*(https?|data|file):", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a worker needs beside its rows.
+
+    Attributes:
+        args: of `mindiffedit edit`, for its model.
+        defaults: of the rows' options.
+        home: where relative paths of pictures and masks begin, an absolute path.
+        folder: of the results, an absolute path.
+        model: what tells this model and its way of running from another, as `identity` says.
+        versions: of the packages that compute.
+    """
+
+    args: Namespace
+    defaults: Mapping[str, Any]
+    home: Path
+    folder: Path
+    model: Mapping[str, Any]
+    versions: Mapping[str, str]
+
+    def options(self, row: Row) -> dict[str, Any]:
+        return {**self.defaults, **row.options}
+
+    def path(self, name: str) -> Path | None:
+        """Of a picture or mask; None for an address."""
+        return None if _ADDRESS.match(name) else self.home / name
+
+    def files(self, row: Row) -> dict[str, str]:
+        """The names of the files that a row reads."""
+        return {what: name for what, name in (("picture", row.picture), ("mask", row.mask)) if name is not None}
+
+    # --- done, or to be done ---------------------------------------------------------------------------
+
+    def key(self, row: Row) -> str:
+        """Tells a row from a changed one: by its options, its model and the versions, not by what is in its files."""
+        everything = [self.files(row), row.output, self.options(row), self.model, self.versions]
+        return hashlib.sha256(json.dumps(everything, sort_keys=True, default=str).encode()).hexdigest()
+
+    def is_finished(self, row: Row, record: Mapping[str, Any] | None) -> bool:
+        """Whether a record is that of this very row, its files are as they were, and its picture is there."""
+        if record is None or record["state"] != DONE or record["key"] != self.key(row):
+            return False
+        paths = {what: self.path(name) for what, name in self.files(row).items()}
+        paths["output"] = self.folder / row.output
+        return all(path is None or is_same(record[what], path) for what, path in paths.items())
+
+    # --- to do -----------------------------------------------------------------------------------------
+
+    def do(self, editor: Editor, row: Row) -> dict[str, Any]:
+        """Edit a row and write its picture, whole or not at all; returns its record, whatever happens."""
+        try:
+            return self._done(editor, row)
+        except (InputError, InputTypeError, NumericalError) as error:
+            return self.failed(row, told(error.message, "edit"))
+        except Exception as error:  # memory that runs out, a full disk, a bug: of this row, not of the batch
+            what = cut(on_one_line(f"{type(error).__name__}: {error}").rstrip(": ."), 2 * MAX_TEXT_LENGTH)
+            return {**self.failed(row, f"{what}."), "traceback": traceback.format_exc()}
+
+    def _done(self, editor: Editor, row: Row) -> dict[str, Any]:
+        files = {what: self._stamp(name) for what, name in self.files(row).items()}
+        picture = self._read(row.picture)
+        mask = None if row.mask is None else self._read(row.mask)
+        edited = editor.edit(picture, self.options(row), mask=mask)
+        target = self.folder / row.output
+        target.parent.mkdir(parents=True, exist_ok=True)
+        writing.save_image_atomically(edited.image, target)
+        settings = dict(edited.settings)
+        losses = colours.fit_format(edited.image, writing.format_of(target))[1]
+        if losses and settings.get("report"):
+            settings["report"] = {**settings["report"], "warnings": [*settings["report"]["warnings"], *losses]}
+        return {
+            **self._head(row, DONE),
+            **files,
+            "output": stamp(row.output, target),
+            "seed": settings.get("seed"),
+            "seconds": edited.seconds,
+            "report": settings.pop("report", None),
+            "settings": settings,
+            "versions": self.versions,
+        }
+
+    def failed(self, row: Row, sentence: str) -> dict[str, Any]:
+        """The record of a row that cannot be done."""
+        return {**self._head(row, FAILED), "error": sentence}
+
+    def _head(self, row: Row, state: str) -> dict[str, Any]:
+        now = datetime.datetime.now(datetime.timezone.utc)
+        return {
+            "id": row.id,
+            "row": row.number,
+            "state": state,
+            "finished": now.isoformat(timespec="milliseconds"),
+            "key": self.key(row),
+        }
+
+    def _read(self, name: str) -> PIL.Image.Image:
+        """A picture with its own mode, profile and transparency."""
+        return reading.load_image(self.path(name) or name, convert_method=lambda picture: picture)
+
+    def _stamp(self, name: str) -> dict[str, Any]:
+        path = self.path(name)
+        if path is None or not os.path.isfile(path):  # of which `load_image` says what is wrong
+            return {"path": name}
+        return stamp(name, path)
