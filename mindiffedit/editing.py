@@ -296,7 +296,9 @@ def edit(
     report.warnings = _warnings(report, source_prompt, target_prompt, own_mask is not None, large_error)
     if originals and output_type == "pil":
         report.warnings += dict.fromkeys(loss for original in originals for loss in original.losses)
-    return DiffEditOutput(images, mask, mask_map, image_latents.latents, latents, report, flags)
+    return DiffEditOutput(
+        images, mask, mask_map, image_latents.latents, latents, report, flags, image_latents.clean_latents
+    )
 
 
 def _own_mask(mask_image, combination, mask_options, grid, batch) -> Any:

@@ -107,6 +107,8 @@ class DiffEditOutput(_Output):
         latents: mindspore.Tensor (B, C, h, w), the edited latents.
         report: ``EditReport``.
         nsfw_content_detected: one bool for each picture, or None without a safety checker.
+        clean_latents: mindspore.Tensor (B, C, h, w), where the inversion began. With ``image_latents`` it makes the
+            ``DiffEditInversionPipelineOutput`` of another edit. No part of the tuple or the mapping.
     """
 
     images: Any
@@ -116,3 +118,4 @@ class DiffEditOutput(_Output):
     latents: Any
     report: EditReport
     nsfw_content_detected: list[bool] | None = None
+    clean_latents: Any = field(default=None, metadata={"beside": True})

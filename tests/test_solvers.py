@@ -234,7 +234,7 @@ def chosen(ours, own, **given):
     job = Job(Namespace(**{**args, **given}), {"inversion": "ddim", "iterations": 0})
     put(ours, own)
     with wording.notes(job.args):
-        loading._choose_solver(job, ours)
+        loading.choose_solver(job, ours)
     return job.scheduler
 
 

@@ -100,9 +100,12 @@ examples:
 """
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command line; `command` of what it parses names the command."""
-    parser = _Parser(
+def build_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.ArgumentParser:
+    """The parser of the whole command line; `command` of what it parses names the command.
+
+    `kind` is its class and that of the commands' parsers, which says what becomes of an error.
+    """
+    parser = kind(
         prog="mindiffedit",
         description="Edit a picture by two texts, what it shows and what it should show, with DiffEdit.",
         epilog=_EXAMPLES,

@@ -1,7 +1,8 @@
 """The command `mindiffedit`: edit, mask, invert and demo; `parity` has a module of its own.
 
 What can be given is defined in `arguments` and judged in `checks` and `job`; `loading` gets the pipeline, `runs` asks
-it, `sweeps` draws contact sheets. Here are the commands: which files are written, and what is said in the end.
+it, `sweeps` draws contact sheets, `results` is what machines are told. Here are the commands: which files are written,
+and what is said in the end.
 
 stdout carries one line (or one JSON object); progress, notes and errors go to stderr. Exit codes: 0 done,
 2 for bad input (one sentence), 1 for any other failure (a sentence, or the traceback of a bug), 130 when interrupted.
@@ -10,7 +11,6 @@ stdout carries one line (or one JSON object); progress, notes and errors go to s
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -20,17 +20,16 @@ import numpy as np
 
 from mindiffedit import demo, masks
 from mindiffedit.arrays import to_numpy
-from mindiffedit.cli import runs, sweeps
-from mindiffedit.cli.arguments import MASK_NUMBERS, build_parser
+from mindiffedit.cli import results, runs, sweeps
+from mindiffedit.cli.arguments import build_parser
 from mindiffedit.cli.checks import check_outputs
 from mindiffedit.cli.job import Job, begin, fingerprint, model_name
 from mindiffedit.cli.latents_file import write_latents
 from mindiffedit.cli.loading import load
 from mindiffedit.cli.runs import Edited
-from mindiffedit.cli.wording import BAD_INPUT, INTERRUPTED, MASK_FIELDS, OK, notes, printable, report, told
+from mindiffedit.cli.wording import BAD_INPUT, INTERRUPTED, OK, notes, printable, report
 from mindiffedit.errors import InputError
 from mindiffedit.images import strips, writing
-from mindiffedit.inputs import PRESETS
 
 # Frames of --strip for each way, about: every frame takes two decodings.
 STRIP_FRAMES = 20
@@ -115,46 +114,10 @@ def _whole_edit(job: Job, pipe, strip: str | None = None) -> Edited:
 
 
 def _edit_result(job: Job, edited: Edited | None, sweep=None, **files):
-    args, settings = job.args, job.settings
-    result = _common_result(job)
-    result.update(
-        source=job.source,
-        target=job.target,
-        negative=job.source if args.negative is None else args.negative,
-        strength=settings["strength"],
-        guidance=settings["guidance"],
-        mask_share=None if edited is None else edited.share,
-        safety_checker_flagged=None if edited is None else edited.flagged,
-        **files,
-    )
-    if job.latents is None:
-        result["invert_guidance"] = settings["invert_guidance"]
-    if job.computes_mask:
-        result.update(_mask_settings(job))
-    if not args.reference:
-        result.update(
-            preset=settings["preset"],
-            inversion=settings["inversion"],
-            iterations=settings["iterations"],
-            paste_back=not args.no_paste_back,
-            report=None if edited is None else _report_of(edited.report, job),
-            sweep=_sweep_result(job, sweep),
-        )
+    result = results.of_edit(job, edited, sweep, **files)
     if edited is None:
         return _sheet_line(job, sweep), result
     return _line(job, f"{edited.share:.0%} of it in the mask"), result
-
-
-def _report_of(of_edit, job: Job) -> dict[str, Any]:
-    """The report of an edit of one picture: lists with an entry for each picture are that entry."""
-    values = dataclasses.asdict(of_edit)
-    for name, value in values.items():
-        if isinstance(value, list) and name != "warnings":
-            values[name] = value[0]
-    # What the file cannot keep; of what the picture loses the report has said some already.
-    values["warnings"] = [told(text, job.args.command) for text in dict.fromkeys((*job.losses, *of_edit.warnings))]
-    values["seconds"] = {name: round(seconds, 3) for name, seconds in of_edit.seconds.items()}
-    return values
 
 
 def _mask(args):
@@ -179,11 +142,11 @@ def _mask(args):
     if sweep is not None:
         written[args.sweep] = sweeps.mask_sheet(job, pipe, sweep, maps)
     writing.save_images_atomically(written)
-    result = _common_result(job)
+    result = results.common(job)
     result.update(source=job.source, target=job.target, guidance=job.settings["guidance"], mask_share=share)
-    result.update(_mask_settings(job), **files)
+    result.update(results.mask_settings(job), **files)
     if not args.reference:
-        result["sweep"] = _sweep_result(job, sweep)
+        result["sweep"] = results.of_sweep(job, sweep)
     if share is None:
         return _sheet_line(job, sweep), result
     return _line(job, f"{share:.0%} white"), result
@@ -206,7 +169,7 @@ def _invert(args):
         "working_size": "x".join(map(str, job.fitted.size)),
     }
     write_latents(args.output, latents, clean, recipe)
-    result = {**_common_result(job), "source": job.source, **numbers, "shape": list(latents.shape)}
+    result = {**results.common(job), "source": job.source, **numbers, "shape": list(latents.shape)}
     return f"{args.output}: latents {' x '.join(map(str, latents.shape))}, {_ending(job)}", result
 
 
@@ -226,54 +189,7 @@ _COMMANDS = {
 }
 
 
-# --- parts of what they return ---------------------------------------------------------------------
-
-
-def _common_result(job: Job) -> dict[str, Any]:
-    args = job.args
-    result = {
-        "command": args.command,
-        "output": args.output,
-        "picture": args.picture,
-        "width": job.picture.width,
-        "height": job.picture.height,
-        "working_width": job.fitted.width,
-        "working_height": job.fitted.height,
-        "model": model_name(args.model),
-        "device": job.device,
-        "mode": args.mode,
-        "reference": args.reference,
-        "scheduler": job.scheduler,
-        "seed": args.seed,
-        "steps": job.settings["steps"],
-        "seconds": job.seconds,
-    }
-    if job.caption is not None:
-        result["caption"] = job.caption
-    if job.prompts is not None:
-        result["prompts"] = job.prompts
-    if job.loras:
-        result["loras"] = [{"file": path, "weight": weight} for path, weight in job.loras]
-    if job.embeddings:
-        result["embeddings"] = [{"file": path, "word": word} for path, word in job.embeddings]
-    return result
-
-
-def _mask_settings(job: Job) -> dict[str, Any]:
-    settings = {name: job.settings[name] for name in MASK_NUMBERS}
-    if job.masked_by_inversion:
-        settings.update(maps=PRESETS[job.settings["preset"]].inversion_maps, mask_strength=None)
-    if not job.args.reference:
-        settings["outliers"] = job.settings["outliers"]
-        settings["mask_combine"] = None if job.grid_mask is None else job.settings["mask_combine"]
-        settings.update({name: getattr(job.mask_options, field) for name, field in MASK_FIELDS.items()})
-    return settings
-
-
-def _sweep_result(job: Job, sweep) -> dict[str, Any] | None:
-    if sweep is None:
-        return None
-    return {"file": job.args.sweep, "strengths": sweep.strengths, f"{sweep.other}s": sweep.others}
+# --- lines for people ------------------------------------------------------------------------------
 
 
 def _sheet_line(job: Job, sweep) -> str:

@@ -130,6 +130,7 @@ def begin(args: Namespace, extensions: Mapping[str, Sequence[str]] | None = None
     """Check numbers, texts and paths to write, read the latents file, and settle the defaults.
 
     `outputs` are options and their paths, `extensions` what some of these have to end in (others: any picture's).
+    Without an `output` among them the result stays in memory.
     """
     checks.check_names(args)
     checks.check_numbers(vars(args))
@@ -143,7 +144,7 @@ def begin(args: Namespace, extensions: Mapping[str, Sequence[str]] | None = None
     job.source = checks.text_of(args, "source", args.command != "invert" and not is_given(args, "prompt_model"))
     checks.text_of(args, "negative", may_be_empty=True)
     job.caption = checks.text_of(args, "caption", may_be_empty=True)
-    if args.output is None and not is_given(args, "sweep"):
+    if "output" in outputs and args.output is None and not is_given(args, "sweep"):
         raise InputError("--output is missing: give -o FILE, or --sweep FILE for a sheet to choose from.")
     checks.check_outputs(outputs, job.inputs, extensions)
     if is_given(args, "latents"):
@@ -224,7 +225,7 @@ def _settle(job: Job) -> None:
 
 
 def read_pictures(job: Job) -> None:
-    """The picture and --mask, and what can be said about them without the model."""
+    """The picture and --mask, from paths or in memory, and what can be said about them without the model."""
     args = job.args
     job.picture = _picture(args.picture)
     job.original = colours.Original(job.picture)
@@ -249,7 +250,7 @@ def read_pictures(job: Job) -> None:
             _user_mask(job, (1, 1))
 
 
-def _picture(path: str) -> PIL.Image.Image:
+def _picture(path: str | PIL.Image.Image) -> PIL.Image.Image:
     """A picture that is not made RGB on the way: with its mode, profile, transparency and wide greyscale."""
     return reading.load_image(path, convert_method=lambda picture: picture)
 

@@ -7,6 +7,7 @@ import gc
 import os
 import re
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,20 @@ from mindiffedit.solvers import schedules
 def load(job: Job):
     """Read the pictures, and load the pipeline on the device asked for. In here MindSpore is imported."""
     read_pictures(job)
+    pipe = load_model(job)
+    with hushed():
+        choose_solver(job, pipe)
+    if job.prompts is not None:
+        from mindiffedit.text.prompts import average_embeddings
+
+        with job.timed("prompts"):
+            job.embeds = {which: average_embeddings(pipe, texts) for which, texts in job.prompts.items()}
+    _note_idle_words(job, pipe)
+    return pipe
+
+
+def load_model(job: Job):
+    """The pipeline with its adapters; pictures that were read are fitted to it as soon as it is known."""
     _find_model(job)
     with job.timed("load"), hushed():
         quick_imports.import_beside()
@@ -32,17 +47,9 @@ def load(job: Job):
     _write_prompts(job)
     with job.timed("load"), hushed():
         pipe = _load_pipeline(job)
-        _choose_solver(job, pipe)
         _load_adapters(job, pipe)
     if job.single_file is not None:
-        job.configs = {name: pipe.components[name].config for name in ("vae", "unet")}
-        fit(job)
-    if job.prompts is not None:
-        from mindiffedit.text.prompts import average_embeddings
-
-        with job.timed("prompts"):
-            job.embeds = {which: average_embeddings(pipe, texts) for which, texts in job.prompts.items()}
-    _note_idle_words(job, pipe)
+        _take_configs(job, {name: pipe.components[name].config for name in ("vae", "unet")})
     if not gc.isenabled():  # the program has switched it off until now
         gc.freeze()
         gc.enable()
@@ -138,8 +145,13 @@ def _is_folder(model: str, parameter: str) -> bool:
 def _take_folder(job: Job, folder: Path) -> None:
     """Find an unusable folder before MindSpore is imported, and fit the pictures to what it says."""
     job.folder = folder
-    job.configs = survey.check_folder(folder, _skipped(job), getattr(job.args, "variant", None))
-    fit(job)
+    _take_configs(job, survey.check_folder(folder, _skipped(job), getattr(job.args, "variant", None)))
+
+
+def _take_configs(job: Job, configs: Mapping[str, Mapping[str, Any]]) -> None:
+    job.configs = configs
+    if hasattr(job, "picture"):  # the job of a model alone has none
+        fit(job)
 
 
 def _skipped(job: Job) -> tuple[str, ...]:
@@ -173,7 +185,7 @@ def _load_pipeline(job: Job):
     return StableDiffusionDiffEditPipeline.from_pretrained(str(job.folder), local_files_only=True, **how, **variant)
 
 
-def _choose_solver(job: Job, pipe) -> None:
+def choose_solver(job: Job, pipe) -> None:
     """The solver asked for, or the model's own where it can be inverted, or DDIM; with its inverse."""
     args, scheduler = job.args, pipe.scheduler
     wanted = args.scheduler or (job.recipe["scheduler"] if job.recipe is not None else None)
@@ -243,15 +255,17 @@ def _write_caption(job: Job) -> None:
     if not is_given(job.args, "caption_model"):
         return
     with job.timed("caption"), hushed():
-        from mindiffedit.text.prompts import Captioner
-
-        captioner = Captioner.from_pretrained(
-            job.args.caption_model, local_files_only=job.args.offline or None, **_running(job)
-        )
-        job.caption = captioner.caption(job.original.shown)
+        job.caption = load_captioner(job, job.args.caption_model).caption(job.original.shown)
     note(f"the picture's caption: {job.caption}")
     if job.source is None:
         job.source = job.caption
+
+
+def load_captioner(job: Job, name: str):
+    """The BLIP of a folder or hub id, run as the job says."""
+    from mindiffedit.text.prompts import Captioner
+
+    return Captioner.from_pretrained(name, local_files_only=job.args.offline or None, **_running(job))
 
 
 def _write_prompts(job: Job) -> None:

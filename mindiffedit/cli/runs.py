@@ -23,14 +23,16 @@ from mindiffedit.outputs import DiffEditInversionPipelineOutput, EditReport
 class Edited:
     """The result at the picture's own size.
 
-    `mask` is on the latents' grid, (1, h, w); `flagged` is None without a safety checker, `report` is None for the
-    reference's calls.
+    `mask` and `map` are on the latents' grid, (1, h, w); `flagged` is None without a safety checker, `map` without a
+    computed mask. `report`, `map` and `inverted` are None for the reference's calls.
     """
 
     picture: PIL.Image.Image
     mask: np.ndarray
     flagged: bool | None
     report: EditReport | None = None
+    map: np.ndarray | None = None
+    inverted: DiffEditInversionPipelineOutput | None = None
 
     @property
     def share(self) -> float:
@@ -199,7 +201,8 @@ def edit(
     done = pipe.edit(**arguments)
     for name, seconds in done.report.seconds.items():
         job.add_seconds(name, seconds)
-    return Edited(done.images[0], done.mask_image, _flag(done), done.report)
+    inverted = DiffEditInversionPipelineOutput(done.image_latents, clean_latents=done.clean_latents)
+    return Edited(done.images[0], done.mask_image, _flag(done), done.report, done.mask_map, inverted)
 
 
 def _bar_names(job: Job, pipe, loops: Iterable[str]):

@@ -41,7 +41,7 @@ _MAX_ROWS_LOST = 17
 _MAX_PROFILE = 64 * 2**20
 _MAX_NAME = 200  # characters of a path or URL in a message
 
-__all__ = ["DamagedPicture", "MAX_DOWNLOAD", "MAX_PIXELS", "load_image"]
+__all__ = ["DamagedPicture", "MAX_DOWNLOAD", "MAX_PIXELS", "decode", "load_image"]
 
 
 def load_image(
@@ -83,7 +83,7 @@ def _from_name(name) -> PIL.Image.Image:
         if re.match(r"https?:[/\\]", address, re.IGNORECASE):
             address = re.sub(r"[\t\r\n]", "", re.sub(r"^(\w+):[/\\]+", r"\1://", address))
             address = re.sub(r"^[^?#]*", lambda path: path[0].replace("\\", "/"), address)
-            return _decode(io.BytesIO(_download(address)), _shown_address(address))
+            return decode(io.BytesIO(_download(address)), _shown_address(address))
         if re.match(r"(data|file):", address, re.IGNORECASE) and not os.path.exists(name):
             return _of_local_address(address)
     return _load_file(name)
@@ -117,7 +117,7 @@ def _of_local_address(address: str) -> PIL.Image.Image:
             name=cut(address, 40),
             why=_sentence(error),
         ) from error
-    return _decode(io.BytesIO(data), cut(address, 40))
+    return decode(io.BytesIO(data), cut(address, 40))
 
 
 def _load_file(path) -> PIL.Image.Image:
@@ -133,7 +133,7 @@ def _load_file(path) -> PIL.Image.Image:
             "{name} cannot be opened: {why}.", "image", name=name, why=error.strerror or str(error)
         ) from error
     with stream:
-        return _decode(stream, name)
+        return decode(stream, name)
 
 
 # --- decoding --------------------------------------------------------------------------------------
@@ -143,8 +143,17 @@ class DamagedPicture(InputError):
     """A file whose pixels cannot be read."""
 
 
-def _decode(stream, name: str) -> PIL.Image.Image:
-    """Decode a binary stream into an upright picture, after its header has been judged."""
+def decode(stream, name: str, max_pixels: int = MAX_PIXELS) -> PIL.Image.Image:
+    """Decode a binary stream into an upright picture, after its header has been judged.
+
+    Args:
+        stream: at its beginning; it can seek.
+        name: what messages call the picture.
+        max_pixels: a picture that claims more is not decoded.
+
+    Raises:
+        InputError: as for `load_image`.
+    """
     start = stream.read(16)
     if not start:
         raise InputError("{name} is an empty file, not a picture.", "image", name=name)
@@ -153,13 +162,13 @@ def _decode(stream, name: str) -> PIL.Image.Image:
         # Pillow warns from half of its own limit on (ours is lower and an error), and of metadata that it cannot read.
         warnings.simplefilter("ignore")
         try:
-            picture = _decoded(stream, name)
+            picture = _decoded(stream, name, max_pixels)
         except DamagedPicture:
             # Another reading of the same bytes may still give the pixels.
             stream.seek(0)
             if start.startswith(b"\x89PNG\r\n\x1a\n"):
                 cleaned, profile = _pixels_of_png(stream)
-                picture = _decoded(cleaned, name)
+                picture = _decoded(cleaned, name, max_pixels)
                 if profile:
                     picture.info["icc_profile"] = profile
             elif start.startswith(b"\xff\xd8\xff"):
@@ -169,7 +178,7 @@ def _decode(stream, name: str) -> PIL.Image.Image:
         return _upright(picture, name)
 
 
-def _decoded(stream, name: str) -> PIL.Image.Image:
+def _decoded(stream, name: str, max_pixels: int = MAX_PIXELS) -> PIL.Image.Image:
     try:
         picture = PIL.Image.open(stream)
     except PIL.UnidentifiedImageError as error:
@@ -194,7 +203,7 @@ def _decoded(stream, name: str) -> PIL.Image.Image:
         raise DamagedPicture(
             "{name} cannot be read as a picture: {why}.", "image", name=name, why=_sentence(error)
         ) from error
-    _check_header(picture, name)
+    _check_header(picture, name, max_pixels)
     bits = _bits_of(picture)
     _load(picture, name)
     if bits > 8 and picture.mode in ("RGB", "RGBA", "LA", "CMYK", "LAB"):
@@ -219,7 +228,7 @@ def _bits_of(picture: PIL.Image.Image) -> int:
     return max((int(one[1]) for one in found if one), default=8)
 
 
-def _check_header(picture: PIL.Image.Image, name: str) -> None:
+def _check_header(picture: PIL.Image.Image, name: str, max_pixels: int) -> None:
     width, height = picture.size
     if picture.format in _REFUSED_FORMATS:
         raise InputError(
@@ -229,7 +238,7 @@ def _check_header(picture: PIL.Image.Image, name: str) -> None:
             kind=picture.format,
         )
     _check_size(picture, name)
-    if width * height > MAX_PIXELS:
+    if width * height > max_pixels:
         raise InputError(
             "{name} claims to be {width} x {height} pixels and was not decoded: at most {most} pixels "
             "are read. Scale it down first.",
@@ -237,7 +246,7 @@ def _check_header(picture: PIL.Image.Image, name: str) -> None:
             name=name,
             width=width,
             height=height,
-            most=MAX_PIXELS,
+            most=max_pixels,
         )
     try:
         animated = picture.format not in _STILL_FORMATS and getattr(picture, "is_animated", False)

@@ -39,10 +39,13 @@ class Graphs:
     Args:
         cache: a ``compile_cache.CompileCache`` that a graph is looked for in before it is compiled, or None.
         limit: graphs kept; the one that was used longest ago goes first.
+
+    Attributes:
+        made: graphs that were compiled, or read from the cache, so far.
     """
 
     def __init__(self, cache=None, limit: int = MAX_GRAPHS_WITHOUT_CACHE):
-        self.cache, self.limit = cache, limit
+        self.cache, self.limit, self.made = cache, limit, 0
         self._graphs: collections.OrderedDict[tuple, _Graph] = collections.OrderedDict()
         self._places: dict[int, list[Any]] = {}  # of each model, as its graphs know it
 
@@ -80,6 +83,7 @@ class Graphs:
                 with portable_kernels():
                     result = graph.first_run(self.cache, key, *arguments)
                 self._graphs[place] = graph
+                self.made += 1
                 if model is not None:
                     self._places[id(model)] = places_of(model)  # weights may have moved to the device for it
                 return result
