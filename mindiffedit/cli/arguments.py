@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 from mindiffedit import __version__, demo
+from mindiffedit.cli.batch import add_batch
 from mindiffedit.cli.wording import BAD_INPUT, MASK_FIELDS, on_one_line, option
 from mindiffedit.errors import shown
 from mindiffedit.inputs import DEFAULT_PRESET, EDIT_MAPS, EDIT_MASK, EDIT_MASK_STRENGTH, INVERSIONS, PRESETS
@@ -97,6 +98,9 @@ examples:
   mindiffedit invert bowl.png --source "a bowl of fruits" -o bowl.safetensors --model FOLDER
   mindiffedit edit bowl.png --latents bowl.safetensors --mask mask.png --target "a bowl of pears" \\
       -o out.png --model FOLDER
+
+  # a line for each edit, such as {"picture": "bowl.png", "source": "a bowl", "target": "a basket"}
+  mindiffedit batch jobs.jsonl -o results --model FOLDER
 """
 
 
@@ -118,6 +122,7 @@ def build_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argu
     _build_mask(_command(commands, "mask", "write the mask of what would change, white on black"))
     _build_invert(_command(commands, "invert", "write a picture's latents, for several edits of it"))
     _build_demo(_command(commands, "demo", "edit the sample picture that ships with mindiffedit"))
+    _build_batch(_command(commands, "batch", "edit all pictures of a file's rows, on one device or many"))
     _build_parity(
         commands.add_parser(
             "parity",
@@ -207,6 +212,18 @@ def _build_demo(show) -> None:
     _add_mask_options(show)
     _add_edit_options(show)
     _add_common(show, model=False)
+
+
+def _build_batch(batch) -> None:
+    """What it takes by itself, and the options of `edit` that name no file as defaults of the rows."""
+    add_batch(batch)
+    _add(batch, "--source", "TEXT", "what the pictures show, where a row does not say it")
+    _add(batch, "--target", "TEXT", "what they should show, where a row does not say it")
+    _add(batch, "--negative", "TEXT", "what not to show (default: the source text)")
+    _add_numbers(batch, *_EDIT_NUMBERS)
+    _add_mask_options(batch)
+    _add_edit_options(batch)
+    _add_common(batch)
 
 
 def _build_parity(parity) -> None:
@@ -395,10 +412,10 @@ def _add_model(command) -> None:
         "for several"
     )
     _add(group, "--embedding", "FILE", what, action="append")
-    if name != "invert":
+    if name in ("edit", "mask"):
         what = "--source and --target are concepts, such as 'bowl', for which it writes prompts"
         _add(group, "--prompt-model", "MODEL", f"a Flan-T5 (folder or hub id): {what}")
-    use = "for the inversion, and " if name == "edit" else ""
+    use = "for the inversion, and " if name in ("edit", "batch") else ""
     what = (
         f"a BLIP (folder or hub id), which says what the picture shows: {use}in place of --source where that is missing"
     )

@@ -173,6 +173,12 @@ def _invert(args):
     return f"{args.output}: latents {' x '.join(map(str, latents.shape))}, {_ending(job)}", result
 
 
+def _batch(args):
+    from mindiffedit.service import batch
+
+    return batch.run(args)
+
+
 def _parity(args):
     from mindiffedit.cli import parity
 
@@ -184,6 +190,7 @@ _COMMANDS = {
     "mask": _mask,
     "invert": _invert,
     "demo": _demo,
+    "batch": _batch,
     "parity record": _parity,
     "parity check": _parity,
 }

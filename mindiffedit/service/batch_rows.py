@@ -13,9 +13,6 @@ from typing import Any
 from mindiffedit.errors import InputError, first_line
 from mindiffedit.images.writing import PICTURE_FORMATS
 
-# A row of these texts is as the file has it; other cells of a CSV are numbers and flags where they look like some.
-TEXTS = ("id", "output", "picture", "mask", "source", "target", "negative", "caption")
-
 MAX_ID_LENGTH = 200
 MAX_CELL = 2**20  # characters of a CSV's cell; the default of `csv` is 128 Ki
 
@@ -131,24 +128,9 @@ def _csv(text: str, path: Path) -> Iterator[dict[str, Any] | str]:
             if len(cells) > len(header):
                 yield f"it has {len(cells)} cells, and the header {len(header)}; put texts with commas in quotes."
             elif any(cells):
-                yield {name: _value(name, cell) for name, cell in zip(header, cells) if cell != ""}
+                yield {name: cell for name, cell in zip(header, cells) if cell != ""}
     finally:
         csv.field_size_limit(limit)
-
-
-def _value(name: str, cell: str) -> Any:
-    """What a cell says: a text, or a flag or number where it looks like one."""
-    if name in TEXTS:
-        return cell
-    text = cell.strip()
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            pass
-    return text
 
 
 # --- one row ---------------------------------------------------------------------------------------

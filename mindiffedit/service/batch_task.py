@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-import os
 import re
 import traceback
 from argparse import Namespace
@@ -52,13 +51,13 @@ class Task:
     def options(self, row: Row) -> dict[str, Any]:
         return {**self.defaults, **row.options}
 
-    def path(self, name: str) -> Path | None:
-        """Of a picture or mask; None for an address."""
-        return None if _ADDRESS.match(name) else self.home / name
-
     def files(self, row: Row) -> dict[str, str]:
         """The names of the files that a row reads."""
-        return {what: name for what, name in (("picture", row.picture), ("mask", row.mask)) if name is not None}
+        return {what: name for what, name in (("picture", row.picture), ("mask", row.mask)) if name}
+
+    def paths(self, row: Row) -> dict[str, Path | None]:
+        """The paths of these files; None for an address."""
+        return {what: None if _ADDRESS.match(name) else self.home / name for what, name in self.files(row).items()}
 
     # --- done, or to be done ---------------------------------------------------------------------------
 
@@ -71,8 +70,7 @@ class Task:
         """Whether a record is that of this very row, its files are as they were, and its picture is there."""
         if record is None or record["state"] != DONE or record["key"] != self.key(row):
             return False
-        paths = {what: self.path(name) for what, name in self.files(row).items()}
-        paths["output"] = self.folder / row.output
+        paths = {**self.paths(row), "output": self.folder / row.output}
         return all(path is None or is_same(record[what], path) for what, path in paths.items())
 
     # --- to do -----------------------------------------------------------------------------------------
@@ -88,10 +86,10 @@ class Task:
             return {**self.failed(row, f"{what}."), "traceback": traceback.format_exc()}
 
     def _done(self, editor: Editor, row: Row) -> dict[str, Any]:
-        files = {what: self._stamp(name) for what, name in self.files(row).items()}
-        picture = self._read(row.picture)
-        mask = None if row.mask is None else self._read(row.mask)
-        edited = editor.edit(picture, self.options(row), mask=mask)
+        names, paths = self.files(row), self.paths(row)
+        stamps = {what: _stamp(name, paths[what]) for what, name in names.items()}
+        read = {what: _read(paths[what] or name) for what, name in names.items()}
+        edited = editor.edit(read["picture"], self.options(row), mask=read.get("mask"))
         target = self.folder / row.output
         target.parent.mkdir(parents=True, exist_ok=True)
         writing.save_image_atomically(edited.image, target)
@@ -101,7 +99,7 @@ class Task:
             settings["report"] = {**settings["report"], "warnings": [*settings["report"]["warnings"], *losses]}
         return {
             **self._head(row, DONE),
-            **files,
+            **stamps,
             "output": stamp(row.output, target),
             "seed": settings.get("seed"),
             "seconds": edited.seconds,
@@ -124,12 +122,13 @@ class Task:
             "key": self.key(row),
         }
 
-    def _read(self, name: str) -> PIL.Image.Image:
-        """A picture with its own mode, profile and transparency."""
-        return reading.load_image(self.path(name) or name, convert_method=lambda picture: picture)
 
-    def _stamp(self, name: str) -> dict[str, Any]:
-        path = self.path(name)
-        if path is None or not os.path.isfile(path):  # of which `load_image` says what is wrong
-            return {"path": name}
-        return stamp(name, path)
+def _read(name: str | Path) -> PIL.Image.Image:
+    """A picture with its own mode, profile and transparency."""
+    return reading.load_image(name, convert_method=lambda picture: picture)
+
+
+def _stamp(name: str, path: Path | None) -> dict[str, Any]:
+    if path is None or not path.is_file():  # of which `load_image` says what is wrong
+        return {"path": name}
+    return stamp(name, path)
