@@ -97,9 +97,9 @@ def _jsonl(text: str, path: Path) -> Iterator[dict[str, Any] | str]:
         try:
             values = json.loads(line)
         except (ValueError, RecursionError) as error:
-            yield f"it is no JSON ({first_line(error)}); write one object in one line."
+            yield f"it is not JSON ({first_line(error)}); write one object in one line."
             continue
-        yield values if isinstance(values, dict) else 'it is no JSON object, such as {"picture": "bowl.png"}.'
+        yield values if isinstance(values, dict) else 'it is not a JSON object, such as {"picture": "bowl.png"}.'
 
 
 def _csv(text: str, path: Path) -> Iterator[dict[str, Any] | str]:
@@ -123,7 +123,7 @@ def _csv(text: str, path: Path) -> Iterator[dict[str, Any] | str]:
             except StopIteration:
                 return
             except csv.Error as error:
-                yield f"it is no row of a CSV ({first_line(error)})."
+                yield f"it is not a row of a CSV ({first_line(error)})."
                 continue
             if len(cells) > len(header):
                 yield f"it has {len(cells)} cells, and the header {len(header)}; put texts with commas in quotes."
