@@ -10,7 +10,7 @@ import sys
 from typing import Any
 
 from mindiffedit import __version__, demo
-from mindiffedit.cli.batch import add_batch
+from mindiffedit.cli import batch_arguments, serve_arguments
 from mindiffedit.cli.wording import BAD_INPUT, MASK_FIELDS, on_one_line, option
 from mindiffedit.errors import shown
 from mindiffedit.inputs import DEFAULT_PRESET, EDIT_MAPS, EDIT_MASK, EDIT_MASK_STRENGTH, INVERSIONS, PRESETS
@@ -122,7 +122,8 @@ def build_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argu
     _build_mask(_command(commands, "mask", "write the mask of what would change, white on black"))
     _build_invert(_command(commands, "invert", "write a picture's latents, for several edits of it"))
     _build_demo(_command(commands, "demo", "edit the sample picture that ships with mindiffedit"))
-    _build_batch(_command(commands, "batch", "edit all pictures of a file's rows, on one device or many"))
+    _build_batch(batch_arguments.add(_command(commands, "batch", "edit all rows of a file, on one device or many")))
+    _build_service(serve_arguments.add(_command(commands, "serve", "answer requests for edits over HTTP")))
     _build_parity(
         commands.add_parser(
             "parity",
@@ -132,6 +133,12 @@ def build_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argu
         )
     )
     return parser
+
+
+def options_of(command: str) -> dict[str, argparse.Action]:
+    """The options of a command by their names in what is parsed, each with its type, choices and help."""
+    found = next(action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction))
+    return {action.dest: action for action in found.choices[command]._actions}
 
 
 def _command(commands, name: str, summary: str, description: str | None = None) -> argparse.ArgumentParser:
@@ -216,7 +223,6 @@ def _build_demo(show) -> None:
 
 def _build_batch(batch) -> None:
     """What it takes by itself, and the options of `edit` that name no file as defaults of the rows."""
-    add_batch(batch)
     _add(batch, "--source", "TEXT", "what the pictures show, where a row does not say it")
     _add(batch, "--target", "TEXT", "what they should show, where a row does not say it")
     _add(batch, "--negative", "TEXT", "what not to show (default: the source text)")
@@ -224,6 +230,17 @@ def _build_batch(batch) -> None:
     _add_mask_options(batch)
     _add_edit_options(batch)
     _add_common(batch)
+
+
+def _build_service(service) -> None:
+    """The options of the model that a service loads once; those of an edit come with each request."""
+    _add_scheduler(service)
+    _add_model(service)
+    group = service.add_argument_group("running")
+    _add_device(group)
+    _add_dtype(group)
+    service.set_defaults(json=False)
+    _flag(group, "--quiet", "no progress and no notes on stderr")
 
 
 def _build_parity(parity) -> None:
@@ -386,8 +403,7 @@ def _add_common(command, model: bool = True) -> None:
         _add_model(command)
     group = command.add_argument_group("running and output")
     _add_device(group)
-    what = "numbers the model computes with (default: float32)"
-    _add(group, "--dtype", None, what, choices=_DTYPES, default="float32")
+    _add_dtype(group)
     _add_printing(group)
 
 
@@ -416,8 +432,9 @@ def _add_model(command) -> None:
         what = "--source and --target are concepts, such as 'bowl', for which it writes prompts"
         _add(group, "--prompt-model", "MODEL", f"a Flan-T5 (folder or hub id): {what}")
     use = "for the inversion, and " if name in ("edit", "batch") else ""
+    source = "--source" if name in ("edit", "mask", "invert") else "the source text"
     what = (
-        f"a BLIP (folder or hub id), which says what the picture shows: {use}in place of --source where that is missing"
+        f"a BLIP (folder or hub id), which says what the picture shows: {use}in place of {source} where that is missing"
     )
     _add(group, "--caption-model", "MODEL", what)
 
@@ -436,6 +453,11 @@ def _add_device(command) -> None:
         "variable MINDIFFEDIT_CACHE names or in ~/.cache/mindiffedit)"
     )
     _flag(command, "--no-cache", what)
+
+
+def _add_dtype(command) -> None:
+    what = "numbers the model computes with (default: float32)"
+    _add(command, "--dtype", None, what, choices=_DTYPES, default="float32")
 
 
 def _add_printing(command) -> None:

@@ -185,12 +185,19 @@ def _parity(args):
     return parity.record(args) if args.command == "parity record" else parity.check(args)
 
 
+def _serve(args):
+    from mindiffedit.cli import serve
+
+    return serve.serve(args)
+
+
 _COMMANDS = {
     "edit": _edit,
     "mask": _mask,
     "invert": _invert,
     "demo": _demo,
     "batch": _batch,
+    "serve": _serve,
     "parity record": _parity,
     "parity check": _parity,
 }

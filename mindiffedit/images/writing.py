@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import re
 import secrets
@@ -38,6 +39,7 @@ __all__ = [
     "atomic_path",
     "check_output_path",
     "check_writable",
+    "encoded",
     "format_of",
     "remove_drafts",
     "save_image_atomically",
@@ -148,9 +150,19 @@ def save_images_atomically(images: dict[str | os.PathLike, PIL.Image.Image]) -> 
     paths = {check_output_path(path): image for path, image in images.items()}
     with contextlib.ExitStack() as drafts:
         for path, image in paths.items():
-            kind = format_of(path)
-            image, _ = fit_format(image, kind)
-            image.save(drafts.enter_context(atomic_path(path)), format=kind, **_options(image, kind))
+            _save(image, drafts.enter_context(atomic_path(path)), format_of(path))
+
+
+def encoded(image: PIL.Image.Image, kind: str) -> bytes:
+    """The file that `save_image_atomically` would write, in memory; `kind` is Pillow's name of its format."""
+    stream = io.BytesIO()
+    _save(image, stream, kind)
+    return stream.getvalue()
+
+
+def _save(image: PIL.Image.Image, file, kind: str) -> None:
+    image, _ = fit_format(image, kind)
+    image.save(file, format=kind, **_options(image, kind))
 
 
 def format_of(path) -> str:

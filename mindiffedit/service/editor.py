@@ -21,7 +21,7 @@ import numpy as np
 import PIL.Image
 
 from mindiffedit.cli import loading, results, runs
-from mindiffedit.cli.arguments import MASK_NUMBERS, build_parser
+from mindiffedit.cli.arguments import MASK_NUMBERS, build_parser, options_of
 from mindiffedit.cli.job import Job, begin, fingerprint, fit, read_pictures
 from mindiffedit.cli.wording import MASK_FIELDS, on_one_line, option, option_of, told
 from mindiffedit.errors import MAX_TEXT_LENGTH, InputError, InputTypeError, cut, whole
@@ -340,6 +340,19 @@ def _last_part(name: str) -> str:
 
 
 # --- options ---------------------------------------------------------------------------------------
+
+
+def option_schemas(command: str = "edit") -> dict[str, dict[str, Any]]:
+    """The options of `edit` or `mask` as JSON schemas: type, choices, and the help of the command line."""
+    kinds: dict[Any, Any] = {int: "integer", float: "number", None: "string"}
+    actions, schemas = options_of(command), {}
+    for name in OPTIONS if command == "edit" else _OF_MASK:
+        action = actions[name]
+        kind = "boolean" if name in _FLAGS else kinds.get(action.type, ["number", "string"])
+        schemas[name] = {"type": kind, "description": str(action.help)}
+        if action.choices is not None:
+            schemas[name]["enum"] = [*action.choices]
+    return schemas
 
 
 class _Parser(argparse.ArgumentParser):

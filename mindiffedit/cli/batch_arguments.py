@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 
-def add_batch(command) -> None:
-    """Add them to the command's parser."""
+
+def add(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add them to the command's parser; returns it."""
     command.add_argument(
         "jobs",
         metavar="JOBS",
@@ -36,3 +38,4 @@ def add_batch(command) -> None:
         metavar="I/N",
         help="do every N-th row, from the I-th on (default: all; under msrun the share of the process's rank)",
     )
+    return command
