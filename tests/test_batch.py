@@ -186,6 +186,14 @@ def test_files_without_rows(tmp_path, name, text, words):
         read_rows(tmp_path / "missing.jsonl")
 
 
+def test_the_page_s_jobs():
+    docs = Path(__file__).resolve().parents[1] / "docs"
+    rows = read_rows(docs / "jobs.jsonl")
+    assert len(rows) == 3 and all(row.error is None and (docs / row.picture).is_file() for row in rows)
+    for row in rows:
+        editor._parsed("edit", row.options)
+
+
 # --- pictures and table ---------------------------------------------------------------------------------------
 
 

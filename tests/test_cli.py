@@ -33,7 +33,7 @@ from mindiffedit.images.colours import Original
 from mindiffedit.outputs import DiffEditInversionPipelineOutput, DiffEditOutput, EditReport
 from mindiffedit.pipeline import StableDiffusionDiffEditPipeline
 
-COMMANDS = ("edit", "mask", "invert", "demo", "parity record", "parity check")
+COMMANDS = ("edit", "mask", "invert", "demo", "batch", "serve", "parity record", "parity check")
 SOURCE, TARGET = "a red apple on a table", "a yellow pear on a table"
 FLAT = (10, 200, 30)
 """The colour of every edited picture of the fake."""
@@ -298,7 +298,7 @@ print("modules", *{name.partition(".")[0] for name in sys.modules})
     assert done.returncode == 0, done.stderr
     codes = re.findall(r"^code (\d)$", done.stdout, re.MULTILINE)
     assert codes == [str(code) for code in cases.values()]
-    assert done.stdout.count("usage: mindiffedit") == 7 and done.stderr.count("error:") == 5
+    assert done.stdout.count("usage: mindiffedit") == 1 + len(COMMANDS) and done.stderr.count("error:") == 5
     loaded = set(done.stdout.splitlines()[-1].split())
     heavy = {"mindspore", "mindone", "torch", "transformers", "diffusers", "huggingface_hub", "scipy", "tqdm"}
     assert {"modules", "mindiffedit", "numpy"} <= loaded and loaded.isdisjoint(heavy)

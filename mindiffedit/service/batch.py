@@ -17,7 +17,7 @@ import sys
 import time
 import warnings
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -41,8 +41,8 @@ from mindiffedit.service.batch_task import Task
 LIBRARIES = ("mindspore", "mindone")
 """A row is done again when mindiffedit or one of these has another version: they compute the pixels."""
 
-_READERS = 16  # threads that read headers of pictures: it is the storage that they wait for
-_MANY = 1000  # rows, whose headers take a while
+_READERS = 16  # threads that look at files: it is the storage that they wait for
+_MANY = 1000  # rows that are looked at together
 _ORIENTATION = 0x0112  # of EXIF; from 5 on a picture lies on its side
 _MODEL_FILES = (".json", ".safetensors", ".txt", ".model")
 
@@ -69,13 +69,13 @@ def run(args: Namespace) -> tuple[str, dict[str, Any], int]:
         versions = {"mindiffedit": __version__, **{name: importlib.metadata.version(name) for name in LIBRARIES}}
         home = Path(args.jobs).absolute().parent
         task = Task(args, defaults_of(args), home, folder, identity(job, args), versions)
-        known, bad, todo = latest_records(folder), [], []
-        for row in _judged(task, rows, mine):
-            if row.error is not None:
-                bad.append(task.failed(row, row.error))
-            elif not task.is_finished(row, known.get(row.id)):
-                todo.append(row)
-        earlier = len(mine) - len(bad) - len(todo)
+        known = latest_records(folder)
+        judged = [*_judged(task, rows, mine)]
+        good = [row for row in judged if row.error is None]
+        finished = _each(lambda row: task.is_finished(row, known.get(row.id)), good, "results", args.quiet)
+        todo = [row for row, is_finished in zip(good, finished) if not is_finished]
+        bad = [task.failed(row, row.error) for row in judged if row.error is not None]
+        earlier = len(good) - len(todo)
         writing.remove_drafts([table.path, *(folder / row.output for row in todo)])
         queue = Queue(zip(todo, _sizes(task, job, todo, args.quiet)))
         with (
@@ -215,10 +215,9 @@ def _judged(task: Task, rows: list[Row], mine: list[Row]) -> Iterator[Row]:
 
 def _sizes(task: Task, job: Job, rows: list[Row], quiet: bool) -> list[tuple[int, int] | None]:
     """The size that the model works at for each row: that of its graphs; None where it is not known yet."""
-    with ThreadPoolExecutor(_READERS) as readers, warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Pillow, about pictures that are judged when they are read
-        sizes = readers.map(lambda row: _picture_size(task.paths(row)["picture"]), rows)
-        sizes = [*_bar(sizes, desc="sizes", total=len(rows), disable=quiet or len(rows) < _MANY, leave=False)]
+        sizes = [*_each(lambda row: _picture_size(task.paths(row)["picture"]), rows, "sizes", quiet)]
     if not job.configs:  # a model of one file says what it works at when it is loaded
         return sizes
     limits = {size: working_limits(job.configs, size) for size in {_size_option(task, row) for row in rows}}
@@ -261,8 +260,18 @@ def _records(args: Namespace, task: Task, queue: Queue) -> Iterator[dict[str, An
         log.setLevel(logging.NOTSET)
 
 
-def _bar(*arguments, **options):
+def _each(function: Callable[[Row], Any], rows: list[Row], what: str, quiet: bool) -> Iterator[Any]:
+    """What a function that looks at files says of each row."""
+    bar = _bar(desc=what, total=len(rows), disable=quiet or len(rows) < _MANY, leave=False)
+    with bar, ThreadPoolExecutor(_READERS) as readers:
+        for start in range(0, len(rows), _MANY):
+            for value in readers.map(function, rows[start : start + _MANY]):
+                bar.update()
+                yield value
+
+
+def _bar(**options):
     """A progress bar on stderr: how many of how many, the rate, and the time that remains."""
     from tqdm import tqdm
 
-    return tqdm(*arguments, unit="row", file=sys.stderr, dynamic_ncols=True, **options)
+    return tqdm(unit="row", file=sys.stderr, dynamic_ncols=True, **options)

@@ -39,13 +39,13 @@ def stamp(name: str, path: Path) -> dict[str, Any]:
     return {"path": name, "bytes": status.st_size, "modified": status.st_mtime_ns, "sha256": _sha256(path)}
 
 
-def is_same(file: Mapping[str, Any], path: Path) -> bool:
+def is_same(file: Any, path: Path) -> bool:
     """Whether a file is as its stamp says: of the same size and time, or else, as after a copy, of the same content."""
     try:
         status = os.stat(path)
-        if status.st_size != file["bytes"]:
+        if not isinstance(file, dict) or status.st_size != file.get("bytes"):
             return False
-        return status.st_mtime_ns == file["modified"] or _sha256(path) == file["sha256"]
+        return status.st_mtime_ns == file.get("modified") or _sha256(path) == file.get("sha256")
     except OSError:
         return False
 
@@ -85,7 +85,7 @@ def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         for line in stream:
             with contextlib.suppress(ValueError, RecursionError):
                 record = json.loads(line)
-                if isinstance(record, dict) and isinstance(record.get("id"), str) and record.get("finished"):
+                if isinstance(record, dict) and {str} == {type(record.get(name)) for name in ("id", "finished")}:
                     yield place, record
             place += len(line)
 
