@@ -445,7 +445,7 @@ def test_long_unfinished_lines_are_cut_off(tmp_path):
         (tmp_path / "results.jsonl").write_text(line)
         with Table(tmp_path) as results:
             results.append({"id": "a", "state": "done", "finished": "2026"})
-        assert latest_records(tmp_path).keys() == {"a"}
+        assert latest_records(tmp_path, "a").keys() == {"a"} and not latest_records(tmp_path, "b")
 
 
 def test_drafts_of_killed_runs_are_removed(work, capsys):

@@ -17,7 +17,8 @@ import sys
 import time
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -61,50 +62,40 @@ def run(args: Namespace) -> tuple[str, dict[str, Any], int]:
     rows = read_rows(Path(args.jobs))
     folder = _folder(args.output)
     mine = rows if share is None else rows[share[0] - 1 :: share[1]]
-    count = {DONE: 0, FAILED: 0}
+    count = Counter({DONE: 0, FAILED: 0})
     with Table(folder, share) as table:
         job = editor.job_of_model(args)
         loading.find_model(job)
         loading.fetch_model(job)
-        versions = {"mindiffedit": __version__, **{name: importlib.metadata.version(name) for name in LIBRARIES}}
-        home = Path(args.jobs).absolute().parent
-        task = Task(args, defaults_of(args), home, folder, identity(job, args), versions)
-        known = latest_records(folder)
-        judged = [*_judged(task, rows, mine)]
-        good = [row for row in judged if row.error is None]
-        finished = _each(lambda row: task.is_finished(row, known.get(row.id)), good, "results", args.quiet)
-        todo = [row for row, is_finished in zip(good, finished) if not is_finished]
-        bad = [task.failed(row, row.error) for row in judged if row.error is not None]
-        earlier = len(good) - len(todo)
+        task = _task(args, job, folder)
+        bad, todo = _sorted_out(task, rows, mine, args.quiet)
+        earlier = len(mine) - len(bad) - len(todo)
         writing.remove_drafts([table.path, *(folder / row.output for row in todo)])
         queue = Queue(zip(todo, _sizes(task, job, todo, args.quiet)))
         with (
             _bar(total=len(mine), initial=earlier, disable=args.quiet) as bar,
             contextlib.closing(_records(args, task, queue)) as records,
         ):
-            for record in itertools.chain(bad, records):
+            for record in itertools.chain((task.failed(row, str(row.error)) for row in bad), records):
                 table.append(record)
                 count[record["state"]] += 1
                 bar.set_postfix(failed=count[FAILED], refresh=False)
                 bar.update()
         if bad or todo:
             table.tidy(row.id for row in mine)
-    seconds = time.perf_counter() - begun
     result = {
         "command": "batch",
         "jobs": args.jobs,
         "output": args.output,
         "table": str(Path(args.output) / table.path.name),
         "rows": len(mine),
-        "done": count[DONE],
-        "failed": count[FAILED],
+        **count,
         "earlier": earlier,
-        "seconds": round(seconds, 3),
+        "seconds": round(time.perf_counter() - begun, 3),
     }
-    line = f"{result['table']}: {len(mine)} rows, {count[DONE]} done, {count[FAILED]} failed, {earlier} done before"
+    line = "{table}: {rows} rows, {done} done, {failed} failed, {earlier} done before, {seconds:.1f} s".format(**result)
     # msrun ends all processes when one of them ends with another code, and a bad row is not the end of the run.
-    code = FAILED_CODE if count[FAILED] and not by_msrun else OK
-    return f"{line}, {seconds:.1f} s", result, code
+    return line, result, FAILED_CODE if count[FAILED] and not by_msrun else OK
 
 
 # --- what was asked for ------------------------------------------------------------------------------
@@ -202,15 +193,28 @@ def identity(job: Job, args: Namespace) -> dict[str, Any]:
 # --- the rows ----------------------------------------------------------------------------------------
 
 
-def _judged(task: Task, rows: list[Row], mine: list[Row]) -> Iterator[Row]:
-    """The rows of this process; one that would overwrite what any row reads is wrong."""
+def _task(args: Namespace, job: Job, folder: Path) -> Task:
+    versions = {"mindiffedit": __version__, **{name: importlib.metadata.version(name) for name in LIBRARIES}}
+    home = Path(args.jobs).absolute().parent
+    return Task(args, defaults_of(args), home, folder, identity(job, args), versions)
+
+
+def _sorted_out(task: Task, rows: list[Row], mine: list[Row], quiet: bool) -> tuple[list[Row], list[Row]]:
+    """Of the rows of this process those that cannot be done, and those that are still to be done.
+
+    One that would overwrite what any row reads cannot be done.
+    """
     inputs = {os.path.normpath(path): row for row in rows for path in task.paths(row).values() if path is not None}
+    good, bad = [], []
     for row in mine:
-        reader = inputs.get(os.path.normpath(task.folder / row.output)) if row.error is None else None
+        reader = None if row.error else inputs.get(os.path.normpath(task.folder / row.output))
         if reader is not None:
             what = f"its output {row.output} would overwrite what row {reader.number} reads; give it another name."
             row = dataclasses.replace(row, error=what)
-        yield row
+        (bad if row.error else good).append(row)
+    known = latest_records(task.folder, {row.id for row in good})
+    finished = _each(lambda row: task.is_finished(row, known.get(row.id)), good, "results", quiet)
+    return bad, [row for row, is_finished in zip(good, finished) if not is_finished]
 
 
 def _sizes(task: Task, job: Job, rows: list[Row], quiet: bool) -> list[tuple[int, int] | None]:
@@ -241,7 +245,7 @@ def _picture_size(path: Path | None) -> tuple[int, int] | None:
         return None
 
 
-def _records(args: Namespace, task: Task, queue: Queue) -> Iterator[dict[str, Any]]:
+def _records(args: Namespace, task: Task, queue: Queue) -> Generator[dict[str, Any], None, None]:
     """The records of the rows of a queue, as they come."""
     if not queue:
         return

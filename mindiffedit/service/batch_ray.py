@@ -39,6 +39,7 @@ class Worker:
     def __init__(self, task: Task, cores: Sequence[int]):
         if cores:
             os.sched_setaffinity(0, cores)
+        os.environ.pop("DEVICE_ID", None)  # Ray lets the process see its own device alone, which is number 0 then
         quick_imports.prepare_process()
         self.task = task
 
@@ -69,11 +70,12 @@ def records(args: Namespace, task: Task, queue: Queue) -> Iterator[dict[str, Any
     ray = _started(args)
     try:
         resource, count = _devices(ray, args)
-        every = _cores_of(count) if resource == "CPU" and args.ray_address is None else [()] * count
-        cpus = max(1, len(every[0]))
-        device = {"CPU": {}, "GPU": {"num_gpus": 1}, "NPU": {"resources": {"NPU": 1}}}[resource]
-        actor = ray.remote(num_cpus=cpus, max_restarts=0, **device)(Worker)
-        yield from _Run(ray, lambda i: actor.remote(task, every[i]), count, task, queue).records()
+        cores: Sequence[Sequence[int]] = [()] * count
+        if resource == "CPU" and args.ray_address is None:
+            cores = _cores_of(count)
+        needs: dict[str, Any] = {"GPU": {"num_gpus": 1}, "NPU": {"resources": {"NPU": 1}}}.get(resource, {})
+        actor = ray.remote(num_cpus=max(1, len(cores[0])), **needs)(Worker)
+        yield from _Run(ray, lambda i: actor.remote(task, cores[i]), count, task, queue).records()
     finally:
         ray.shutdown()
 

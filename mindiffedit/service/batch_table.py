@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,14 +66,14 @@ def table_name(share: tuple[int, int] | None) -> str:
     return "results.jsonl" if share is None else f"results-{share[0]:03d}-of-{share[1]:03d}.jsonl"
 
 
-def latest_records(folder: Path) -> dict[str, dict[str, Any]]:
-    """The last record of each row in all tables of a folder, by its id; of it only what `Table` and resuming need."""
+def latest_records(folder: Path, ids: Container[str]) -> dict[str, dict[str, Any]]:
+    """The last record of each of these rows in all tables of a folder, by id; of it only what tells a finished row."""
     latest: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.iterdir()):
         if _TABLE.fullmatch(path.name):
             for _, record in _records(path):
                 known = latest.get(record["id"])
-                if known is None or known["finished"] <= record["finished"]:
+                if record["id"] in ids and (known is None or known["finished"] <= record["finished"]):
                     latest[record["id"]] = {name: record.get(name) for name in _COMPARED}
     return latest
 
