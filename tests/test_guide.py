@@ -207,6 +207,21 @@ def check_readme(ran):
     assert before.shape == after.shape and 0.01 < changed < 0.6  # the rest is the picture itself
 
 
+@pytest.fixture(scope="module")
+def demo_server():
+    """The address of a server with the demo model."""
+    from test_server import live
+
+    from mindiffedit.service.editor import Editor
+
+    with live(Editor.load(SimpleNamespace(model="demo"))) as (address, _):
+        yield address
+
+
+def check_serving(ran):
+    assert PIL.Image.open(ran.folder / "pear.png").size == PIL.Image.open(demo.sample_picture()).size
+
+
 GUIDES_MODELS = {T5: (1, folder_of("t5_folder")), BLIP: (1, folder_of("blip_folder"))}
 EMBEDS = {
     **shortened("negative_prompt_embeds=source_embeds,"),
@@ -254,6 +269,13 @@ PROGRAMS = {
     "notebook.ipynb": Program(check=check_notebook),
     "api.md": Program(given=lambda stands: {"pipeline": SimpleNamespace()}),  # its blocks assert
     "devices.md": Program(),
+    "serving.md": Program(
+        {
+            '"http://127.0.0.1:8000/v1"': (1, lambda stands: repr(f"{stands.fixture('demo_server')}/v1")),
+            '"demo-output/original.png"': (1, lambda stands: repr(str(demo.sample_picture()))),
+        },
+        check=check_serving,
+    ),
 }
 
 

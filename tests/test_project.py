@@ -1,6 +1,7 @@
 """The project's files: one version, the same Pythons everywhere, types, the wheel."""
 
 import email
+import json
 import os
 import re
 import shutil
@@ -78,3 +79,25 @@ def test_the_wheel(tmp_path):
     }
     # Without the kernels the modules lie in a folder for pure Python.
     assert {re.sub(r"^[^/]+\.data/purelib/", "", name) for name in names if ".dist-info/" not in name} == expected
+
+
+def test_containers():
+    """What the files of the image name is there, and their commands are commands."""
+    import yaml
+
+    from mindiffedit.cli.arguments import build_parser
+
+    image, compose = text("Dockerfile"), yaml.safe_load(text("compose.yaml"))
+    copied = [path for line in re.findall(r"^COPY (?!--from)(.*)$", image, re.MULTILINE) for path in line.split()[:-1]]
+    kept = re.findall(r"^!(.*)$", text(".dockerignore"), re.MULTILINE)
+    assert sorted(copied) == sorted(kept) and all((ROOT / path).exists() for path in copied)
+    needed = {PROJECT["project"]["readme"], *PROJECT["project"]["license-files"], "pyproject.toml", "setup.py"}
+    assert needed <= set(copied)
+    version = re.findall(r"^FROM python:(3\.\d+)", image, re.MULTILINE)
+    assert (
+        len(set(version)) == 1
+        and f"Programming Language :: Python :: {version[0]}" in (PROJECT["project"]["classifiers"])
+    )
+    words = json.loads(re.search(r"^CMD (.*)$", image, re.MULTILINE)[1])
+    for argv in (words, compose["services"]["mindiffedit"]["command"]):
+        assert build_parser().parse_args(argv).command == "serve"

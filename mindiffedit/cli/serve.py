@@ -48,12 +48,8 @@ def serve(args: Namespace) -> tuple[str, dict]:
     # Loaded where it is going to run: some devices belong to the thread that opened them.
     editor = worker.submit(Editor.load, args).result()
     # Of requests nothing is noted here: their clients are told what is to be said.
-    logging.getLogger("mindiffedit").setLevel(logging.ERROR)
-
-    class Server(uvicorn.Server):
-        async def shutdown(self, sockets=None):
-            worker.close()  # before it waits for the connections, whose requests would wait for one another
-            await super().shutdown(sockets)
+    for name in ("mindiffedit", "python_multipart"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
     config = uvicorn.Config(
         server.create_app(editor, settings, worker),
@@ -65,7 +61,7 @@ def serve(args: Namespace) -> tuple[str, dict]:
         ws="none",
     )
     try:
-        Server(config).run()
+        server.Server(config).run()
     except SystemExit as error:  # uvicorn has said why on stderr
         raise OSError(f"nothing can listen on {cut(args.host, 100)}, port {args.port}") from error
     return f"served {editor.model} on {args.host}", {}

@@ -14,7 +14,7 @@ import struct
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import PIL.Image
@@ -143,13 +143,14 @@ class DamagedPicture(InputError):
     """A file whose pixels cannot be read."""
 
 
-def decode(stream, name: str, max_pixels: int = MAX_PIXELS) -> PIL.Image.Image:
+def decode(stream, name: str, max_pixels: int = MAX_PIXELS, formats: Sequence[str] | None = None) -> PIL.Image.Image:
     """Decode a binary stream into an upright picture, after its header has been judged.
 
     Args:
         stream: at its beginning; it can seek.
         name: what messages call the picture.
         max_pixels: a picture that claims more is not decoded.
+        formats: those that are tried, by Pillow's names; None: all.
 
     Raises:
         InputError: as for `load_image`.
@@ -162,7 +163,7 @@ def decode(stream, name: str, max_pixels: int = MAX_PIXELS) -> PIL.Image.Image:
         # Pillow warns from half of its own limit on (ours is lower and an error), and of metadata that it cannot read.
         warnings.simplefilter("ignore")
         try:
-            picture = _decoded(stream, name, max_pixels)
+            picture = _decoded(stream, name, max_pixels, formats)
         except DamagedPicture:
             # Another reading of the same bytes may still give the pixels.
             stream.seek(0)
@@ -178,9 +179,9 @@ def decode(stream, name: str, max_pixels: int = MAX_PIXELS) -> PIL.Image.Image:
         return _upright(picture, name)
 
 
-def _decoded(stream, name: str, max_pixels: int = MAX_PIXELS) -> PIL.Image.Image:
+def _decoded(stream, name: str, max_pixels: int = MAX_PIXELS, formats=None) -> PIL.Image.Image:
     try:
-        picture = PIL.Image.open(stream)
+        picture = PIL.Image.open(stream, formats=formats)
     except PIL.UnidentifiedImageError as error:
         stream.seek(0)
         brand = stream.read(12)

@@ -47,6 +47,9 @@ OPTIONS = (
 
 _FLAGS = {"reference": False, "no_paste_back": False, "fill_holes": True, "soft_mask": True}  # has it a --no-...?
 
+_GRAPHS_OF_A_SIZE = 12
+"""Graphs that edits of one size of pictures may need, over all presets."""
+
 _OF_MODEL = (
     *("model", "config", "variant", "revision", "offline", "no_safety_checker", "lora", "embedding"),
     *("caption_model", "scheduler", "device", "dtype", "mode", "no_cache"),
@@ -142,6 +145,10 @@ class Editor:
         """Graphs that were compiled, or read from the cache, since the model was loaded."""
         return self.pipe._stages.graphs.made
 
+    def keep_sizes(self, count: int) -> None:
+        """Keep the graphs of so many sizes of pictures, and of another one that comes between."""
+        self.pipe.max_graphs = max(self.pipe.max_graphs, 1 + _GRAPHS_OF_A_SIZE * (count + 1))
+
     def check(self, picture: PIL.Image.Image, options: Mapping[str, Any], mask=None, *, command: str = "edit") -> None:
         """Raises the InputError that `edit` (or `find_mask`, the command "mask") would, without waiting for a turn."""
         with _as_given():
@@ -190,6 +197,8 @@ class Editor:
             for name in ("output", "picture", "sweep"):
                 settings.pop(name, None)
             settings["model"] = self.model
+            if settings.get("report") is not None:
+                settings["report"]["warnings"] = [*map(_by_given_names, settings["report"]["warnings"])]
             for adapter in settings.get("loras", []) + settings.get("embeddings", []):
                 adapter["file"] = _last_part(adapter["file"])
             return Edited(

@@ -19,6 +19,8 @@ from mindiffedit.service.editor import option_schemas
 from mindiffedit.service.fetching import fetch
 
 MAX_PICTURES = 10
+READ = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
+"""Formats of pictures that are read: Pillow has decoders of many more, which are written with less care."""
 FORMATS = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}
 
 _OPTION_OF = {"prompt": "target", "source_prompt": "source"}
@@ -78,7 +80,7 @@ def understood(fields: Mapping[str, str | bytes], command: str, limits: Limits) 
     schemas = _schemas(command)
     for name, value in fields.items():
         if name not in schemas:
-            raise InputError("there is no field {name!r} here; /docs lists those that there are.", name, name=name)
+            raise InputError("there is no field {name!r} here; /docs lists those that there are.", name=name)
         if isinstance(value, bytes) != (name in ("image", "mask")) and not (limits.urls and name in ("image", "mask")):
             kind = "a file" if name in ("image", "mask") else "a text, not a file"
             raise InputError("{parameter} has to be {kind}.", name, kind=kind)
@@ -123,9 +125,12 @@ def _choice(texts: dict[str, str], name: str, default: str, choices: list[str]) 
 
 
 def _picture(content: str | bytes, name: str, limits: Limits) -> PIL.Image.Image:
-    if isinstance(content, str):
-        content = fetch(content.strip(), limits.body)
-    return reading.decode(io.BytesIO(content), f"`{name}`", limits.pixels)
+    try:
+        if isinstance(content, str):
+            content = fetch(content.strip(), limits.body)
+        return reading.decode(io.BytesIO(content), f"`{name}`", limits.pixels, READ)
+    except InputError as error:
+        raise error.renamed(image=name) from error
 
 
 def _white_on_black(mask: PIL.Image.Image) -> PIL.Image.Image:
@@ -168,7 +173,7 @@ def _schemas(command: str) -> dict[str, dict[str, Any]]:
     """JSON schemas of the fields."""
     file = {"type": "string", "format": "binary"}
     fields: dict[str, dict[str, Any]] = {
-        "image": {**file, "description": "the picture, in any format that Pillow reads"},
+        "image": {**file, "description": f"the picture: {', '.join(READ)}"},
         "prompt": {"type": "string", "description": "what it should show"},
         "source_prompt": {
             "type": "string",

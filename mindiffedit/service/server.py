@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
+import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
@@ -178,6 +179,14 @@ def create_app(editor: Editor, settings: Settings | None = None, worker: Worker 
     return app
 
 
+class Server(uvicorn.Server):
+    """uvicorn's, which tells the application at once that it is to end: what waits would keep its connections open."""
+
+    async def shutdown(self, sockets=None):
+        self.config.app.state.worker.close()
+        await super().shutdown(sockets)
+
+
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"description": text}
     for status, text in {
@@ -280,6 +289,7 @@ def _encoded(picture: PIL.Image.Image, asked: Asked) -> dict[str, str]:
 
 def _warm_up(editor: Editor, sizes: Sequence[tuple[int, int]], stop: threading.Event) -> None:
     """Everything that an edit of these sizes may run, once; graphs do not depend on the number of steps."""
+    editor.keep_sizes(len(sizes))
     texts = {"source": "a picture", "target": "another picture"}
     for size in sizes:
         picture = PIL.Image.linear_gradient("L").resize(size).convert("RGB")
