@@ -205,7 +205,8 @@ def _sorted_out(task: Task, rows: list[Row], mine: list[Row], quiet: bool) -> tu
     One that would overwrite what any row reads cannot be done.
     """
     inputs = {os.path.normpath(path): row for row in rows for path in task.paths(row).values() if path is not None}
-    good, bad = [], []
+    good: list[Row] = []
+    bad: list[Row] = []
     for row in mine:
         reader = None if row.error else inputs.get(os.path.normpath(task.folder / row.output))
         if reader is not None:

@@ -73,8 +73,8 @@ def records(args: Namespace, task: Task, queue: Queue) -> Iterator[dict[str, Any
         cores: Sequence[Sequence[int]] = [()] * count
         if resource == "CPU" and args.ray_address is None:
             cores = _cores_of(count)
-        needs: dict[str, Any] = {"GPU": {"num_gpus": 1}, "NPU": {"resources": {"NPU": 1}}}.get(resource, {})
-        actor = ray.remote(num_cpus=max(1, len(cores[0])), **needs)(Worker)
+        device: dict[str, dict[str, Any]] = {"CPU": {}, "GPU": {"num_gpus": 1}, "NPU": {"resources": {"NPU": 1}}}
+        actor = ray.remote(num_cpus=max(1, len(cores[0])), **device[resource])(Worker)
         yield from _Run(ray, lambda i: actor.remote(task, cores[i]), count, task, queue).records()
     finally:
         ray.shutdown()
@@ -97,8 +97,8 @@ class _Run:
         while self.queue or any(row is not None for _, row in self.in_hand.values()):
             while self.idle and self.queue:
                 i = self.idle.pop()
-                row = self.queue.take(i)
-                self.in_hand[self.actors[i].do.remote(row)] = i, row
+                taken = self.queue.take(i)
+                self.in_hand[self.actors[i].do.remote(taken)] = i, taken
             if not self.in_hand:
                 raise self.reason or RuntimeError("no worker of Ray's is left.")
             (reference,), _ = self.ray.wait([*self.in_hand], num_returns=1)

@@ -104,7 +104,7 @@ class Task:
             "seed": settings.get("seed"),
             "seconds": edited.seconds,
             "report": settings.pop("report", None),
-            "settings": settings,
+            "settings": {name: value for name, value in settings.items() if name != "seconds"},
             "versions": self.versions,
         }
 
