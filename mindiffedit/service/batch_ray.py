@@ -24,6 +24,10 @@ MAX_DEATHS = 3
 # Results are written by the workers; only rows and records are passed on. Ray asks for 75 MiB at least.
 _OBJECT_STORE = 100 * 2**20
 
+# MindSpore's classes for protobuf are of an old kind, which only this implementation takes. MindSpore asks for it, but
+# in a process of Ray's another one is there already.
+_ENVIRONMENT = {"PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION": "python"}
+
 _RESOURCES = {"CPU": "CPU", "GPU": "GPU", "Ascend": "NPU"}
 """What Ray calls a device of ours."""
 
@@ -74,7 +78,9 @@ def records(args: Namespace, task: Task, queue: Queue) -> Iterator[dict[str, Any
         if resource == "CPU" and args.ray_address is None:
             cores = _cores_of(count)
         device: dict[str, dict[str, Any]] = {"CPU": {}, "GPU": {"num_gpus": 1}, "NPU": {"resources": {"NPU": 1}}}
-        actor = ray.remote(num_cpus=max(1, len(cores[0])), **device[resource])(Worker)
+        actor = ray.remote(num_cpus=max(1, len(cores[0])), runtime_env={"env_vars": _ENVIRONMENT}, **device[resource])(
+            Worker
+        )
         yield from _Run(ray, lambda i: actor.remote(task, cores[i]), count, task, queue).records()
     finally:
         ray.shutdown()

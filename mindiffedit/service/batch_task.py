@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import json
+import os
 import re
 import traceback
 from argparse import Namespace
@@ -26,6 +28,28 @@ if TYPE_CHECKING:
     from mindiffedit.service.editor import Editor
 
 _ADDRESS = re.compile(r"\s*(https?|data|file):", re.IGNORECASE)
+
+
+def loaded(args: Namespace, number: int) -> Editor:
+    """The editor of a worker, the `number`-th of this machine from 0 on.
+
+    On a CPU it computes on `args.cores` cores of its own: how many there are is seen in the last digits of its results.
+    """
+    from mindiffedit.service import editor
+
+    model = editor.Editor.load(args)
+    if model.device == "CPU":
+        cores = cores_of(number, args.cores)
+        for thread in os.listdir("/proc/self/task"):
+            with contextlib.suppress(ProcessLookupError):  # it has ended
+                os.sched_setaffinity(int(thread), cores)
+    return model
+
+
+def cores_of(number: int, count: int) -> set[int]:
+    """So many of the cores that this process may use; others for the next number, as long as there are some."""
+    cores = sorted(os.sched_getaffinity(0))
+    return {cores[(number * count + i) % len(cores)] for i in range(count)}
 
 
 @dataclass(frozen=True)
