@@ -29,6 +29,7 @@ from mindiffedit.service import batch, batch_ray, editor
 from mindiffedit.service.batch_queue import Queue
 from mindiffedit.service.batch_rows import Row, read_rows
 from mindiffedit.service.batch_table import Table, latest_records
+from mindiffedit.service.batch_task import cores_of
 
 SOURCE, TARGET = "a red apple on a table", "a yellow pear on a table"
 
@@ -43,6 +44,7 @@ class FakeEditor:
     asked: list = []
     breaks: dict = {}  # by seed: what is raised instead
     loads = 0
+    device = "none"
 
     @classmethod
     def load(cls, args):
@@ -290,6 +292,7 @@ def test_outputs_do_not_overwrite_pictures(work, capsys):
     "more, words",
     [
         (["--workers", "0"], "--workers has to be 1"),
+        (["--cores", "0"], "--cores has to be 1"),
         (["--shard", "0/2"], "--shard has to be"),
         (["--shard", "3/2"], "--shard has to be"),
         (["--shard", "1/2", "--workers", "2"], "--workers shares the rows"),
@@ -619,21 +622,22 @@ def test_workers_that_cannot_load_the_model():
 def test_workers_and_their_devices(monkeypatch):
     def devices(there, **args):
         ray = SimpleNamespace(cluster_resources=lambda: there)
-        return batch_ray._devices(ray, Namespace(**{"workers": None, "device": None, **args}))
+        return batch_ray._devices(ray, Namespace(**{"workers": None, "device": None, "cores": 1, **args}))
 
     assert devices({"CPU": 8.0}) == ("CPU", 8) and devices({"CPU": 8.0}, workers=3) == ("CPU", 3)
+    assert devices({"CPU": 8.0}, cores=3) == ("CPU", 2)
     both = {"CPU": 8.0, "NPU": 4.0}
     assert devices(both, device="Ascend") == ("NPU", 4) and devices(both, device="CPU") == ("CPU", 8)
     assert devices({"CPU": 8.0, "GPU": 2.0}, device="GPU", workers=2) == ("GPU", 2)
     for there, args, words in (
         (both, {}, "4 NPUs; say by --device"),
-        ({"CPU": 8.0}, {"device": "Ascend"}, "0 of the resource NPU"),
-        (both, {"device": "Ascend", "workers": 5}, "4 of the resource NPU"),
+        ({"CPU": 8.0}, {"device": "Ascend"}, "of NPU is enough for 0"),
+        (both, {"device": "Ascend", "workers": 5}, "of NPU is enough for 4"),
     ):
         with pytest.raises(InputError, match=words):
             devices(there, **args)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3, 5})
-    assert batch_ray._cores_of(2) == [[0, 1], [2, 3]] and batch_ray._cores_of(7)[4:] == [[5], [0], [1]]
+    assert [cores_of(i, 2) for i in range(3)] == [{0, 1}, {2, 3}, {5, 0}] and cores_of(4, 1) == {5}
 
 
 def test_without_workers_ray_is_not_imported(work, capsys):
@@ -673,6 +677,7 @@ def demo_rows(count, **options):
 def test_the_demo_model(work, capsys, monkeypatch, loaded):
     """The command's own pixels, in whatever order the rows come."""
     monkeypatch.setattr(editor, "Editor", SimpleNamespace(load=lambda args: loaded))
+    monkeypatch.setattr(os, "sched_setaffinity", lambda thread, cores: None)  # of this process, which goes on
     rows = demo_rows(2, **QUICK)
     write(rows)
     assert counts(ran(capsys)) == [2, 0, 0]

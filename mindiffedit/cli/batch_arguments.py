@@ -20,12 +20,20 @@ def add(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
         required=True,
         help="folder of the pictures and of results.jsonl, a line for each row; what is done there is not done again",
     )
+    command.add_argument(
+        "--cores",
+        metavar="N",
+        type=int,
+        default=1,
+        help="cores of the processor that a row is computed on, on a CPU; its pixels depend on how many, in the last "
+        "digits, and not on the number of workers (default: 1)",
+    )
     group = command.add_argument_group("several devices or machines")
     group.add_argument(
         "--workers",
         metavar="N",
         type=int,
-        help="processes that have a model each, on N devices or parts of the processor, started by Ray "
+        help="processes that have a model each, on devices or cores of their own, started by Ray "
         "(pip install 'mindiffedit[ray]'; default: none, the rows are done in this process)",
     )
     group.add_argument(

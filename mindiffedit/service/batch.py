@@ -37,7 +37,7 @@ from mindiffedit.service import editor
 from mindiffedit.service.batch_queue import Queue
 from mindiffedit.service.batch_rows import Row, read_rows
 from mindiffedit.service.batch_table import DONE, FAILED, Table, latest_records
-from mindiffedit.service.batch_task import Task
+from mindiffedit.service.batch_task import Task, loaded
 
 LIBRARIES = ("mindspore", "mindone")
 """A row is done again when mindiffedit or one of these has another version: they compute the pixels."""
@@ -74,7 +74,7 @@ def run(args: Namespace) -> tuple[str, dict[str, Any], int]:
         queue = Queue(zip(todo, _sizes(task, job, todo, args.quiet)))
         with (
             _bar(total=len(mine), initial=earlier, disable=args.quiet) as bar,
-            contextlib.closing(_records(args, task, queue)) as records,
+            contextlib.closing(_records(args, task, queue, share)) as records,
         ):
             for record in itertools.chain((task.failed(row, str(row.error)) for row in bad), records):
                 table.append(record)
@@ -105,8 +105,9 @@ def _check(args: Namespace) -> None:
     checks.check_names(args)
     checks.check_numbers(vars(args))
     checks.mask_options_of(args)
-    if args.workers is not None and args.workers < 1:
-        raise InputError("--workers has to be 1 or more, but is {count}.", count=args.workers)
+    for name in ("workers", "cores"):
+        if (count := getattr(args, name)) is not None and count < 1:
+            raise InputError("{parameter} has to be 1 or more, but is {count}.", f"--{name}", count=count)
     for name in ("workers", "ray_address"):
         if getattr(args, name) is not None and (args.shard is not None or "MS_ROLE" in os.environ):
             raise InputError(
@@ -182,7 +183,7 @@ def identity(job: Job, args: Namespace) -> dict[str, Any]:
             with open(path, "rb") as stream:
                 while chunk := stream.read(2**22):
                     total.update(chunk)
-    names = ("device", "mode", "dtype", "variant", "config", "no_safety_checker", "caption_model")
+    names = ("device", "cores", "mode", "dtype", "variant", "config", "no_safety_checker", "caption_model")
     return {
         "files": total.hexdigest(),
         "weights": [weight for _, weight in job.loras] + [word for _, word in job.embeddings],
@@ -246,7 +247,9 @@ def _picture_size(path: Path | None) -> tuple[int, int] | None:
         return None
 
 
-def _records(args: Namespace, task: Task, queue: Queue) -> Generator[dict[str, Any], None, None]:
+def _records(
+    args: Namespace, task: Task, queue: Queue, share: tuple[int, int] | None
+) -> Generator[dict[str, Any], None, None]:
     """The records of the rows of a queue, as they come."""
     if not queue:
         return
@@ -255,7 +258,7 @@ def _records(args: Namespace, task: Task, queue: Queue) -> Generator[dict[str, A
 
         yield from batch_ray.records(args, task, queue)
         return
-    model = editor.Editor.load(args)
+    model = loaded(args, 0 if share is None else share[0] - 1)
     log = logging.getLogger("mindiffedit")
     log.setLevel(logging.ERROR)  # notes are in the rows' reports
     try:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import os
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from mindiffedit.errors import InputError, first_line
 from mindiffedit.runtime import quick_imports
 from mindiffedit.service.batch_queue import Queue
 from mindiffedit.service.batch_rows import Row
-from mindiffedit.service.batch_task import Task
+from mindiffedit.service.batch_task import Task, loaded
 
 MAX_DEATHS = 3
 """So many workers may die of one row, or one after the other while they load the model."""
@@ -37,21 +37,17 @@ class Worker:
 
     Args:
         task: what its rows have in common.
-        cores: numbers of the processor's cores to run on; none: on all.
+        number: of the worker, from 0 on.
     """
 
-    def __init__(self, task: Task, cores: Sequence[int]):
-        if cores:
-            os.sched_setaffinity(0, cores)
+    def __init__(self, task: Task, number: int):
         os.environ.pop("DEVICE_ID", None)  # Ray lets the process see its own device alone, which is number 0 then
         quick_imports.prepare_process()
-        self.task = task
+        self.task, self.number = task, number
 
     def load(self) -> None:
         """Load the model, which takes a while."""
-        from mindiffedit.service.editor import Editor
-
-        self.editor = Editor.load(self.task.args)
+        self.editor = loaded(self.task.args, self.number)
 
     def do(self, row: Row) -> dict[str, Any]:
         """The record of a row that is done, or failed."""
@@ -62,7 +58,7 @@ def records(args: Namespace, task: Task, queue: Queue) -> Iterator[dict[str, Any
     """Do all rows of a queue; gives their records as they come.
 
     Args:
-        args: of `mindiffedit batch`: `workers`, `ray_address` and `device` count.
+        args: of `mindiffedit batch`: `workers`, `ray_address`, `device` and `cores` count.
         task: what the rows have in common.
         queue: the rows.
 
@@ -74,14 +70,10 @@ def records(args: Namespace, task: Task, queue: Queue) -> Iterator[dict[str, Any
     ray = _started(args)
     try:
         resource, count = _devices(ray, args)
-        cores: Sequence[Sequence[int]] = [()] * count
-        if resource == "CPU" and args.ray_address is None:
-            cores = _cores_of(count)
         device: dict[str, dict[str, Any]] = {"CPU": {}, "GPU": {"num_gpus": 1}, "NPU": {"resources": {"NPU": 1}}}
-        actor = ray.remote(num_cpus=max(1, len(cores[0])), runtime_env={"env_vars": _ENVIRONMENT}, **device[resource])(
-            Worker
-        )
-        yield from _Run(ray, lambda i: actor.remote(task, cores[i]), count, task, queue).records()
+        cores = args.cores if resource == "CPU" else 1
+        start = ray.remote(num_cpus=cores, runtime_env={"env_vars": _ENVIRONMENT}, **device[resource])(Worker).remote
+        yield from _Run(ray, lambda i: start(task, i), count, task, queue).records()
     finally:
         ray.shutdown()
 
@@ -189,7 +181,7 @@ def _started(args: Namespace):
         cores = len(os.sched_getaffinity(0))
         ray.init(
             address="local",
-            num_cpus=max(cores, args.workers),
+            num_cpus=max(cores, args.workers * args.cores),
             include_dashboard=False,
             object_store_memory=_OBJECT_STORE,
             **quiet,
@@ -208,20 +200,13 @@ def _devices(ray, args: Namespace) -> tuple[str, int]:
             name=others[0],
         )
     resource = _RESOURCES[args.device or "CPU"]
-    most = int(there.get(resource, 0))
+    most = int(there.get(resource, 0) / (args.cores if resource == "CPU" else 1))
     count = args.workers or most
     if not 0 < count <= most:
         raise InputError(
-            "--workers {count}: Ray sees {most} of the resource {name}; give at most that many.",
+            "--workers {count}: what Ray sees of {name} is enough for {most}; give at most that many.",
             count=count,
-            most=most,
             name=resource,
+            most=most,
         )
     return resource, count
-
-
-def _cores_of(count: int) -> list[list[int]]:
-    """This machine's cores for each of its workers: an equal part, or one core, which some then share."""
-    cores = sorted(os.sched_getaffinity(0))
-    part = max(1, len(cores) // count)
-    return [[cores[(i * part + j) % len(cores)] for j in range(part)] for i in range(count)]
