@@ -739,12 +739,23 @@ def processes(name, parents):
     return found
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The folder of eight rows on the demo model, with what a run without workers makes of them."""
+    folder = tmp_path_factory.mktemp("plain")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        write(demo_rows(8, **QUICK))
+        assert counts(ended(start(output="plain"))) == [8, 0, 0]
+    return folder
+
+
 @pytest.fixture
-def plain(work):
-    """Eight rows on the demo model, and the pictures that a run without workers makes of them."""
-    write(demo_rows(8, **QUICK))
-    assert counts(ended(start(output="plain"))) == [8, 0, 0]
-    return {path.name: path.read_bytes() for path in Path("plain").glob("*.png")}
+def plain(work, made):
+    """These rows in the test's own folder; the pictures that they make."""
+    for name in ("jobs.jsonl", "sample.png"):
+        shutil.copy(made / name, name)
+    return {path.name: path.read_bytes() for path in (made / "plain").glob("*.png")}
 
 
 @pytest.mark.tools
