@@ -658,8 +658,9 @@ QUICK = {"steps": 4, "strength": 0.5}
 
 
 def environment(**more):
-    """In which a command of ours runs."""
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **more}
+    """In which a command of ours runs; Ray leaves no token in the home folder."""
+    ray = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
+    return {**os.environ, **ray, "PYTHONPATH": os.pathsep.join(sys.path), **more}
 
 
 @pytest.fixture(scope="module")

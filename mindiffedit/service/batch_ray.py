@@ -173,8 +173,8 @@ def _started(args: Namespace):
             ray.init(address=args.ray_address, **quiet)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise InputError(
-                "--ray-address {address}: there is no cluster to join ({why}); start one by `ray start --head`, and set "
-                "RAY_AUTH_MODE=token where it asks for a token.",
+                "--ray-address {address}: there is no cluster to join ({why}); start one by `ray start --head`, and "
+                "set RAY_AUTH_MODE=token where it asks for a token.",
                 address=args.ray_address,
                 why=first_line(error),
             ) from error
