@@ -809,16 +809,11 @@ def test_a_cluster_that_is_there(plain):
 
 @pytest.mark.tools
 def test_msrun(plain):
-    program = Path(sys.executable).with_name("msrun")
-    command = f"{program} --worker_num 2 --local_worker_num 2 --join True --log_dir logs"
-    batch = f"{sys.executable} -m mindiffedit batch jobs.jsonl -o out --quiet"
-    done = subprocess.run(
-        [*command.split(), "--master_port", "26380", *batch.split()],
-        capture_output=True,
-        text=True,
-        env=environment(),
-        timeout=300,
-    )
+    programs = os.path.dirname(sys.executable)
+    command = f"{programs}/msrun --worker_num 2 --local_worker_num 2 --join True --log_dir logs --master_port 26380"
+    command += " python -m mindiffedit batch jobs.jsonl -o out --quiet"
+    path = os.pathsep.join([programs, os.environ["PATH"]])
+    done = subprocess.run(command.split(), capture_output=True, text=True, env=environment(PATH=path), timeout=300)
     logs = "\n".join(path.read_text() for path in Path("logs").iterdir())
     assert done.returncode == 0, done.stderr + logs
     assert pictures() == plain
