@@ -39,6 +39,9 @@ def loaded(args: Namespace, number: int) -> Editor:
 
     model = editor.Editor.load(args)
     if model.device == "CPU":
+        most = len(os.sched_getaffinity(0))
+        if args.cores > most:
+            raise InputError("--cores {count}: there are {most}; give at most that many.", count=args.cores, most=most)
         cores = cores_of(number, args.cores)
         for thread in os.listdir("/proc/self/task"):
             with contextlib.suppress(ProcessLookupError):  # it has ended
