@@ -25,11 +25,10 @@ import pytest
 from mindiffedit import demo
 from mindiffedit.cli import command as cli
 from mindiffedit.errors import InputError
-from mindiffedit.service import batch, batch_ray, editor
+from mindiffedit.service import batch, batch_ray, batch_task, editor
 from mindiffedit.service.batch_queue import Queue
 from mindiffedit.service.batch_rows import Row, read_rows
 from mindiffedit.service.batch_table import Table, latest_records
-from mindiffedit.service.batch_task import cores_of
 
 SOURCE, TARGET = "a red apple on a table", "a yellow pear on a table"
 
@@ -637,7 +636,22 @@ def test_workers_and_their_devices(monkeypatch):
         with pytest.raises(InputError, match=words):
             devices(there, **args)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3, 5})
+    cores_of = batch_task.cores_of
     assert [cores_of(i, 2) for i in range(3)] == [{0, 1}, {2, 3}, {5, 0}] and cores_of(4, 1) == {5}
+
+
+def test_a_worker_computes_on_cores_of_its_own(monkeypatch):
+    """On a CPU, where their number is seen in the results."""
+    cores = []
+    monkeypatch.setattr(editor, "Editor", SimpleNamespace(load=lambda args: SimpleNamespace(device=args.device)))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1, 2, 3})
+    monkeypatch.setattr(os, "sched_setaffinity", lambda thread, chosen: cores.append(chosen))
+    batch_task.loaded(Namespace(device="Ascend", cores=9), 0)
+    assert cores == []
+    batch_task.loaded(Namespace(device="CPU", cores=2), 1)
+    assert cores and all(chosen == {2, 3} for chosen in cores)
+    with pytest.raises(InputError, match="--cores 5: there are 4"):
+        batch_task.loaded(Namespace(device="CPU", cores=5), 0)
 
 
 def test_without_workers_ray_is_not_imported(work, capsys):
