@@ -73,55 +73,56 @@ class Process:
         return float(re.search(rf"^{name} (\S+)", text, re.MULTILINE)[1])
 
 
-def edit(client: openai.OpenAI, seed: int) -> tuple[float, str]:
+def edit(client: openai.OpenAI, seed: int, steps: int) -> tuple[float, str]:
     """Seconds of an edit, and a digest of its pixels."""
     begun = time.monotonic()
     texts = demo.SAMPLE_PROMPTS
     result = client.images.edit(
         image=demo.sample_picture().read_bytes(),
         prompt=texts["target"],
-        extra_body={"source_prompt": texts["source"], "seed": seed},
+        extra_body={"source_prompt": texts["source"], "seed": seed, "steps": steps},
     )
     return time.monotonic() - begun, hashlib.sha256(base64.b64decode(result.data[0].b64_json)).hexdigest()
 
 
 @contextlib.contextmanager
-def clients(process: Process, count: int, max_retries: int = 0) -> Iterator:
+def clients(process: Process, count: int, steps: int, max_retries: int = 0) -> Iterator:
     """A function that sends edits of seeds from so many clients at once and gives their results in order."""
     with openai.OpenAI(base_url=f"{process.address}/v1", api_key="none", max_retries=max_retries) as client:
         with ThreadPoolExecutor(count) as pool:
-            yield lambda seeds: pool.map(lambda seed: edit(client, seed), seeds)
+            yield lambda seeds: pool.map(lambda seed: edit(client, seed, steps), seeds)
 
 
-def measure(process: Process, count: int, total: int) -> tuple[dict, list[str]]:
+def measure(process: Process, count: int, total: int, steps: int) -> tuple[dict, list[str]]:
     """Figures of `total` requests from `count` clients, and the digests of their results."""
     graphs = process.number("mindiffedit_graphs_made")
     begun = time.monotonic()
     seconds, digests, memory = [], [], {}
-    with clients(process, count) as send:
+    with clients(process, count, steps) as send:
         for number, (took, digest) in enumerate(send(range(total)), start=1):
             seconds.append(took)
             digests.append(digest)
-            if number in (SETTLED, total):
-                memory[number] = process.number("process_resident_memory_bytes")
+            if number % SETTLED == 0 or number == total:
+                memory[number] = round(process.number("process_resident_memory_bytes") / 2**20, 1)
     elapsed = time.monotonic() - begun
     figures = {
         "clients": count,
         "requests": total,
+        "steps": steps,
         "p50_s": round(statistics.median(seconds), 3),
         "p95_s": round(statistics.quantiles(seconds, n=20)[-1], 3),
         "requests_per_s": round(total / elapsed, 3),
         "graphs_made": process.number("mindiffedit_graphs_made") - graphs,
-        "memory_mib": round(memory[total] / 2**20, 1),
+        "memory_mib": memory,
     }
     if SETTLED in memory and total > SETTLED:
         figures["growth_percent"] = round(100 * (memory[total] / memory[SETTLED] - 1), 2)
     return figures, digests
 
 
-def killed(process: Process, count: int, digests: list[str]) -> dict:
+def killed(process: Process, count: int, steps: int, digests: list[str]) -> dict:
     """kill -9 while `count` clients wait for one edit each; OpenAI's client sends again what was lost."""
-    with clients(process, count, max_retries=20) as send:
+    with clients(process, count, steps, max_retries=20) as send:
         results = send(range(2 * count))
         while not process.number("mindiffedit_running"):
             time.sleep(0.01)
@@ -139,18 +140,19 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=500, metavar="N", help="of each row (default: %(default)s)")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4], metavar="N", help="(default: 1 4)")
+    parser.add_argument("--steps", type=int, default=20, metavar="N", help="of each edit (default: %(default)s)")
     parser.add_argument("--report", metavar="FILE", help="also write the figures, as JSON")
     args = parser.parse_args(argv)
     process = Process()
     try:
         report, digests = {"rows": []}, []
         for count in args.clients:
-            figures, found = measure(process, count, args.requests)
-            figures["same_pixels"] = not digests or found == digests
+            figures, found = measure(process, count, args.requests, args.steps)
+            figures["same_pixels"] = found == digests if digests else None
             digests = found
             report["rows"].append(figures)
             print(json.dumps(figures), flush=True)
-        report["kill"] = killed(process, args.clients[-1], digests)
+        report["kill"] = killed(process, args.clients[-1], args.steps, digests)
         print(json.dumps(report["kill"]), flush=True)
     finally:
         process.end()

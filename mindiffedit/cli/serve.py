@@ -16,8 +16,6 @@ MAX_CONNECTIONS = 512
 def serve(args: Namespace) -> tuple[str, dict]:
     """Load the model, and answer until a signal comes: what runs ends then, and the rest is refused."""
     try:
-        import uvicorn
-
         from mindiffedit.service import server
     except ImportError as error:
         raise InputError(
@@ -51,17 +49,15 @@ def serve(args: Namespace) -> tuple[str, dict]:
     for name in ("mindiffedit", "python_multipart"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
-    config = uvicorn.Config(
+    running = server.Server(
         server.create_app(editor, settings, worker),
         host=args.host,
         port=args.port,
         log_level="warning" if args.quiet else "info",
         limit_concurrency=MAX_CONNECTIONS,
-        server_header=False,
-        ws="none",
     )
     try:
-        server.Server(config).run()
+        running.run()
     except SystemExit as error:  # uvicorn has said why on stderr
         raise OSError(f"nothing can listen on {cut(args.host, 100)}, port {args.port}") from error
     return f"served {editor.model} on {args.host}", {}

@@ -143,13 +143,13 @@ class DamagedPicture(InputError):
     """A file whose pixels cannot be read."""
 
 
-def decode(stream, name: str, max_pixels: int = MAX_PIXELS, formats: Sequence[str] | None = None) -> PIL.Image.Image:
+def decode(stream, name: str, max_pixels: int | None = None, formats: Sequence[str] | None = None) -> PIL.Image.Image:
     """Decode a binary stream into an upright picture, after its header has been judged.
 
     Args:
         stream: at its beginning; it can seek.
         name: what messages call the picture.
-        max_pixels: a picture that claims more is not decoded.
+        max_pixels: a picture that claims more is not decoded; None: `MAX_PIXELS`.
         formats: those that are tried, by Pillow's names; None: all.
 
     Raises:
@@ -179,7 +179,7 @@ def decode(stream, name: str, max_pixels: int = MAX_PIXELS, formats: Sequence[st
         return _upright(picture, name)
 
 
-def _decoded(stream, name: str, max_pixels: int = MAX_PIXELS, formats=None) -> PIL.Image.Image:
+def _decoded(stream, name: str, max_pixels: int | None = None, formats=None) -> PIL.Image.Image:
     try:
         picture = PIL.Image.open(stream, formats=formats)
     except PIL.UnidentifiedImageError as error:
@@ -229,8 +229,9 @@ def _bits_of(picture: PIL.Image.Image) -> int:
     return max((int(one[1]) for one in found if one), default=8)
 
 
-def _check_header(picture: PIL.Image.Image, name: str, max_pixels: int) -> None:
+def _check_header(picture: PIL.Image.Image, name: str, max_pixels: int | None) -> None:
     width, height = picture.size
+    max_pixels = MAX_PIXELS if max_pixels is None else max_pixels
     if picture.format in _REFUSED_FORMATS:
         raise InputError(
             "{name} is a {kind} drawing; give a picture of pixels, such as a PNG.",

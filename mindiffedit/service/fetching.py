@@ -114,7 +114,7 @@ def public_address(host: str) -> str:
         InputError: one is of this machine, its network or a reserved range, or there is none.
     """
     try:
-        found = {entry[4][0] for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
+        found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
     except (OSError, UnicodeError) as error:
         raise InputError(
             "the URL's host {host!r} is not found; look for a typing error.", "image", host=host

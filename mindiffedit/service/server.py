@@ -182,8 +182,12 @@ def create_app(editor: Editor, settings: Settings | None = None, worker: Worker 
 class Server(uvicorn.Server):
     """uvicorn's, which tells the application at once that it is to end: what waits would keep its connections open."""
 
+    def __init__(self, app: FastAPI, **options):
+        super().__init__(uvicorn.Config(app, server_header=False, ws="none", **options))
+        self.worker: Worker = app.state.worker
+
     async def shutdown(self, sockets=None):
-        self.config.app.state.worker.close()
+        self.worker.close()
         await super().shutdown(sockets)
 
 
