@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -638,6 +639,16 @@ def test_workers_and_their_devices(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2, 3, 5})
     cores_of = batch_task.cores_of
     assert [cores_of(i, 2) for i in range(3)] == [{0, 1}, {2, 3}, {5, 0}] and cores_of(4, 1) == {5}
+
+
+def test_a_cluster_that_is_not_there(work, capsys):
+    write([row()])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        taken = f"127.0.0.1:{free.getsockname()[1]}"  # and nobody listens
+        for address in (taken, "127.0.0.1", "127.0.0.1:x", "127.0.0.1:99999999"):
+            assert cli.main(["batch", "jobs.jsonl", "-o", "out", "--ray-address", address]) == 2
+            assert "nobody answers there" in capsys.readouterr().err
 
 
 def test_a_worker_computes_on_cores_of_its_own(monkeypatch):

@@ -7,6 +7,7 @@ asked for, and what it needs is set in the environment before.
 from __future__ import annotations
 
 import os
+import socket
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator
@@ -20,6 +21,8 @@ from mindiffedit.service.batch_task import Task, loaded
 
 MAX_DEATHS = 3
 """So many workers may die of one row, or one after the other while they load the model."""
+
+_PATIENCE = 10.0  # seconds for a cluster to answer
 
 # Results are written by the workers; only rows and records are passed on. Ray asks for 75 MiB at least.
 _OBJECT_STORE = 100 * 2**20
@@ -157,7 +160,9 @@ def _cause(error: BaseException) -> str:
 def _started(args: Namespace):
     """Ray, connected to a cluster or started on this machine."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    if args.ray_address is None:
+    if args.ray_address is not None:
+        _check_address(args.ray_address)
+    else:
         # Its ports are open to this machine only; the name is that of the systems that this was made for.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     try:
@@ -188,6 +193,20 @@ def _started(args: Namespace):
             **quiet,
         )
     return ray
+
+
+def _check_address(address: str) -> None:
+    """Ray itself tries for minutes where nobody answers."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), _PATIENCE).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise InputError(
+            "--ray-address {address}: nobody answers there ({why}); give HOST:PORT of a cluster's head, as `ray start "
+            "--head` says it.",
+            address=address,
+            why=first_line(error),
+        ) from error
 
 
 def _devices(ray, args: Namespace) -> tuple[str, int]:
