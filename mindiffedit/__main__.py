@@ -13,15 +13,7 @@ from mindiffedit.runtime import quick_imports
 def run() -> int:
     """``main`` in a process of its own, whose surroundings are ours to set; returns the exit code."""
     gc.disable()  # until everything is loaded: it would look for garbage among what only grows
-    if sys.argv[1:3] != ["parity", "record"]:
-        # Where torch is installed, transformers would import it, for seconds; only its tokenizer is used here.
-        os.environ.setdefault("USE_TORCH", "0")
-        if not os.environ.get("MS_PROFILER_OPTIONS"):  # the profiler that these are for is in what is left out
-            quick_imports.install(quick_imports.PACKAGES)
-    # MindSpore's warnings are for its developers, and the others' are advice to install torch.
-    os.environ.setdefault("GLOG_v", "3")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    os.environ.setdefault("DIFFUSERS_NO_ADVISORY_WARNINGS", "1")
+    quick_imports.prepare_process(torch=sys.argv[1:3] == ["parity", "record"])
     code = main()
     gc.enable()
     return code

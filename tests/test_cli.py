@@ -33,7 +33,7 @@ from mindiffedit.images.colours import Original
 from mindiffedit.outputs import DiffEditInversionPipelineOutput, DiffEditOutput, EditReport
 from mindiffedit.pipeline import StableDiffusionDiffEditPipeline
 
-COMMANDS = ("edit", "mask", "invert", "demo", "doctor", "ui", "serve", "parity record", "parity check")
+COMMANDS = ("edit", "mask", "invert", "demo", "doctor", "ui", "serve", "batch", "parity record", "parity check")
 SOURCE, TARGET = "a red apple on a table", "a yellow pear on a table"
 FLAT = (10, 200, 30)
 """The colour of every edited picture of the fake."""

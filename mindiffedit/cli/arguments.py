@@ -10,7 +10,7 @@ import sys
 from typing import Any
 
 from mindiffedit import __version__, demo
-from mindiffedit.cli import serve_arguments, ui_arguments
+from mindiffedit.cli import batch_arguments, serve_arguments, ui_arguments
 from mindiffedit.cli.wording import BAD_INPUT, MASK_FIELDS, on_one_line, option
 from mindiffedit.errors import shown
 from mindiffedit.inputs import DEFAULT_PRESET, EDIT_MAPS, EDIT_MASK, EDIT_MASK_STRENGTH, INVERSIONS, PRESETS
@@ -98,6 +98,9 @@ examples:
   mindiffedit invert bowl.png --source "a bowl of fruits" -o bowl.safetensors --model FOLDER
   mindiffedit edit bowl.png --latents bowl.safetensors --mask mask.png --target "a bowl of pears" \\
       -o out.png --model FOLDER
+
+  # a line for each edit, such as {"picture": "bowl.png", "source": "a bowl", "target": "a basket"}
+  mindiffedit batch jobs.jsonl -o results --model FOLDER
 """
 
 
@@ -121,6 +124,7 @@ def build_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argu
     _build_demo(_command(commands, "demo", "edit the sample picture that ships with mindiffedit"))
     _build_doctor(_command(commands, "doctor", "say whether mindiffedit works on this machine, and what is missing"))
     _build_service(ui_arguments.add(_command(commands, "ui", "edit in a page of the browser")))
+    _build_batch(batch_arguments.add(_command(commands, "batch", "edit all rows of a file, on one device or many")))
     _build_service(serve_arguments.add(_command(commands, "serve", "answer requests for edits over HTTP")))
     _build_parity(
         commands.add_parser(
@@ -230,6 +234,17 @@ def _build_demo(show) -> None:
 def _build_doctor(doctor) -> None:
     _add_device(doctor)
     _add_printing(doctor)
+
+
+def _build_batch(batch) -> None:
+    """What it takes by itself, and the options of `edit` that name no file as defaults of the rows."""
+    _add(batch, "--source", "TEXT", "what the pictures show, where a row does not say it")
+    _add(batch, "--target", "TEXT", "what they should show, where a row does not say it")
+    _add(batch, "--negative", "TEXT", "what not to show (default: the source text)")
+    _add_numbers(batch, *_EDIT_NUMBERS)
+    _add_mask_options(batch)
+    _add_edit_options(batch)
+    _add_common(batch)
 
 
 def _build_service(service) -> None:
@@ -431,7 +446,7 @@ def _add_model(command) -> None:
     if name in ("edit", "mask"):
         what = "--source and --target are concepts, such as 'bowl', for which it writes prompts"
         _add(group, "--prompt-model", "MODEL", f"a Flan-T5 (folder or hub id): {what}")
-    use = "for the inversion, and " if name == "edit" else ""
+    use = "for the inversion, and " if name in ("edit", "batch") else ""
     source = "--source" if name in ("edit", "mask", "invert") else "the source text"
     what = (
         f"a BLIP (folder or hub id), which says what the picture shows: {use}in place of {source} where that is missing"

@@ -36,7 +36,7 @@ def check_names(args: Namespace) -> None:
     for name, value in vars(args).items():
         if name in ("source", "target", "caption") or name.endswith("negative") or name.startswith("sweep_"):
             continue  # texts, and lists of numbers
-        parameter = name.upper() if name in ("picture", "golden") else option(name)
+        parameter = name.upper() if name in ("picture", "golden", "jobs") else option(name)
         for text in value if isinstance(value, list) else [value]:
             if not isinstance(text, str):
                 continue

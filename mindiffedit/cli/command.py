@@ -179,6 +179,12 @@ def _doctor(args):
     return doctor(args)
 
 
+def _batch(args):
+    from mindiffedit.service import batch
+
+    return batch.run(args)
+
+
 def _parity(args):
     from mindiffedit.cli import parity
 
@@ -204,6 +210,7 @@ _COMMANDS = {
     "demo": _demo,
     "doctor": _doctor,
     "ui": _ui,
+    "batch": _batch,
     "serve": _serve,
     "parity record": _parity,
     "parity check": _parity,

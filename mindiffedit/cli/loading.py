@@ -38,7 +38,7 @@ def load(job: Job):
 
 def load_model(job: Job):
     """The pipeline with its adapters; pictures that were read are fitted to it as soon as it is known."""
-    _find_model(job)
+    find_model(job)
     with job.timed("load"), hushed():
         quick_imports.import_beside()
         job.device = require_device(job.args.device)
@@ -77,7 +77,7 @@ def require_device(name: str | None) -> str:
 # --- files -----------------------------------------------------------------------------------------
 
 
-def _find_model(job: Job) -> None:
+def find_model(job: Job) -> None:
     """Judge the files of models on this machine; a hub id is only looked at."""
     for path, _ in job.loras:
         _check_weights_file(path, "--lora")
@@ -178,11 +178,21 @@ def _load_pipeline(job: Job):
         return StableDiffusionDiffEditPipeline.from_single_file(
             str(job.single_file), config=args.config, local_files_only=args.offline or None, **how
         )
-    variant = {"variant": args.variant} if is_given(args, "variant") else {}
-    if job.folder is None:
-        options = hub.HubOptions(revision=args.revision, local_files_only=args.offline)
-        _take_folder(job, hub.resolve_folder(args.model, options, skip=_skipped(job), **variant))
-    return StableDiffusionDiffEditPipeline.from_pretrained(str(job.folder), local_files_only=True, **how, **variant)
+    fetch_model(job)
+    return StableDiffusionDiffEditPipeline.from_pretrained(
+        str(job.folder), local_files_only=True, **how, **_variant(job)
+    )
+
+
+def fetch_model(job: Job) -> None:
+    """The folder of a model on the hub, fetched from there unless it is here; others were found."""
+    if job.folder is None and job.single_file is None:
+        options = hub.HubOptions(revision=job.args.revision, local_files_only=job.args.offline)
+        _take_folder(job, hub.resolve_folder(job.args.model, options, skip=_skipped(job), **_variant(job)))
+
+
+def _variant(job: Job) -> dict[str, str]:
+    return {"variant": job.args.variant} if is_given(job.args, "variant") else {}
 
 
 def choose_solver(job: Job, pipe) -> None:

@@ -34,6 +34,7 @@ __all__ = [
     "preprocess_image",
     "resized_arrays",
     "restore_size",
+    "working_size",
 ]
 
 
@@ -352,16 +353,22 @@ def fit_picture(
             f", far below what it was made for, and draws little of use there; enlarge the picture first, to about "
             f"{round(width * enlarge)} x {round(height * enlarge)}"
         )
-    if max_pixels is not None and width * height > max_pixels:
-        shrink = (max_pixels / (width * height)) ** 0.5
-        width, height = (max(scale_factor, round(side * shrink)) for side in (width, height))
-    size = fitted_size((width, height), scale_factor)
+    size = working_size((width, height), scale_factor, max_pixels)
     notice = (
         f"the picture is {picture.width} x {picture.height}; the model works on it at {size[0]} x {size[1]}{small}."
     )
     if size == picture.size:
         return picture, notice if small else None
     return picture.resize(size, resample=PIL.Image.Resampling.LANCZOS), notice
+
+
+def working_size(size: tuple[int, int], scale_factor: int, max_pixels: int | None = None) -> tuple[int, int]:
+    """The size (width, height) that `fit_picture` brings a picture of this size to."""
+    width, height = size
+    if max_pixels is not None and width * height > max_pixels:
+        shrink = (max_pixels / (width * height)) ** 0.5
+        width, height = (max(scale_factor, round(side * shrink)) for side in (width, height))
+    return fitted_size((width, height), scale_factor)
 
 
 def restore_size(picture: PIL.Image.Image, size: tuple[int, int]) -> PIL.Image.Image:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import secrets
 import struct
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ __all__ = [
     "check_writable",
     "encoded",
     "format_of",
+    "remove_drafts",
     "save_image_atomically",
     "save_images_atomically",
 ]
@@ -121,6 +123,18 @@ def atomic_path(path) -> Iterator[Path]:
         os.replace(draft, target)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def remove_drafts(paths: Iterable[Path]) -> None:
+    """Remove the drafts of `atomic_path` that killed processes have left of these paths, which may not exist."""
+    names: dict[Path, set[str]] = {}
+    for path in paths:
+        names.setdefault(path.parent, set()).add(f"{path.stem[:100]}{path.suffix}")
+    for folder, wanted in names.items():
+        for entry in os.scandir(folder) if folder.is_dir() else ():
+            draft = re.fullmatch(r"\.(.+)\.[0-9a-f]{16}(\.\w+)", entry.name)
+            if draft and draft[1] + draft[2] in wanted:
+                os.unlink(entry.path)
 
 
 def save_image_atomically(image: PIL.Image.Image, path) -> None:

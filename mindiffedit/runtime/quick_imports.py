@@ -29,7 +29,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-__all__ = ["MINDONE", "PACKAGES", "complete_for", "import_beside", "install", "quickly"]
+__all__ = ["MINDONE", "PACKAGES", "complete_for", "import_beside", "install", "prepare_process", "quickly"]
 
 PACKAGES: dict[str, tuple[str, ...]] = {
     "mindone": (),
@@ -72,6 +72,19 @@ MINDONE = frozenset(name for name in PACKAGES if name.startswith("mindone."))
 def install(packages: Collection[str] = MINDONE) -> None:
     """Makes the packages quick that are not imported yet. Call it once, before MindSpore or mindone is imported."""
     sys.meta_path.insert(0, _Finder(packages))
+
+
+def prepare_process(torch: bool = False) -> None:
+    """What a process of our own begins with; one that needs ``torch`` gets all packages as they come."""
+    if not torch:
+        # Where torch is installed, transformers would import it, for seconds; only its tokenizer is used here.
+        os.environ.setdefault("USE_TORCH", "0")
+        if not os.environ.get("MS_PROFILER_OPTIONS"):  # the profiler that these are for is in what is left out
+            install(PACKAGES)
+    # MindSpore's warnings are for its developers, and the others' are advice to install torch.
+    os.environ.setdefault("GLOG_v", "3")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("DIFFUSERS_NO_ADVISORY_WARNINGS", "1")
 
 
 @contextlib.contextmanager

@@ -115,14 +115,11 @@ class Editor:
         Raises:
             InputError: a file or option of the model that does not fit; the sentence names `--options`.
         """
-        own = _parsed("edit", {"source": "before", "target": "after"})
-        for name in set(_OF_MODEL) & vars(args).keys():
-            setattr(own, name, getattr(args, name))
-        caption_model, own.caption_model = own.caption_model, None
-        job = begin(own)
+        job = job_of_model(args)
         pipe = loading.load_model(job)
         editor = cls(pipe, job)
         editor._choose_solver(job)  # one that cannot be taken is refused here
+        caption_model = getattr(args, "caption_model", None)
         if caption_model is not None:
             with loading.hushed():
                 editor._captioner = loading.load_captioner(job, caption_model)
@@ -279,6 +276,15 @@ class Editor:
         """As each command does for itself: whether the model's own can be taken depends on the job."""
         self.pipe.scheduler = self._model_scheduler
         loading.choose_solver(job, self.pipe)
+
+
+def job_of_model(args: Namespace) -> Job:
+    """The job that a model is loaded by, without a picture and a captioner; `args` as for `Editor.load`."""
+    own = _parsed("edit", {"source": "before", "target": "after"})
+    for name in set(_OF_MODEL) & vars(args).keys():
+        setattr(own, name, getattr(args, name))
+    own.caption_model = None
+    return begin(own)
 
 
 class _Steps:
