@@ -230,7 +230,7 @@ def _step(args: Namespace, figures: dict) -> Iterator[Finding]:
     from mindiffedit.pipeline import StableDiffusionDiffEditPipeline
 
     with hushed():
-        pipe = StableDiffusionDiffEditPipeline.from_pretrained(
+        pipe: Any = StableDiffusionDiffEditPipeline.from_pretrained(
             str(demo.checkpoint_folder()), mode=args.mode, compile_cache=False if args.no_cache else None
         )
         pipe.set_progress_bar_config(disable=True)
