@@ -1,0 +1,344 @@
+"""Run the graphs that Ascend would get, in torch on a CPU, and compare an edit's every stage with the reference.
+
+    python scripts/graph_replay.py                       # the golden files, in float32, float16 and bfloat16
+    python scripts/graph_replay.py --dtype float16 tests/golden/demo-ddim.safetensors
+    python scripts/graph_replay.py --write               # and puts the table into docs/devices.md
+
+MindSpore writes a graph for Ascend as a MindIR with its casts, constants and weights, without the device (see
+device_stand_ins.py and device_graphs.py). Here every node is computed as its documentation defines it: in float32, then
+rounded to the dtype that the graph gives its result. What is compared is the graph; the device's kernels, which round
+elsewhere and sum in another order, are not. The exit code is 1 where an error is above its limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import audit_devices
+import device_stand_ins
+import mindspore as ms
+import numpy as np
+import torch
+import torch.nn.functional as F
+from device_graphs import place_of
+from mindspore.train.mind_ir_pb2 import AttributeProto, ModelProto, TensorProto
+from PIL import Image
+from reports import ROOT, markdown_table
+
+from mindiffedit import demo
+from mindiffedit.parity import golden, metrics, replay, tolerances
+from mindiffedit.parity.case import Case
+from mindiffedit.runtime.graphs import Graphs
+
+DTYPES = {
+    TensorProto.FLOAT: torch.float32,
+    TensorProto.FLOAT16: torch.float16,
+    TensorProto.BFLOAT16: torch.bfloat16,
+    TensorProto.DOUBLE: torch.float64,
+    TensorProto.INT32: torch.int32,
+    TensorProto.INT64: torch.int64,
+    TensorProto.BOOL: torch.bool,
+}
+HALVES = (torch.float16, torch.bfloat16)
+
+
+# --- a MindIR -----------------------------------------------------------------------------------------------------
+
+
+def read(path: Path) -> ModelProto:
+    model = ModelProto()
+    model.ParseFromString(Path(path).read_bytes())
+    return model
+
+
+class Replay:
+    """A graph as a function of tensors.
+
+    Args:
+        model: a MindIR.
+
+    Raises:
+        NotImplementedError: a primitive that is not in ``PRIMITIVES``.
+    """
+
+    def __init__(self, model: ModelProto):
+        self.graph = model.graph
+        self.weights = {parameter.name: _tensor(parameter) for parameter in self.graph.parameter}
+        unknown = {_primitive(node) for node in self.graph.node} - PRIMITIVES.keys() - {"Constant"}
+        if unknown:
+            raise NotImplementedError(f"primitives that are not known here: {', '.join(sorted(unknown))}")
+
+    @torch.no_grad()
+    def __call__(self, *arguments: torch.Tensor):
+        """The graph's result, a tensor or a tuple of them; arguments are rounded to the dtypes that it takes."""
+        values: dict[str, Any] = {"": None, **self.weights}
+        for place, argument in zip(self.graph.input, arguments, strict=True):
+            values[place.name] = argument.to(DTYPES[place.tensor[0].data_type])
+        for node in self.graph.node:
+            attributes = {attribute.name: attribute for attribute in node.attribute}
+            name = _primitive(node)
+            if name == "Constant":
+                values[node.output[0]] = _constant(attributes["value"])
+                continue
+            inputs = [values.get(one) for one in node.input]
+            if name != "FlashAttentionScore":  # multiplies in the dtype that it is given
+                inputs = [_widened(value) for value in inputs]
+            values[node.output[0]] = _rounded(PRIMITIVES[name](*inputs), attributes.get("shape"))
+        results = tuple(values[one.name] for one in self.graph.output)
+        return results[0] if len(results) == 1 else results
+
+
+def _primitive(node) -> str:
+    """ "REF::PrimFunc:Add:1" and the like are an Add."""
+    return node.op_type.split(":")[2] if ":" in node.op_type else node.op_type
+
+
+def _tensor(proto) -> torch.Tensor:
+    """The tensor that a proto holds; one without values is of one number, 0."""
+    dtype = DTYPES[proto.data_type]
+    flat = torch.frombuffer(bytearray(proto.raw_data), dtype=dtype) if proto.raw_data else torch.zeros(1, dtype=dtype)
+    return flat.reshape(tuple(proto.dims))
+
+
+KINDS = AttributeProto
+REALS = (KINDS.FLOAT, KINDS.DOUBLE)
+WHOLES = (KINDS.BOOL, *(getattr(KINDS, f"{sign}INT{bits}") for sign in ("", "U") for bits in (8, 16, 32, 64)))
+
+
+def _constant(attribute):
+    """The Python value of a constant; None for what has none here, such as a dtype."""
+    kind = attribute.type
+    if kind in (KINDS.TUPLE, KINDS.LIST):
+        return tuple(_constant(value) for value in attribute.values)
+    if kind in (KINDS.TENSORS, KINDS.TENSOR):
+        return _tensor(attribute.tensors[0])
+    if kind in REALS:
+        return next(iter([*attribute.floats, *attribute.doubles]), attribute.f or attribute.d)
+    if kind in WHOLES:
+        return next(iter(attribute.ints), attribute.i)
+    if kind == KINDS.STRING:
+        return (attribute.strings[0] if attribute.strings else attribute.s).decode()
+    return None
+
+
+def _widened(value):
+    if torch.is_tensor(value):
+        return value.float() if value.dtype in HALVES else value
+    return tuple(map(_widened, value)) if isinstance(value, tuple) else value
+
+
+def _rounded(value, attribute):
+    """A node's result in the dtype that the graph says it has."""
+    if torch.is_tensor(value) and attribute is not None and attribute.tensors:
+        return value.to(DTYPES[attribute.tensors[0].data_type])
+    if isinstance(value, tuple) and attribute is not None and attribute.values:
+        return tuple(_rounded(one, inner) for one, inner in zip(value, attribute.values))
+    return value
+
+
+# --- primitives, each of the arguments that a MindIR gives it -----------------------------------------------------
+
+
+def _number(value) -> torch.Tensor:
+    return value if torch.is_tensor(value) else torch.tensor(value)
+
+
+def _attention(query, key, value, *others):
+    """FlashAttentionScore in layout BNSD; its fourth result is the attention's."""
+    heads, keep, scale = others[7], others[8], others[9]
+    if keep != 1 or query.ndim != 4 or query.shape[1] != heads or any(one is not None for one in others[:4]):
+        raise NotImplementedError(f"FlashAttentionScore of {query.shape}, {heads} heads, {keep=}")
+    scores = query.float() @ key.float().transpose(-1, -2) * scale
+    return None, None, None, torch.softmax(scores, -1).to(query.dtype).float() @ value.float()
+
+
+def _strided_slice(x, begin, end, stride, begin_mask, end_mask, ellipsis, new_axes, shrink):
+    if ellipsis or new_axes:
+        raise NotImplementedError("StridedSlice with an ellipsis or new axes")
+    index: list = []
+    for axis, (start, stop, step) in enumerate(zip(begin, end, stride)):
+        if shrink >> axis & 1:
+            index.append(start)
+        else:
+            bounds = (None if mask >> axis & 1 else bound for mask, bound in ((begin_mask, start), (end_mask, stop)))
+            index.append(slice(*bounds, step))
+    return x[tuple(index)]
+
+
+def _interpolated(x, size, scale):
+    return F.interpolate(x, size=size or None, scale_factor=None if size else scale)
+
+
+PRIMITIVES: dict[str, Callable] = {
+    # What orders others
+    "Depend": lambda x, _: x,
+    "Load": lambda x, _: x,
+    "UpdateState": lambda *_: None,
+    "MakeTuple": lambda *values: values,
+    "TupleGetItem": lambda values, index: values[index],
+    # Shapes
+    "Cast": lambda x, _: _number(x),
+    "Chunk": lambda x, count, axis: x.chunk(count, axis),
+    "Concat": lambda tensors, axis: torch.cat(tensors, axis),
+    "Contiguous": lambda x: x,
+    "ExpandDims": lambda x, axis: x.unsqueeze(axis),
+    "Reshape": lambda x, shape: x.reshape(shape),
+    "StridedSlice": _strided_slice,
+    "Tile": lambda x, counts: x.tile(counts),
+    "Transpose": lambda x, axes: x.permute(axes),
+    # Arithmetic
+    "Add": lambda a, b: _number(a) + _number(b),
+    "Cos": torch.cos,
+    "Div": lambda a, b: _number(a) / _number(b),
+    "Mul": lambda a, b: _number(a) * _number(b),
+    "Sin": torch.sin,
+    "Sub": lambda a, b: _number(a) - _number(b),
+    # Layers
+    "Conv2DExt": F.conv2d,
+    "Dense": F.linear,
+    "FlashAttentionScore": _attention,
+    "GeluExt": lambda x, _: F.gelu(x),
+    "GroupNorm": lambda x, groups, weight, bias, eps: (F.group_norm(x, groups, weight, bias, eps),),
+    "LayerNormExt": lambda x, shape, weight, bias, eps: (F.layer_norm(x, shape, weight, bias, eps),),
+    "SiLU": F.silu,
+    "UpsampleNearest2D": _interpolated,
+}
+
+
+# --- an edit whose graphs are replayed ----------------------------------------------------------------------------
+
+
+class ReplayedGraphs(Graphs):
+    """Runs what device_graphs.py has exported to a folder, in the place of what is compiled here."""
+
+    def __init__(self, folder: Path):
+        super().__init__()
+        index = json.loads((folder / "index.json").read_text())
+        self.replays = {place: Replay(read(folder / file)) for place, file in index.items()}
+
+    def compiled(self, function: Callable, key, model: Any = None) -> Callable:
+        def run(*arguments):
+            result = self.replays[place_of(key, arguments)](*(torch.from_numpy(one.asnumpy()) for one in arguments))
+            if isinstance(result, tuple):
+                return tuple(ms.Tensor(one.float().numpy()) for one in result)
+            return ms.Tensor(result.float().numpy())
+
+        return run
+
+
+def export(environment: Mapping[str, str], work: Path, path: Path, dtype: str, checkpoint: Path) -> Path:
+    """Exports the graphs that a golden file's case takes; returns their folder."""
+    folder = work / "graphs"
+    folder.mkdir(parents=True)
+    wanted = {
+        "target": "Ascend",
+        "dtype": dtype,
+        "checkpoint": str(checkpoint),
+        "case": str(path.resolve()),
+        "export": str(folder.resolve()),
+    }
+    _, ended = audit_devices.run_dry(dict(environment), work, wanted)
+    if ended is not None:
+        raise RuntimeError(f"exporting {path} in {dtype}: {ended}")
+    return folder
+
+
+def replayed(folder: Path, path: Path, checkpoint: Path, isolate: bool) -> dict[str, np.ndarray]:
+    """The trace of a golden file's case by exported graphs; arguments of `replay.run`."""
+    recording = golden.read_golden(path)
+    images = [Image.fromarray(pixels) for pixels in recording.inputs["picture"]]
+    case = Case(image=images if len(images) > 1 else images[0], **recording.manifest["calls"])
+    pipe = replay.load(checkpoint, case, "graph", compile_cache=False)
+    pipe._stages.graphs = ReplayedGraphs(folder)
+    return replay.run(pipe, case, recording.trace, isolate=isolate)
+
+
+# --- errors -------------------------------------------------------------------------------------------------------
+
+STAGES = ("embeds", "moments", "predictions", "map", "mask", "inverted_latents", "edited_latents", "decoded")
+"""What is shown and judged, by the ends of the stages' names in a trace."""
+
+LIMITS: dict[str, tuple[float, ...]] = {
+    "float32": (1e-6,) * 8,
+    "float16": (1e-2,) * 8,
+    "bfloat16": (1e-1,) * 8,
+}
+"""The largest errors of these stages."""
+
+
+def errors_of(trace: Mapping[str, np.ndarray], reference: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """By end of a stage's name, the largest error of these stages, step by step where there are steps.
+
+    An error is the rms of the difference as a share of the reference's rms; of a mask, the share of pixels that differ.
+    What is missing, of another shape or not finite is infinitely far off.
+    """
+    errors: dict[str, float] = {}
+    for name, expected in reference.items():
+        end = next((end for end in STAGES if name.endswith(end)), None)
+        if end is None:
+            continue
+        got = trace.get(name)
+        if got is None or got.shape != expected.shape or not np.isfinite(got).all():
+            errors[end] = math.inf
+            continue
+        stacked = tolerances.for_stage(name).stacked
+        for ours, theirs in zip(got, expected) if stacked else [(got, expected)]:
+            difference = np.asarray(ours, np.float64) - theirs
+            error = np.sqrt(np.mean(difference**2) / np.mean(np.square(theirs, dtype=np.float64)))
+            errors[end] = max(errors.get(end, 0.0), np.mean(difference != 0) if end == "mask" else float(error))
+    return errors
+
+
+def faults_of(dtype: str, errors: Mapping[str, float]) -> list[str]:
+    """Which errors are above their limits, a sentence each."""
+    limits = dict(zip(STAGES, LIMITS[dtype]))
+    return [
+        f"{dtype}, {stage}: {error:.1e}, at most {limits[stage]:.1e} expected"
+        for stage, error in errors.items()
+        if not error <= limits[stage]
+    ]
+
+
+# --- the command --------------------------------------------------------------------------------------------------
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("golden", nargs="*", type=Path, help="golden files of the demo model (default: tests/golden)")
+    parser.add_argument("--dtype", choices=LIMITS, help="default: all")
+    parser.add_argument("--write", action="store_true", help="write the table to docs/devices.md")
+    options = parser.parse_args()
+    files = options.golden or sorted((ROOT / "tests/golden").glob("demo-*.safetensors"))
+    checkpoint = Path(demo.__file__).parent / "checkpoint"
+    rows, faults = [], []
+    with tempfile.TemporaryDirectory() as temporary:
+        environment = device_stand_ins.build("Ascend", Path(temporary) / "stand-ins")
+        for path in files:
+            reference = golden.read_golden(path).trace
+            for dtype in [options.dtype] if options.dtype else LIMITS:
+                folder = export(environment, Path(temporary) / f"{path.stem}-{dtype}", path, dtype, checkpoint)
+                for isolate in (True, False):
+                    errors = errors_of(replayed(folder, path, checkpoint, isolate), reference)
+                    rows.append([path.stem, dtype, "alone" if isolate else "in a row", *map(number, errors.values())])
+                    print(*rows[-1], flush=True)
+                    faults += faults_of(dtype, errors)
+    print("\n".join(f"FAULT {fault}" for fault in faults) or "no faults")
+    if options.write and not faults:
+        header = ["golden file", "dtype", "stages", *STAGES]
+        audit_devices.write_blocks({"device_replay": markdown_table([header, *rows])})
+    return 1 if faults else 0
+
+
+def number(error: float) -> str:
+    return "0" if error == 0 else f"{error:.1e}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
