@@ -11,8 +11,8 @@ The one argument is a JSON object:
 - size: side of the picture, in pixels;
 - whole: False leaves out what is the same for checkpoints of every size: other solvers, LoRA, FreeU, other models;
 - planted: whether defects are planted as well;
-- case, export: a golden file and an empty folder. Instead of the scenarios the case is replayed, and every graph is
-  written to the folder as a MindIR before it would run; it gives zeros in place of results.
+- export: an empty folder. Instead of the scenarios the case of a golden file, case, is replayed, or without one an edit
+  is made, and every graph is written to the folder as a MindIR; it gives zeros in place of results.
 
 Each line on stdout that begins with "RECORD " is a JSON object with a "kind": "graph", "scenario" or "missing".
 """
@@ -120,8 +120,7 @@ Scenario = tuple[str, int, Callable[[], Any]]
 
 
 def scenarios(wanted: dict) -> Iterator[Scenario]:
-    side = wanted["size"]
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8))
+    image = picture(wanted["size"])
     pipe = load(wanted["checkpoint"], wanted)
     # Text, encoder, UNet and update with guidance, decoder.
     yield "an edit in three calls", 5, lambda: (find_mask(pipe, image), there_and_back(pipe, image))
@@ -166,6 +165,10 @@ def load(folder: str, wanted: dict) -> StableDiffusionDiffEditPipeline:
     return pipe
 
 
+def picture(side: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8))
+
+
 def find_mask(pipe, image) -> None:
     """Step 1. Where a stand-in makes everything zero there is no difference, which is no fault here."""
     try:
@@ -187,11 +190,12 @@ def upper_half(pipe, image) -> np.ndarray:
     return area
 
 
-def there_and_back(pipe, image) -> None:
-    """Steps 2 and 3, with guidance in both."""
+def there_and_back(pipe, image):
+    """Steps 2 and 3, with guidance in both; returns the picture, (1, H, W, 3) float32 in [0, 1]."""
     inverted = pipe.invert(image=image, prompt=SOURCE, generator=Generator().manual_seed(0), **STEPS)
+    prompts = dict(prompt=TARGET, negative_prompt=SOURCE)
     mask = upper_half(pipe, image)
-    pipe(prompt=TARGET, negative_prompt=SOURCE, mask_image=mask, image_latents=inverted.latents, **STEPS)
+    return pipe(**prompts, mask_image=mask, image_latents=inverted.latents, output_type="np", **STEPS).images
 
 
 def edit(pipe, image, **choices) -> None:
@@ -356,13 +360,19 @@ def zeros_of(file: Path):
     return tuple(zeros) if given.values else zeros[0]
 
 
-def export_case(wanted: dict) -> None:
-    """Replays a golden file's case, every stage from the reference's inputs, for the graphs that it takes."""
+def export(wanted: dict) -> None:
+    """Exports the graphs of a golden file's case, which is replayed from the reference's inputs, or of an edit."""
+    graphs = ExportedGraphs(Path(wanted["export"]))
+    if "case" not in wanted:
+        pipe = load(wanted["checkpoint"], wanted)
+        pipe._stages.graphs = graphs
+        there_and_back(pipe, picture(wanted["size"]))
+        return
     recording = golden.read_golden(wanted["case"])
     images = [Image.fromarray(pixels) for pixels in recording.inputs["picture"]]
     case = Case(image=images if len(images) > 1 else images[0], **recording.manifest["calls"])
     pipe = replay.load(Path(wanted["checkpoint"]), case, "graph", wanted["dtype"], compile_cache=False)
-    pipe._stages.graphs = ExportedGraphs(Path(wanted["export"]))
+    pipe._stages.graphs = graphs
     replay.run(pipe, case, recording.trace, isolate=True)
 
 
@@ -384,8 +394,8 @@ def main() -> None:
     wanted = json.loads(sys.argv[1])
     ms.set_device(wanted["target"])
     options.check_finite = lambda *_: None
-    if "case" in wanted:
-        export_case(wanted)
+    if "export" in wanted:
+        export(wanted)
         return
     decoding.Graphs = RecordedGraphs
     say("missing", names=kernels.missing_kernels())

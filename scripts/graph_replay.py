@@ -33,7 +33,7 @@ from PIL import Image
 from reports import ROOT, markdown_table
 
 from mindiffedit import demo
-from mindiffedit.parity import golden, metrics, replay, tolerances
+from mindiffedit.parity import golden, replay, tolerances
 from mindiffedit.parity.case import Case
 from mindiffedit.runtime.graphs import Graphs
 
@@ -216,12 +216,21 @@ PRIMITIVES: dict[str, Callable] = {
 
 
 class ReplayedGraphs(Graphs):
-    """Runs what device_graphs.py has exported to a folder, in the place of what is compiled here."""
+    """Runs what device_graphs.py has exported to a folder, in the place of what is compiled here.
 
-    def __init__(self, folder: Path):
+    Args:
+        folder: with the files and index.json.
+        defect: a function that changes the UNet's graphs, or None.
+    """
+
+    def __init__(self, folder: Path, defect: Callable[[ModelProto], None] | None = None):
         super().__init__()
         index = json.loads((folder / "index.json").read_text())
-        self.replays = {place: Replay(read(folder / file)) for place, file in index.items()}
+        models = {place: read(folder / file) for place, file in index.items()}
+        for place, model in models.items():
+            if defect is not None and place.startswith("unet "):
+                defect(model)
+        self.replays = {place: Replay(model) for place, model in models.items()}
 
     def compiled(self, function: Callable, key, model: Any = None) -> Callable:
         def run(*arguments):
@@ -233,37 +242,78 @@ class ReplayedGraphs(Graphs):
         return run
 
 
-def export(environment: Mapping[str, str], work: Path, path: Path, dtype: str, checkpoint: Path) -> Path:
-    """Exports the graphs that a golden file's case takes; returns their folder."""
+def export(environment: dict[str, str], work: Path, dtype: str, checkpoint: Path, path: Path | None = None) -> Path:
+    """Exports the graphs of a golden file's case, or of a small edit by `device_graphs`; returns their folder."""
     folder = work / "graphs"
     folder.mkdir(parents=True)
-    wanted = {
-        "target": "Ascend",
-        "dtype": dtype,
-        "checkpoint": str(checkpoint),
-        "case": str(path.resolve()),
-        "export": str(folder.resolve()),
-    }
-    _, ended = audit_devices.run_dry(dict(environment), work, wanted)
+    wanted = {"target": "Ascend", "dtype": dtype, "checkpoint": str(checkpoint), "export": str(folder.resolve())}
+    wanted |= {"size": 64} if path is None else {"case": str(path.resolve())}
+    _, ended = audit_devices.run_dry(environment, work, wanted)
     if ended is not None:
-        raise RuntimeError(f"exporting {path} in {dtype}: {ended}")
+        raise RuntimeError(f"exporting the graphs in {dtype}: {ended}")
     return folder
 
 
-def replayed(folder: Path, path: Path, checkpoint: Path, isolate: bool) -> dict[str, np.ndarray]:
-    """The trace of a golden file's case by exported graphs; arguments of `replay.run`."""
+def replayed(graphs: Graphs, path: Path, checkpoint: Path, isolate: bool) -> dict[str, np.ndarray]:
+    """The trace of a golden file's case by these graphs; ``isolate`` as for `replay.run`."""
     recording = golden.read_golden(path)
     images = [Image.fromarray(pixels) for pixels in recording.inputs["picture"]]
     case = Case(image=images if len(images) > 1 else images[0], **recording.manifest["calls"])
     pipe = replay.load(checkpoint, case, "graph", compile_cache=False)
-    pipe._stages.graphs = ReplayedGraphs(folder)
+    pipe._stages.graphs = graphs
     return replay.run(pipe, case, recording.trace, isolate=isolate)
+
+
+# --- planted defects ----------------------------------------------------------------------------------------------
+
+
+def wrong_scale(model: ModelProto) -> None:
+    """The scores of attention are a twentieth too large."""
+    nodes = model.graph.node
+    constants = {node.output[0]: node.attribute[0] for node in nodes if _primitive(node) == "Constant"}
+    products = {node.output[0] for node in nodes if _primitive(node) in ("BatchMatMul", "BatchMatMulExt")}
+    changed = set()
+    for node in nodes:
+        fused = _primitive(node) == "FlashAttentionScore"
+        scaled = _primitive(node) == "Mul" and products & set(node.input)
+        for name in node.input if fused or scaled else ():
+            value = constants.get(name)
+            if value is not None and value.type in REALS and _constant(value) != 1 and name not in changed:
+                changed.add(name)
+                _set_number(value, _constant(value) * 1.05)
+    if not changed:
+        raise LookupError("no attention in this graph")
+
+
+def missing_cast(model: ModelProto) -> None:
+    """The angles of the timestep's embedding are in half precision."""
+    angles = {node.input[0] for node in model.graph.node if _primitive(node) == "Cos"}
+    for node in model.graph.node:
+        if node.output and node.output[0] in angles:
+            given = next(attribute for attribute in node.attribute if attribute.name == "shape")
+            given.tensors[0].data_type = TensorProto.FLOAT16
+            return
+    raise LookupError("no timestep in this graph")
+
+
+DEFECTS = {"a wrong scale": wrong_scale, "a missing cast": missing_cast}
+
+
+def _set_number(attribute, value: float) -> None:
+    for field in (attribute.floats, attribute.doubles):
+        if field:
+            field[0] = value
+            return
+    if attribute.type == KINDS.DOUBLE:
+        attribute.d = value
+    else:
+        attribute.f = value
 
 
 # --- errors -------------------------------------------------------------------------------------------------------
 
 STAGES = ("embeds", "moments", "predictions", "map", "mask", "inverted_latents", "edited_latents", "decoded")
-"""What is shown and judged, by the ends of the stages' names in a trace."""
+"""What is shown and judged; `_stage_of` says of which tensors of a trace."""
 
 LIMITS: dict[str, tuple[float, ...]] = {
     "float32": (1e-6,) * 8,
@@ -274,26 +324,36 @@ LIMITS: dict[str, tuple[float, ...]] = {
 
 
 def errors_of(trace: Mapping[str, np.ndarray], reference: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """By end of a stage's name, the largest error of these stages, step by step where there are steps.
+    """By name in ``STAGES``, the largest error of these tensors, step by step where there are steps.
 
     An error is the rms of the difference as a share of the reference's rms; of a mask, the share of pixels that differ.
     What is missing, of another shape or not finite is infinitely far off.
     """
     errors: dict[str, float] = {}
     for name, expected in reference.items():
-        end = next((end for end in STAGES if name.endswith(end)), None)
-        if end is None:
+        stage, got = _stage_of(name), trace.get(name)
+        if stage is None:
             continue
-        got = trace.get(name)
         if got is None or got.shape != expected.shape or not np.isfinite(got).all():
-            errors[end] = math.inf
+            errors[stage] = math.inf
             continue
         stacked = tolerances.for_stage(name).stacked
         for ours, theirs in zip(got, expected) if stacked else [(got, expected)]:
             difference = np.asarray(ours, np.float64) - theirs
-            error = np.sqrt(np.mean(difference**2) / np.mean(np.square(theirs, dtype=np.float64)))
-            errors[end] = max(errors.get(end, 0.0), np.mean(difference != 0) if end == "mask" else float(error))
-    return errors
+            if stage == "mask":
+                error = np.mean(difference != 0)
+            else:
+                error = np.sqrt(np.mean(difference**2) / np.mean(np.square(theirs, dtype=np.float64)))
+            errors[stage] = max(errors.get(stage, 0.0), float(error))
+    return {stage: errors[stage] for stage in STAGES if stage in errors}
+
+
+def _stage_of(name: str) -> str | None:
+    last = name.rpartition("/")[2]
+    if last.endswith("prompt_embeds"):
+        return "embeds"
+    last = {"noise_predictions": "predictions"}.get(last, last)
+    return last if last in STAGES else None
 
 
 def faults_of(dtype: str, errors: Mapping[str, float]) -> list[str]:
@@ -323,12 +383,16 @@ def main() -> int:
         for path in files:
             reference = golden.read_golden(path).trace
             for dtype in [options.dtype] if options.dtype else LIMITS:
-                folder = export(environment, Path(temporary) / f"{path.stem}-{dtype}", path, dtype, checkpoint)
+                folder = export(environment, Path(temporary) / f"{path.stem}-{dtype}", dtype, checkpoint, path)
                 for isolate in (True, False):
-                    errors = errors_of(replayed(folder, path, checkpoint, isolate), reference)
+                    errors = errors_of(replayed(ReplayedGraphs(folder), path, checkpoint, isolate), reference)
                     rows.append([path.stem, dtype, "alone" if isolate else "in a row", *map(number, errors.values())])
                     print(*rows[-1], flush=True)
                     faults += faults_of(dtype, errors)
+                for name, defect in DEFECTS.items() if path is files[0] else ():
+                    errors = errors_of(replayed(ReplayedGraphs(folder, defect), path, checkpoint, True), reference)
+                    print(f"planted: {name}", dtype, *map(number, errors.values()), flush=True)
+                    faults += [] if faults_of(dtype, errors) else [f"{dtype}, planted: {name}: passes"]
     print("\n".join(f"FAULT {fault}" for fault in faults) or "no faults")
     if options.write and not faults:
         header = ["golden file", "dtype", "stages", *STAGES]

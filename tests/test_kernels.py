@@ -542,12 +542,18 @@ def test_only_missing_names_are_replaced(monkeypatch):
     monkeypatch.setattr(kernels, "_plan_key", None)
 
 
-def test_nothing_is_replaced_on_ascend(monkeypatch):
+def test_on_ascend_only_attention_is_replaced(monkeypatch):
+    """It has every kernel, but none that keeps float32 attention from holding all its scores."""
+    monkeypatch.setenv("MINDIFFEDIT_NATIVE", "0")
     monkeypatch.setattr(kernels.devices, "device_target", lambda: "Ascend")
-    before = snapshot()
-    assert kernels.missing_kernels() == []
+    from mindone.diffusers.models.attention_processor import Attention
+
+    before, original = snapshot(), Attention.math_attention_op
+    assert kernels.missing_kernels() == ["mindone.diffusers.models.attention_processor.Attention:math_attention_op"]
     with portable_kernels():
         assert not changed(before, snapshot())
+        assert Attention.math_attention_op is portable.Attention.math_attention_op
+    assert Attention.math_attention_op is original
 
 
 @needs_gaps

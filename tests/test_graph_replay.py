@@ -1,0 +1,74 @@
+"""Ascend's graphs in torch: their errors in each dtype, and that defects in them are found."""
+
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import device_stand_ins  # noqa: E402
+import graph_replay  # noqa: E402
+from device_graphs import load, picture, there_and_back  # noqa: E402
+from graph_replay import errors_of, faults_of  # noqa: E402
+
+from mindiffedit.runtime.graphs import Graphs  # noqa: E402
+
+MISSING = device_stand_ins.missing_tools()
+needs_tools = pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}")
+
+
+@pytest.fixture(scope="module")
+def graphs(sd1_folder, tmp_path_factory):
+    """The folder of an edit's graphs for Ascend in float16."""
+    if lacking := device_stand_ins.missing_plugin("Ascend"):
+        pytest.skip(f"this MindSpore has no {lacking}")
+    work = tmp_path_factory.mktemp("replay")
+    environment = device_stand_ins.build("Ascend", work / "stand-ins")
+    return graph_replay.export(environment, work / "export", "float16", sd1_folder)
+
+
+@needs_tools
+@pytest.mark.tools
+def test_an_edit_as_ascend_makes_it_in_float16(graphs, sd1_folder):
+    """Against the same edit in float32 on a CPU."""
+    pipe = load(str(sd1_folder), {"dtype": "float32"})
+
+    def edit(how: Graphs) -> np.ndarray:
+        pipe._stages.forget()
+        pipe._stages.graphs = how
+        return there_and_back(pipe, picture(64))
+
+    expected = edit(Graphs())
+
+    def error(defect=None) -> float:
+        got = edit(graph_replay.ReplayedGraphs(graphs, defect))
+        return float(np.sqrt(np.mean((got - expected) ** 2) / np.mean(expected**2)))
+
+    errors = {name: error(defect) for name, defect in {"none": None, **graph_replay.DEFECTS}.items()}
+    assert 0 < errors["none"] < 2e-3, errors
+    assert all(errors[name] > 4e-3 for name in graph_replay.DEFECTS), errors
+
+
+def test_errors():
+    reference = {
+        "mask/source_prompt_embeds": np.ones((1, 2, 3)),
+        "mask/mask": np.array([[[0, 1], [1, 1]]]),
+        "invert/inverted_latents": np.stack([np.ones((1, 1, 2, 2)), np.full((1, 1, 2, 2), 2.0)]),
+        "mask/timestep": np.array(3),
+    }
+    assert errors_of(reference, reference) == {"embeds": 0, "mask": 0, "inverted_latents": 0}
+    ours = {name: array.astype(float) for name, array in reference.items()}
+    ours["mask/mask"][0, 0, 0] = 1
+    ours["invert/inverted_latents"][1] += 0.5
+    errors = errors_of(ours, reference)
+    assert errors["mask"] == 0.25 and math.isclose(errors["inverted_latents"], 0.25)
+    assert faults_of("float16", errors) and not faults_of("float16", errors_of(reference, reference))
+    for bad in (np.full((1, 2, 3), np.nan), np.ones((1, 2, 4))):
+        assert errors_of({**ours, "mask/source_prompt_embeds": bad}, reference)["embeds"] == math.inf
+    del ours["mask/source_prompt_embeds"]
+    assert errors_of(ours, reference)["embeds"] == math.inf
+    assert faults_of("bfloat16", {"embeds": math.nan}) and faults_of("bfloat16", {"embeds": math.inf})
