@@ -55,7 +55,7 @@ def run_dry(environment: dict[str, str], work: Path, wanted: dict) -> tuple[list
         Its records, and None or how it ended before it was through.
     """
     variables = {
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         "MS_DEV_SAVE_GRAPHS": "2",
         "MS_DEV_SAVE_GRAPHS_PATH": str(work / "ir"),
         "GLOG_v": "1",  # the log in which Ascend's plugin names its kernels
