@@ -57,6 +57,7 @@ def run_dry(environment: dict[str, str], work: Path, wanted: dict) -> tuple[list
     variables = {
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         "MS_DEV_SAVE_GRAPHS": "2",
+        "MS_DEV_DUMP_IR_PASSES": "graph_build",  # all would be two gigabytes, and take most of the time
         "MS_DEV_SAVE_GRAPHS_PATH": str(work / "ir"),
         "GLOG_v": "1",  # the log in which Ascend's plugin names its kernels
         "GLOG_logtostderr": "1",
@@ -83,9 +84,9 @@ def audit(environment: dict[str, str], work: Path, wanted: dict) -> dict:
     """The report of a target and dtype, see device_kernels.py; arguments as for `run_dry`."""
     records, ended = run_dry(environment, work, wanted)
     report = {"target": wanted["target"], "dtype": wanted["dtype"], "size": wanted["size"], "ended": ended}
-    report |= {"graphs": [], "scenarios": [], "missing": []}
     with open(work / "log", errors="replace") as log:
         kernels = device_kernels.kernels_of(log)
+    report |= {"graphs": [], "scenarios": [], "missing": [], "eager": kernels.pop(device_kernels.EAGER, {})}
     for record in records:
         kind = record.pop("kind")
         if kind == "missing":
@@ -93,7 +94,7 @@ def audit(environment: dict[str, str], work: Path, wanted: dict) -> dict:
         elif kind == "scenario":
             report["scenarios"].append(record)
         else:
-            files = [work / file for file in record.pop("files") if "graph_build" in file]
+            files = [work / file for file in record.pop("files")]
             nodes = sorted(device_kernels.nodes_of(files).items())
             record["nodes"] = [[primitive, list(i), list(o), count] for (primitive, i, o), count in nodes]
             record["moved"] = device_kernels.moved_of(files)
@@ -111,7 +112,8 @@ def parted(report: dict) -> tuple[dict, dict[str, dict]]:
         return {**report, **{kind: [one for one in report[kind] if chosen(one["name"])] for kind in kinds}}
 
     whole = part(lambda name: not name.startswith(PLANTED))
-    return whole, {name: part(lambda one, name=name: one.startswith(name)) | {"ended": None} for name in names}
+    others = {"ended": None, "eager": {}}
+    return whole, {name: part(lambda one, name=name: one.startswith(name)) | others for name in names}
 
 
 def verdicts(report: dict) -> list[str]:
@@ -154,12 +156,12 @@ def small_lora(path: Path) -> Path:
 def models_of(name: str, folder: Path) -> dict:
     """Arguments of device_graphs.py for a model: "small", "demo", "sd15" or a checkpoint's folder."""
     if name == "small":
-        return {"whole": True, **small_models(folder)}
+        return {"scope": "whole", "planted": True, **small_models(folder)}
     if name == "demo":
-        return {"whole": False, "checkpoint": str(ROOT / "mindiffedit/demo/checkpoint")}
+        return {"scope": "edit", "planted": False, "checkpoint": str(ROOT / "mindiffedit/demo/checkpoint")}
     if name == "sd15":
         name = str(benchmark_checkpoint.ensure(benchmark_checkpoint.default_folder()))
-    return {"whole": False, "checkpoint": str(Path(name).resolve())}
+    return {"scope": "edit", "planted": False, "checkpoint": str(Path(name).resolve())}
 
 
 # --- tables -------------------------------------------------------------------------------------------------------
@@ -298,7 +300,7 @@ def main() -> int:
                     continue
                 work = folder / f"{target}-{dtype}"
                 work.mkdir(parents=True)
-                wanted = {"target": target, "dtype": dtype, "size": options.size, "planted": models["whole"], **models}
+                wanted = {"target": target, "dtype": dtype, "size": options.size, **models}
                 report = audit(environment, work, wanted)
                 reports.append(report)
                 faults += show(report)

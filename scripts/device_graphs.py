@@ -9,7 +9,7 @@ The one argument is a JSON object:
 - checkpoint: a folder. second: a checkpoint of another layout; lora: a file for the first; prompt and caption: models
   that write text. What is absent is left out;
 - size: side of the picture, in pixels;
-- whole: False leaves out what is the same for checkpoints of every size: other solvers, LoRA, FreeU, other models;
+- scope: "edit" (the calls of an edit), "quick" (its three calls, all solvers) or "whole" (everything);
 - planted: whether defects are planted as well;
 - export: an empty folder. Instead of the scenarios the case of a golden file, case, is replayed, or without one an edit
   is made, and every graph is written to the folder as a MindIR; it gives zeros in place of results.
@@ -31,7 +31,7 @@ from typing import Any
 
 import mindspore as ms
 import numpy as np
-from device_kernels import HEADING
+from device_kernels import EAGER, HEADING
 from mindspore import mint, nn, ops
 from mindspore.train.mind_ir_pb2 import ModelProto, TensorProto
 from PIL import Image
@@ -89,7 +89,8 @@ class RecordedGraphs(Graphs):
             if place in self.seen:
                 return run(*arguments)
             self.seen.add(place)
-            before, error = set(IR.glob("*.ir")), None
+            devices.synchronize()
+            before, error = set(IR.glob("graph_build_*.ir")), None
             os.write(2, f"\n{HEADING}{place}\n".encode())
             ms.runtime.reset_max_memory_allocated()
             began = time.perf_counter()
@@ -107,8 +108,9 @@ class RecordedGraphs(Graphs):
                     error=error,
                     seconds=round(time.perf_counter() - began, 1),
                     memory=ms.runtime.max_memory_allocated(),
-                    files=sorted(str(file) for file in set(IR.glob("*.ir")) - before),
+                    files=sorted(str(file) for file in set(IR.glob("graph_build_*.ir")) - before),
                 )
+                os.write(2, f"\n{HEADING}{EAGER}\n".encode())
 
         return recorded
 
@@ -125,18 +127,20 @@ def scenarios(wanted: dict) -> Iterator[Scenario]:
     # Text, encoder, UNet and update with guidance, decoder.
     yield "an edit in three calls", 5, lambda: (find_mask(pipe, image), there_and_back(pipe, image))
     yield "the same again", 0, lambda: (find_mask(pipe, image), there_and_back(pipe, image))
-    # Its inversion is without guidance: half of the rows for the UNet, another update.
-    yield "an edit in one call", 2, lambda: edit(pipe, image, preset="exact")
-    yield "inversion by points", 2, lambda: edit(pipe, image, preset="balanced")
-    yield "refined inversion", 1, lambda: edit(pipe, image, preset="exact", inversion_iterations=1)
-    # Two graphs for the inversion, two for the edit.
-    yield "step cache", 4, lambda: edit(pipe, image, preset="exact", unet_cache_interval=2)
-    if not wanted["whole"]:
+    if wanted["scope"] != "quick":
+        # Its inversion is without guidance: half of the rows for the UNet, another update.
+        yield "an edit in one call", 2, lambda: edit(pipe, image, preset="exact")
+        yield "inversion by points", 2, lambda: edit(pipe, image, preset="balanced")
+        yield "refined inversion", 1, lambda: edit(pipe, image, preset="exact", inversion_iterations=1)
+        yield "step cache", 2, lambda: edit(pipe, image, preset="exact", unet_cache_interval=2)
+    if wanted["scope"] == "edit":
         return
     for solver in solvers.CLASSES:
         for prediction_type in ("epsilon", "v_prediction", "sample"):
-            choices = (pipe, solver, prediction_type)
+            choices = (pipe, solver, prediction_type)  # the first of them clips, as no scenario before did
             yield f"{solver}, {prediction_type}", 1, partial(with_solver, *choices, image)
+    if wanted["scope"] == "quick":
+        return
     yield "clip_skip", 1, lambda: pipe.encode_prompt(SOURCE, "cpu", 1, False, clip_skip=1)
     if "lora" in wanted:
         yield "LoRA", 0, lambda: (pipe.load_lora_weights(wanted["lora"]), there_and_back(pipe, image))
@@ -212,7 +216,8 @@ def edit(pipe, image, **choices) -> None:
 
 
 def with_solver(pipe, solver: str, prediction_type: str, image) -> None:
-    config = {**pipe.scheduler.config, "prediction_type": prediction_type, "clip_sample": False}
+    clips = (solver, prediction_type) == ("ddim", "epsilon")
+    config = {**pipe.scheduler.config, "prediction_type": prediction_type, "clip_sample": clips}
     before = pipe.scheduler, pipe.inverse_scheduler
     pipe.scheduler, pipe.inverse_scheduler = (schedulers.make(name, config) for name in solvers.CLASSES[solver])
     try:

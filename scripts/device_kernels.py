@@ -7,6 +7,7 @@ A report, as audit_devices.py makes it, is a dict that JSON can hold:
   (bytes that MindSpore planned at most while it ran), nodes ([primitive, dtypes in, dtypes out, count]), moved
   (primitives that went to the CPU) and kernels ({primitive: kinds of kernels}, Ascend only);
 - scenarios: for each its name, the numbers of graphs expected and compiled, and an error or None;
+- eager: kernels of what ran operator by operator, likewise;
 - missing: names that `mindiffedit.runtime.kernels` replaced;
 - ended: None, or how the process ended before it was through.
 """
@@ -21,6 +22,12 @@ from pathlib import Path
 HEADING = "=== graph: "
 """Begins the line in MindSpore's log after which a graph is compiled; its name follows."""
 
+EAGER = "operators between the graphs"
+"""The name of what runs operator by operator."""
+
+NOTHING = ("noise epsilon False ",)
+"""How the names of graphs begin that give an argument back, of which MindSpore makes none."""
+
 NOT_RUN = {"Depend", "Load", "MakeList", "MakeTuple", "Return", "TupleGetItem", "UpdateState"}
 """Nodes that order others, and run nothing."""
 
@@ -28,11 +35,16 @@ VIEWS = {"ExpandDims", "Flatten", "Reshape", "Squeeze"}
 """Nodes that give memory another shape, and launch nothing."""
 
 NAMED = {
+    "Assign": "a LoRA that is written into the weights",
     "BiasAdd": "a convolution's or dense layer's bias in CLIP, of MindSpore's own layers",
     "Gather": "CLIP's tables of tokens and positions (MindSpore's nn.Embedding)",
     "LayerNorm": "CLIP's norms (MindSpore's nn.LayerNorm)",
     "Range": "positions of tokens, once for a text",
+    "ReduceMean": "T5's norm",
+    "Stack": "pictures and texts side by side",
+    "StandardNormal": "first values of a model, in whose place its file's come",
     "StridedSlice": "one of a solver's five coefficients, or one half of a guided prediction",
+    "TensorScatterUpdate": "keys and values of one more token, in the memory of T5 and BLIP",
 }
 """Operators without an aclnn kernel, which CANN's older library is asked for by name, and where we use them."""
 
@@ -98,6 +110,7 @@ def launches_of(graph: dict) -> int:
 def faults_of(report: dict) -> list[str]:
     """What is wrong with a report, a sentence each; none for what may be released."""
     faults = [f"{graph['name']}: {fault}" for graph in report["graphs"] for fault in _faults_of_graph(report, graph)]
+    faults += [f"{EAGER}: {fault}" for fault in _faults_of_kernels(report["eager"])]
     for scenario in report["scenarios"]:
         if scenario["error"] is not None:
             faults.append(f"{scenario['name']}: {scenario['error']}")
@@ -117,24 +130,26 @@ def _faults_of_graph(report: dict, graph: dict) -> Iterator[str]:
         yield f"refused: {graph['error']}"
         return
     if not graph["nodes"]:
-        yield "MindSpore wrote no graph"
+        if not graph["name"].startswith(NOTHING):
+            yield "MindSpore wrote no graph"
+        return
     if graph["moved"]:
         yield f"moved to the CPU: {', '.join(graph['moved'])}"
     if report["target"] == "Ascend":
         if not graph["kernels"]:
             yield "MindSpore's log names no kernel"
-        others = {
-            name for name, kinds in graph["kernels"].items() if set(kinds) - {"opapi_kernel", "acl_kernel", "rt_kernel"}
-        }
-        if others:
-            yield f"kernels of neither aclnn nor CANN: {', '.join(sorted(others))}"
-        named = {name for name, kinds in graph["kernels"].items() if "acl_kernel" in kinds} - NAMED.keys()
-        if named:
-            yield f"asked of CANN by name, beyond those that are known: {', '.join(sorted(named))}"
+        yield from _faults_of_kernels(graph["kernels"])
         if doubles := _primitives_with(graph, {"Float64"}):
             yield f"float64 in {', '.join(doubles)}"
     if report["dtype"] == "float32" and (halves := _primitives_with(graph, HALVES)):
         yield f"half precision where float32 was asked for, in {', '.join(halves)}"
+
+
+def _faults_of_kernels(kernels: dict[str, list[str]]) -> Iterator[str]:
+    if others := sorted(name for name, kinds in kernels.items() if set(kinds) - KINDS):
+        yield f"kernels of neither aclnn nor CANN: {', '.join(others)}"
+    if named := sorted({name for name, kinds in kernels.items() if "acl_kernel" in kinds} - NAMED.keys()):
+        yield f"asked of CANN by name, beyond those that are known: {', '.join(named)}"
 
 
 def _primitives_with(graph: dict, dtypes: set[str]) -> list[str]:

@@ -176,6 +176,28 @@ def _interpolated(x, size, scale):
     return F.interpolate(x, size=size or None, scale_factor=None if size else scale)
 
 
+def _product(a, b, transpose_a=False, transpose_b=False):
+    return (a.transpose(-1, -2) if transpose_a else a) @ (b.transpose(-1, -2) if transpose_b else b)
+
+
+def _biased(x, bias, *_):
+    return x + bias.reshape(-1, *[1] * (x.ndim - 2))
+
+
+def _gathered(table, indices, axis, *_):
+    return table.index_select(axis, indices.reshape(-1)).reshape(
+        *table.shape[:axis], *indices.shape, *table.shape[axis + 1 :]
+    )
+
+
+def _layer_norm(x, weight, bias, axis, _, eps):
+    return F.layer_norm(x, x.shape[axis:], weight, bias, eps), None, None
+
+
+def _softmax(x, axes, *_):
+    return torch.softmax(x, axes[0] if isinstance(axes, tuple) else axes)
+
+
 PRIMITIVES: dict[str, Callable] = {
     # What orders others
     "Depend": lambda x, _: x,
@@ -188,26 +210,40 @@ PRIMITIVES: dict[str, Callable] = {
     "Chunk": lambda x, count, axis: x.chunk(count, axis),
     "Concat": lambda tensors, axis: torch.cat(tensors, axis),
     "Contiguous": lambda x: x,
+    "ConstantPadND": lambda x, sizes, value: F.pad(x, sizes, value=value),
     "ExpandDims": lambda x, axis: x.unsqueeze(axis),
+    "Gather": _gathered,
+    "Range": lambda start, end, step, *_: torch.arange(start, end, step),
     "Reshape": lambda x, shape: x.reshape(shape),
     "StridedSlice": _strided_slice,
     "Tile": lambda x, counts: x.tile(counts),
     "Transpose": lambda x, axes: x.permute(axes),
     # Arithmetic
     "Add": lambda a, b: _number(a) + _number(b),
+    "BatchMatMul": _product,
+    "BatchMatMulExt": _product,
+    "ClampScalar": lambda x, least, most: x.clamp(least, most),
     "Cos": torch.cos,
     "Div": lambda a, b: _number(a) / _number(b),
+    "Less": lambda a, b: _number(a) < _number(b),
+    "MaskedFill": lambda x, mask, value: torch.where(mask, _number(value).to(x.dtype), x),
+    "MatMul": _product,
+    "MatMulExt": _product,
     "Mul": lambda a, b: _number(a) * _number(b),
     "Sin": torch.sin,
     "Sub": lambda a, b: _number(a) - _number(b),
     # Layers
+    "BiasAdd": _biased,
     "Conv2DExt": F.conv2d,
     "Dense": F.linear,
     "FlashAttentionScore": _attention,
     "GeluExt": lambda x, _: F.gelu(x),
     "GroupNorm": lambda x, groups, weight, bias, eps: (F.group_norm(x, groups, weight, bias, eps),),
+    "LayerNorm": _layer_norm,
     "LayerNormExt": lambda x, shape, weight, bias, eps: (F.layer_norm(x, shape, weight, bias, eps),),
     "SiLU": F.silu,
+    "Sigmoid": torch.sigmoid,
+    "Softmax": _softmax,
     "UpsampleNearest2D": _interpolated,
 }
 
