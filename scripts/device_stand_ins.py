@@ -14,6 +14,7 @@ What that does not show: values, speed, and whether CANN accepts the shapes.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import platform
@@ -152,13 +153,14 @@ def build(target: str, folder: Path) -> dict[str, str]:
     wanted = {name for name in wanted - defined if not name.startswith(("Py", "_Py"))} - {"aclDataType"}
     libraries = folder / ("cann/latest/lib64" if target == "Ascend" else "cuda-11.6/lib64")
     libraries.mkdir(parents=True)
-    source = folder / "stand_ins.c"
+    source, compiled = folder / "stand_ins.c", folder / "stand_ins.o"
     source.write_text(HEAD + "\n".join(_function(name) for name in sorted(wanted)))
+    _compile("-c", "-o", compiled, source)
     for name in sorted(absent):
         # Each has all names, in a version of its own as CUDA's libraries have.
         versions = folder / f"{name}.map"
         versions.write_text(f"{name} {{ global: *; }};")
-        _compile(libraries / name, source, f"-Wl,--version-script,{versions}")
+        _link(libraries / name, compiled, f"-Wl,--version-script,{versions}")
     if target == "GPU":
         return _gpu_environment(folder, libraries, own, system)
     return {
@@ -184,7 +186,7 @@ def _gpu_environment(folder: Path, libraries: Path, own: dict[str, Path], system
     names = "\n".join(f".globl {n}\n.type {n}, STT_FUNC\n{n}:" for n in sorted(launchers - SPECIAL.keys()))
     assembly.write_text(f'.text\n{names}\n{returns_zero}\n.section .note.GNU-stack,""\n')
     source.write_text(HEAD + "\n".join(_function(name) for name in sorted(launchers & SPECIAL.keys())))
-    _compile(libraries / kernels.name, assembly, source)
+    _link(libraries / kernels.name, assembly, source)
     compiler = folder / "cuda-11.6/bin/nvcc"
     compiler.parent.mkdir()
     compiler.write_text('#!/bin/sh\necho "Cuda compilation tools, release 11.6, V11.6.124"\n')
@@ -255,10 +257,14 @@ def _function(name: str) -> str:
     return f"long {name}(void) {{ return 0; }}"
 
 
-def _compile(library: Path, *arguments: Path | str) -> None:
-    flags = ("-shared", "-fPIC", "-O1", "-w", "-fno-builtin", f"-Wl,-soname,{library.name}")
-    subprocess.run([TOOLS[0], *flags, "-o", library, *arguments], check=True)
+def _compile(*arguments: Path | str) -> None:
+    subprocess.run([TOOLS[0], "-fPIC", "-w", "-fno-builtin", *arguments], check=True)
 
 
+def _link(library: Path, *arguments: Path | str) -> None:
+    _compile("-shared", f"-Wl,-soname,{library.name}", "-o", library, *arguments)
+
+
+@functools.cache
 def _output(*command: str | Path) -> str:
     return subprocess.run(command, stdout=subprocess.PIPE, text=True, errors="replace", check=True).stdout

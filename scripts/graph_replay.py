@@ -230,6 +230,7 @@ PRIMITIVES: dict[str, Callable] = {
     "MatMul": _product,
     "MatMulExt": _product,
     "Mul": lambda a, b: _number(a) * _number(b),
+    "Muls": lambda a, b: a * b,
     "Sin": torch.sin,
     "Sub": lambda a, b: _number(a) - _number(b),
     # Layers
@@ -304,7 +305,7 @@ def replayed(graphs: Graphs, path: Path, checkpoint: Path, isolate: bool) -> dic
 
 
 def wrong_scale(model: ModelProto) -> None:
-    """The scores of attention are a twentieth too large."""
+    """The scores of attention are twice as large."""
     nodes = model.graph.node
     constants = {node.output[0]: node.attribute[0] for node in nodes if _primitive(node) == "Constant"}
     products = {node.output[0] for node in nodes if _primitive(node) in ("BatchMatMul", "BatchMatMulExt")}
@@ -316,7 +317,7 @@ def wrong_scale(model: ModelProto) -> None:
             value = constants.get(name)
             if value is not None and value.type in REALS and _constant(value) != 1 and name not in changed:
                 changed.add(name)
-                _set_number(value, _constant(value) * 1.05)
+                _set_number(value, _constant(value) * 2)
     if not changed:
         raise LookupError("no attention in this graph")
 

@@ -542,6 +542,18 @@ def test_only_missing_names_are_replaced(monkeypatch):
     monkeypatch.setattr(kernels, "_plan_key", None)
 
 
+def test_gelu_of_a_tanh_has_the_same_bits():
+    """What Flan-T5 has; float16 is computed in float32."""
+    from mindone.transformers.activations import NewGELUActivation
+
+    x, ours = mindspore.Tensor(noise(5, 7, scale=3)), portable.NewGELUActivation.construct
+    with devices.eager():
+        expected = NewGELUActivation().construct(x).asnumpy()
+        assert np.array_equal(ours(None, x).asnumpy(), expected)
+        halves = ours(None, x.astype(mindspore.float16))
+    assert halves.dtype == mindspore.float16 and relative_error(halves, expected) < 5e-3
+
+
 def test_on_ascend_only_attention_is_replaced(monkeypatch):
     """It has every kernel, but none that keeps float32 attention from holding all its scores."""
     monkeypatch.setenv("MINDIFFEDIT_NATIVE", "0")

@@ -202,6 +202,12 @@ KERNELS: tuple[Kernel, ...] = (
         "Chunk, to which graph mode turns Tensor.chunk, is unsupported there",
     ),
     Kernel(
+        "mindone.transformers.activations.NewGELUActivation",
+        portable.NewGELUActivation.construct,
+        lambda: _floats(2).astype(mindspore.float16) * _floats(1),
+        "Mul takes two numbers of one type",
+    ),
+    Kernel(
         f"{_MODELS}.attention_processor.Attention:math_attention_op",
         portable.Attention.math_attention_op,
         _whole_scores,

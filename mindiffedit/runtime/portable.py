@@ -272,6 +272,15 @@ class GEGLU:
         return hidden_states * self.gelu(gate)
 
 
+class NewGELUActivation:
+    """For mindone's GELU of a tanh, which multiplies float32 and float16: only Ascend's kernels take both."""
+
+    def construct(self: Any, input):
+        x = input.astype(mindspore.float32)
+        inner = mint.sqrt(mindspore.Tensor(0.6366197723675814)) * (x + 0.044715 * mint.pow(x, 3.0))
+        return (0.5 * x * (1.0 + mint.tanh(inner))).astype(input.dtype)
+
+
 SCORES = 1 << 25
 """Numbers of an attention's scores that are held at once: 128 MB in float32, and as many after the softmax."""
 
