@@ -179,11 +179,12 @@ def summary(report: dict, model: str) -> dict:
             "nodes": counts.total(),
             "launches": launches_of(graph),
             "named": {n: counts[n] for n, kinds in graph["kernels"].items() if "acl_kernel" in kinds and counts[n]},
-            "memory_gb": round(graph["memory"] / 1e9, 3),
+            "memory_mb": round(graph["memory"] / 1e6, 1),
             "most": dict(counts.most_common(8)),
         }
     versions = {name: metadata.version(name) for name in ("mindspore", "mindone")}
     heading = {name: report[name] for name in ("target", "dtype", "size", "missing")}
+    heading["eager_named"] = sorted(name for name, kinds in report["eager"].items() if "acl_kernel" in kinds)
     return {**heading, "model": model, "date": date.today().isoformat(), "versions": versions, "graphs": graphs}
 
 
@@ -233,14 +234,25 @@ def graphs_tables(summaries: list[dict]) -> list[str]:
         cells = [["graph", *(f"{one['target']} {one['dtype']}" for one in columns)]]
         for name in dict.fromkeys(name for one in columns for name in one["graphs"]):
             graphs = (one["graphs"].get(name) for one in columns)
-            cells.append([f"`{name}`", *("-" if graph is None else graph_text(graph) for graph in graphs)])
+            cells.append([label(name), *("-" if graph is None else graph_text(graph) for graph in graphs)])
         versions = sorted({f"MindSpore {one['versions']['mindspore']}, {one['date']}" for one in columns})
         tables += [f"**{model}, {size} x {size}** ({'; '.join(versions)}):", markdown_table(cells)]
     return tables
 
 
+def label(name: str) -> str:
+    """A graph's stage, choices and first shape, for people."""
+    words = name.split()
+    first = next((number for number, word in enumerate(words) if re.fullmatch(r"\d+(x\d+)+", word)), len(words))
+    flags = {} if "text" in words[:2] else {"True": "guided", "False": "unguided"}
+    choices = (flags.get(word, word) for word in words[:first])
+    return (
+        f"{' '.join(word for word in choices if word not in ('True', 'False'))}, {' '.join(words[first : first + 1])}"
+    )
+
+
 def graph_text(graph: dict) -> str:
-    return f"{graph['launches']} of {graph['nodes']}, {graph['memory_gb']:.2f} GB"
+    return f"{graph['launches']} of {graph['nodes']}, {graph['memory_mb']:g} MB"
 
 
 def primitives_table(summaries: list[dict]) -> str:
@@ -250,7 +262,7 @@ def primitives_table(summaries: list[dict]) -> str:
         for name, graph in one["graphs"].items():
             if one["dtype"] == "float16" and name.startswith("unet ") and " 2x" in name[:8]:
                 most = ", ".join(f"{primitive} {count}" for primitive, count in graph["most"].items())
-                cells.append([f"{one['model']}, {one['size']} px", one["target"], f"`{name}`", most])
+                cells.append([f"{one['model']}, {one['size']} px", one["target"], label(name), most])
     return markdown_table(cells) if len(cells) > 1 else ""
 
 
@@ -260,7 +272,9 @@ def named_table(summaries: list[dict]) -> str:
     for one in summaries:
         for name, graph in one["graphs"].items():
             for primitive in graph["named"]:
-                used.setdefault(primitive, set()).add(f"`{name.split()[0]}`")
+                used.setdefault(primitive, set()).add(name.removeprefix("2.x: ").split()[0])
+        for primitive in one["eager_named"]:
+            used.setdefault(primitive, set()).add(device_kernels.EAGER)
     rows = [[f"`{name}`", why, ", ".join(sorted(used.get(name, {"-"})))] for name, why in NAMED.items()]
     return markdown_table([["operator", "what for", "in"], *rows])
 

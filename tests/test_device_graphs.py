@@ -120,7 +120,7 @@ def test_a_graph_is_read(tmp_path):
 
 def a_report(target="Ascend", dtype="float32"):
     """Of one graph, without a fault."""
-    graph = {"name": "unet", "error": None, "seconds": 1.0, "memory": 10, "moved": []}
+    graph = {"name": "unet 2x4x8x8 1", "error": None, "seconds": 1.0, "memory": 2_500_000, "moved": []}
     graph |= {"nodes": [["Add", ["Float32", "Float32"], ["Float32"], 2]], "kernels": {"Add": ["opapi_kernel"]}}
     scenario = {"name": "an edit", "expected": 1, "compiled": 1, "error": None}
     return {
@@ -204,8 +204,11 @@ def test_tables():
     report["graphs"][0]["kernels"]["Gather"] = ["acl_kernel"]
     summary = audit_devices.summary(report, "a checkpoint")
     blocks = audit_devices.blocks([summary])
-    assert "| `unet` | 5 of 9, 0.00 GB |" in blocks["device_graphs"]
-    assert "| `Gather` |" in blocks["device_named"] and "`unet` |" in blocks["device_named"]
+    assert "| unet, 2x4x8x8 | 5 of 9, 2.5 MB |" in blocks["device_graphs"]
+    assert (
+        audit_devices.label("update ddim epsilon 1.0 True 1x4x8x8 2x4x8x8") == "update ddim epsilon 1.0 guided, 1x4x8x8"
+    )
+    assert "| `Gather` |" in blocks["device_named"] and "unet |" in blocks["device_named"]
 
 
 def test_the_page_is_in_accord_with_the_data():
