@@ -34,6 +34,9 @@ from reports import DOCS, ROOT, data_text, markdown_table, page_with, write_whol
 DTYPES = {"Ascend": ("float16", "bfloat16", "float32"), "GPU": ("float16", "float32")}
 """What each target computes in; bfloat16 becomes float32 on a GPU, with a warning (`devices.supported_dtype`)."""
 
+SILENT = "SESSION PARSER CORE ANALYZER OPTIMIZER RUNTIME_FRAMEWORK COMMON PIPELINE PRE_ACT".split()
+"""Modules of MindSpore whose log nobody reads here, and which takes time."""
+
 DATA = "device_graphs.json"
 PAGE = "devices.md"
 
@@ -59,7 +62,8 @@ def run_dry(environment: dict[str, str], work: Path, wanted: dict) -> tuple[list
         "MS_DEV_SAVE_GRAPHS": "2",
         "MS_DEV_DUMP_IR_PASSES": "graph_build",  # all would be two gigabytes, and take most of the time
         "MS_DEV_SAVE_GRAPHS_PATH": str(work / "ir"),
-        "GLOG_v": "1",  # the log in which Ascend's plugin names its kernels
+        "GLOG_v": "1",  # Ascend's plugin names its kernels there, as the module DEVICE
+        "MS_SUBMODULE_LOG_v": f"{{{','.join(f'{module}:3' for module in SILENT)}}}",
         "GLOG_logtostderr": "1",
         "MINDIFFEDIT_CACHE": "0",
         "USE_TORCH": "0",

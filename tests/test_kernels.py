@@ -498,7 +498,8 @@ def test_the_table_of_replacements_is_sound():
 @on_cpu
 def test_what_the_cpu_has_not():
     missing = set(kernels.missing_kernels())
-    everywhere = {kernel.name for kernel in kernels.KERNELS} - {"mint.split", "mint.chunk"}
+    elsewhere = {"mint.split", "mint.chunk", "mindone.transformers.activations.NewGELUActivation"}
+    everywhere = {kernel.name for kernel in kernels.KERNELS} - elsewhere
     assert missing == everywhere or everywhere <= missing and mindspore.__version__.startswith("2.7")
 
 
@@ -542,16 +543,15 @@ def test_only_missing_names_are_replaced(monkeypatch):
     monkeypatch.setattr(kernels, "_plan_key", None)
 
 
-def test_gelu_of_a_tanh_has_the_same_bits():
+def test_gelu_of_a_tanh():
     """What Flan-T5 has; float16 is computed in float32."""
-    from mindone.transformers.activations import NewGELUActivation
-
-    x, ours = mindspore.Tensor(noise(5, 7, scale=3)), portable.NewGELUActivation.construct
-    with devices.eager():
-        expected = NewGELUActivation().construct(x).asnumpy()
-        assert np.array_equal(ours(None, x).asnumpy(), expected)
+    array, ours = noise(5, 7, scale=3), portable.NewGELUActivation.construct
+    expected = torch.nn.functional.gelu(torch.from_numpy(array), approximate="tanh")
+    x = mindspore.Tensor(array)
+    with portable_kernels(), devices.eager():
+        assert relative_error(ours(None, x), expected) < 1e-6  # measured: 3e-7
         halves = ours(None, x.astype(mindspore.float16))
-    assert halves.dtype == mindspore.float16 and relative_error(halves, expected) < 5e-3
+    assert halves.dtype == mindspore.float16 and relative_error(halves, expected) < 3e-3  # measured: 1e-3
 
 
 def test_on_ascend_only_attention_is_replaced(monkeypatch):

@@ -277,7 +277,7 @@ class NewGELUActivation:
 
     def construct(self: Any, input):
         x = input.astype(mindspore.float32)
-        inner = mint.sqrt(mindspore.Tensor(0.6366197723675814)) * (x + 0.044715 * mint.pow(x, 3.0))
+        inner = 0.7978845608028654 * (x + 0.044715 * ops.pow(x, 3.0))  # the root of 2 / pi
         return (0.5 * x * (1.0 + mint.tanh(inner))).astype(input.dtype)
 
 
