@@ -366,12 +366,21 @@ def zeros_of(file: Path):
     return tuple(zeros) if given.values else zeros[0]
 
 
+def count_positions(text_encoder) -> None:
+    """CLIP counts its positions on the device, where a dry run leaves them at zero; here on the host."""
+    for _, cell in text_encoder.cells_and_names():
+        if getattr(cell, "position_ids", None) is not None:
+            count = cell.position_ids.shape[-1]
+            cell.position_ids = ms.Tensor(np.arange(count)[None], cell.position_ids.dtype)
+
+
 def export(wanted: dict) -> None:
     """Exports the graphs of a golden file's case, which is replayed from the reference's inputs, or of an edit."""
     graphs = ExportedGraphs(Path(wanted["export"]))
     if "case" not in wanted:
         pipe = load(wanted["checkpoint"], wanted)
         pipe._stages.graphs = graphs
+        count_positions(pipe.text_encoder)
         there_and_back(pipe, picture(wanted["size"]))
         return
     recording = golden.read_golden(wanted["case"])
@@ -379,6 +388,7 @@ def export(wanted: dict) -> None:
     case = Case(image=images if len(images) > 1 else images[0], **recording.manifest["calls"])
     pipe = replay.load(Path(wanted["checkpoint"]), case, "graph", wanted["dtype"], compile_cache=False)
     pipe._stages.graphs = graphs
+    count_positions(pipe.text_encoder)
     replay.run(pipe, case, recording.trace, isolate=True)
 
 
