@@ -354,14 +354,17 @@ STAGES = ("embeds", "moments", "predictions", "map", "mask", "inverted_latents",
 """What is shown and judged; `_stage_of` says of which tensors of a trace."""
 
 LIMITS: dict[tuple[str, bool], tuple[float, ...]] = {
-    ("float32", True): (1,) * 8,
-    ("float32", False): (1,) * 8,
-    ("float16", True): (1,) * 8,
-    ("float16", False): (1,) * 8,
-    ("bfloat16", True): (1,) * 8,
-    ("bfloat16", False): (1,) * 8,
+    ("float32", True): (1e-6, 1e-6, 4e-6, 1e-6, 0, 1e-6, 1e-6, 1e-6),
+    ("float32", False): (1e-6, 1e-6, 5e-5, 5e-6, 0.002, 1e-5, 4e-5, 2e-5),
+    ("float16", True): (1.5e-3, 1e-3, 1.5e-2, 1e-6, 0, 1e-6, 1e-6, 1e-3),
+    ("float16", False): (1.5e-3, 1e-3, 4e-2, 1e-2, 0.01, 1e-2, 2.5e-2, 1.5e-2),
+    ("bfloat16", True): (1.2e-2, 8e-3, 1.2e-1, 1e-6, 0, 1e-6, 1e-6, 8e-3),
+    ("bfloat16", False): (1.2e-2, 8e-3, 3.2e-1, 8e-2, 0.03, 8e-2, 2e-1, 1.2e-1),
 }
-"""The largest errors of these stages, by dtype and whether each stage runs alone."""
+"""The largest errors of these stages, by dtype and whether each stage runs alone: three times what was measured.
+
+What is float32 in every dtype, the map and the solver's steps, is as exact in all of them where it runs alone.
+"""
 
 
 def errors_of(trace: Mapping[str, np.ndarray], reference: Mapping[str, np.ndarray]) -> dict[str, float]:
