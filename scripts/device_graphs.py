@@ -43,6 +43,7 @@ from mindiffedit.parity.case import Case
 from mindiffedit.runtime import devices, kernels
 from mindiffedit.runtime.graphs import Graphs
 from mindiffedit.solvers import schedulers
+from mindiffedit.stages import host
 from mindiffedit.text import decoding
 
 IR = Path("ir")
@@ -197,7 +198,7 @@ def upper_half(pipe, image) -> np.ndarray:
 def there_and_back(pipe, image):
     """Steps 2 and 3, with guidance in both; returns the picture, (1, H, W, 3) float32 in [0, 1]."""
     inverted = pipe.invert(image=image, prompt=SOURCE, generator=Generator().manual_seed(0), **STEPS)
-    latents = np.nan_to_num(inverted.latents.asnumpy())  # a stand-in's memory may hold anything
+    latents = np.nan_to_num(host(inverted.latents))  # a stand-in's memory may hold anything
     prompts = dict(prompt=TARGET, negative_prompt=SOURCE)
     mask = upper_half(pipe, image)
     return pipe(**prompts, mask_image=mask, image_latents=latents, output_type="np", **STEPS).images
@@ -408,7 +409,7 @@ def run(name: str, expected: int, action: Callable[[], Any]) -> None:
 
 def subtracted(self, other) -> ms.Tensor:
     """On the host, where mindone's schedulers count their timesteps by it: on a stand-in nothing comes of that."""
-    return ms.Tensor(other - self.asnumpy())
+    return ms.Tensor(np.asarray(other - self.asnumpy()))
 
 
 def main() -> None:
