@@ -407,6 +407,11 @@ def run(name: str, expected: int, action: Callable[[], Any]) -> None:
     say("scenario", name=name, expected=expected, compiled=compiled.count, error=error)
 
 
+def converted(self, dtype) -> ms.Tensor:
+    """On the host: bfloat16 weights are float32 ones, which are else converted on the device."""
+    return ms.Tensor(self.asnumpy(), dtype)
+
+
 def subtracted(self, other) -> ms.Tensor:
     """On the host, where mindone's schedulers count their timesteps by it: on a stand-in nothing comes of that."""
     return ms.Tensor(np.asarray(other - self.asnumpy()))
@@ -418,6 +423,7 @@ def main() -> None:
     options.check_finite = lambda *_: None
     ms.Tensor.__rsub__ = subtracted
     if "export" in wanted:
+        ms.Tensor.astype = converted
         export(wanted)
         return
     decoding.Graphs = RecordedGraphs
