@@ -52,6 +52,8 @@ IR = Path("ir")
 STEPS = dict(num_inference_steps=3, inpaint_strength=0.8)
 SOURCE, TARGET = "a red apple", "a yellow pear"
 
+ASTYPE = ms.Tensor.astype
+
 UNREPLACED = mint.nn.functional.gelu
 """mint's own, whatever stands in its place later."""
 
@@ -409,7 +411,7 @@ def run(name: str, expected: int, action: Callable[[], Any]) -> None:
 
 def converted(self, dtype) -> ms.Tensor:
     """On the host: bfloat16 weights are float32 ones, which are else converted on the device."""
-    return ms.Tensor(self.asnumpy(), dtype)
+    return ms.Tensor(self.asnumpy(), dtype) if self.dtype == ms.float32 else ASTYPE(self, dtype)
 
 
 def subtracted(self, other) -> ms.Tensor:
