@@ -358,12 +358,13 @@ LIMITS: dict[tuple[str, bool], tuple[float, ...]] = {
     ("float32", False): (1e-6, 1e-6, 5e-5, 5e-6, 0.002, 1e-5, 4e-5, 2e-5),
     ("float16", True): (1.5e-3, 1e-3, 1.5e-2, 1e-6, 0, 1e-6, 1e-6, 1e-3),
     ("float16", False): (1.5e-3, 1e-3, 4e-2, 1e-2, 0.01, 1e-2, 2.5e-2, 1.5e-2),
-    ("bfloat16", True): (1.2e-2, 8e-3, 1.2e-1, 1e-6, 0, 1e-6, 1e-6, 8e-3),
-    ("bfloat16", False): (1.2e-2, 8e-3, 3.2e-1, 8e-2, 0.03, 8e-2, 2e-1, 1.2e-1),
+    ("bfloat16", True): (1.2e-2, 8e-3, 6e-2, 1e-6, 0, 1e-6, 1e-6, 8e-3),
+    ("bfloat16", False): (1.2e-2, 8e-3, 3e-1, 7e-2, 0.02, 8e-2, 1e-1, 4e-2),
 }
-"""The largest errors of these stages, by dtype and whether each stage runs alone: three times what was measured.
+"""The largest errors of these stages, by dtype and whether each stage runs alone: about three times what was measured.
 
-What is float32 in every dtype, the map and the solver's steps, is as exact in all of them where it runs alone.
+What is float32 in every dtype, the map and the solver's steps, is as exact in all of them where it runs alone. The
+UNet alone in bfloat16 has half as much again, so that an attention of twice the scale, 6.9e-2, is not within it.
 """
 
 
