@@ -318,11 +318,12 @@ class Attention:
         rows = max(1, min(tokens, SCORES // (heads * keys)))
         parts = []
         for start in range(0, tokens, rows):
-            scores = mint.bmm(query[:, start : start + rows], key) * self.scale
+            some = query if rows == tokens else query[:, start : start + rows]
+            scores = mint.bmm(some, key) * self.scale
             scores = scores.astype(mindspore.float32)  # 16 bits are too few for the softmax
             if attn_mask is not None:
                 mask = attn_mask
-                if attn_mask.shape[1] == tokens:
+                if attn_mask.shape[1] == tokens and rows < tokens:
                     mask = attn_mask[:, start : start + rows]
                 scores = scores + mask
             parts.append(mint.bmm(ops.softmax(scores, -1).astype(value.dtype), value))
