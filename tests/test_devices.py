@@ -146,6 +146,24 @@ def test_dtypes(monkeypatch):
             devices.supported_dtype(dtype)
 
 
+def test_float32_with_all_its_bits(monkeypatch):
+    from mindspore import device_context
+
+    said = []
+    for target, kind in (("ascend", "hf32"), ("gpu", "tf32")):
+        for product in ("conv", "matmul"):
+            name = f"{product}_allow_{kind}"
+            precision = getattr(device_context, target).op_precision
+            monkeypatch.setattr(precision, name, lambda on, name=name: said.append((name, on)))
+    assert devices.exact_float32() is None and not said
+    monkeypatch.setattr(devices, "device_target", lambda: "Ascend")
+    assert devices.exact_float32() == "HF32 is off for convolutions and matrix products"
+    assert said == [("conv_allow_hf32", False), ("matmul_allow_hf32", False)]
+    monkeypatch.setattr(devices, "device_target", lambda: "GPU")
+    assert devices.exact_float32() == "TF32 is off for convolutions and matrix products"
+    assert said[2:] == [("conv_allow_tf32", False), ("matmul_allow_tf32", False)]
+
+
 # --- modes --------------------------------------------------------------------------------------------------
 
 

@@ -498,7 +498,8 @@ def test_the_table_of_replacements_is_sound():
 @on_cpu
 def test_what_the_cpu_has_not():
     missing = set(kernels.missing_kernels())
-    everywhere = {kernel.name for kernel in kernels.KERNELS} - {"mint.split", "mint.chunk"}
+    elsewhere = {"mint.split", "mint.chunk", "mindone.transformers.activations.NewGELUActivation"}
+    everywhere = {kernel.name for kernel in kernels.KERNELS} - elsewhere
     assert missing == everywhere or everywhere <= missing and mindspore.__version__.startswith("2.7")
 
 
@@ -542,12 +543,29 @@ def test_only_missing_names_are_replaced(monkeypatch):
     monkeypatch.setattr(kernels, "_plan_key", None)
 
 
-def test_nothing_is_replaced_on_ascend(monkeypatch):
+def test_gelu_of_a_tanh():
+    """What Flan-T5 has; float16 is computed in float32."""
+    array, ours = noise(5, 7, scale=3), portable.NewGELUActivation.construct
+    expected = torch.nn.functional.gelu(torch.from_numpy(array), approximate="tanh")
+    x = mindspore.Tensor(array)
+    with portable_kernels(), devices.eager():
+        assert relative_error(ours(None, x), expected) < 1e-6  # measured: 3e-7
+        halves = ours(None, x.astype(mindspore.float16))
+    assert halves.dtype == mindspore.float16 and relative_error(halves, expected) < 3e-3  # measured: 1e-3
+
+
+def test_on_ascend_only_attention_is_replaced(monkeypatch):
+    """It has every kernel, but none that keeps float32 attention from holding all its scores."""
+    monkeypatch.setenv("MINDIFFEDIT_NATIVE", "0")
     monkeypatch.setattr(kernels.devices, "device_target", lambda: "Ascend")
-    before = snapshot()
-    assert kernels.missing_kernels() == []
+    from mindone.diffusers.models.attention_processor import Attention
+
+    before, original = snapshot(), Attention.math_attention_op
+    assert kernels.missing_kernels() == ["mindone.diffusers.models.attention_processor.Attention:math_attention_op"]
     with portable_kernels():
         assert not changed(before, snapshot())
+        assert Attention.math_attention_op is portable.Attention.math_attention_op
+    assert Attention.math_attention_op is original
 
 
 @needs_gaps

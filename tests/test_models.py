@@ -121,6 +121,13 @@ def test_time_embedding_is_the_references():
         assert np.abs(ours - expected).mean() < 3e-7
 
 
+def test_attention_stays_in_its_models_dtype(checked):
+    """On Ascend mindone would cast float32 to float16."""
+    for name in ("unet", "vae"):
+        cells = [cell for _, cell in checked[name].cells_and_names() if hasattr(cell, "fa_force_dtype")]
+        assert cells and all(cell.fa_force_dtype is None for cell in cells)
+
+
 def test_nothing_is_left_without_a_value(checked, checked_folder):
     """Tensors that no file has (positions, constants of layers) are those of a model that makes all its values."""
     from mindiffedit.checkpoints.survey import Survey

@@ -346,6 +346,7 @@ def check(args: Namespace):
             )
         from mindiffedit.parity import replay
 
+        precision = devices.exact_float32() if settings["dtype"] == "float32" else None
         pipe = replay.load(folder, case, args.mode, settings["dtype"], compile_cache=False if args.no_cache else None)
         _say(args, f"replaying on {device}, mode {args.mode}.")
         ended = None
@@ -376,6 +377,8 @@ def check(args: Namespace):
         "date": _today(),
         "seconds": round(time.perf_counter() - started, 1),
     }
+    if precision is not None:
+        context["precision"] = precision
     if ended is not None:
         context["ended early"] = ended
     if args.report is not None:

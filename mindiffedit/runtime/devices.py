@@ -23,6 +23,7 @@ __all__ = [
     "compile_count",
     "device_target",
     "eager",
+    "exact_float32",
     "float_type",
     "give_memory_back",
     "loadable_dtype",
@@ -234,6 +235,29 @@ def loadable_dtype(dtype):
     if reason:
         say_once(reason)
     return dtype
+
+
+def exact_float32() -> str | None:
+    """Has products computed with all bits of float32, for the rest of the process, where a device would take fewer.
+
+    By default convolutions are in HF32 on Ascend and in TF32 on a GPU, with 11 bits of 24.
+
+    Returns:
+        A sentence that says what was switched off; None on a CPU, which has nothing of the kind.
+
+    Raises:
+        RuntimeError: the program has switched it on by itself, on Ascend.
+    """
+    from mindspore import device_context
+
+    target = device_target()
+    if target == "CPU":
+        return None
+    kind = {"Ascend": "HF32", "GPU": "TF32"}[target]
+    precision = getattr(device_context, target.lower()).op_precision
+    for product in ("conv", "matmul"):
+        getattr(precision, f"{product}_allow_{kind.lower()}")(False)
+    return f"{kind} is off for convolutions and matrix products"
 
 
 # --- the mode --------------------------------------------------------------------------------------

@@ -2,8 +2,8 @@
 
 mindone's models call `mindspore.mint`, and many of mint's kernels are registered for Ascend only. Inside
 `portable_kernels()` every name in `KERNELS` whose kernel is missing on the current device, or is there and
-inaccurate, is replaced by an equivalent built from operators that every device has. On Ascend nothing is ever
-replaced.
+inaccurate, is replaced by an equivalent built from operators that every device has. On Ascend nothing is missing: only
+attention in float32, for which it has no fused kernel, is replaced for the memory that it would hold.
 
 What is replaced, and how:
 
@@ -57,6 +57,7 @@ class Kernel:
         probe: calls the original on tiny input; it raises where the kernel is missing or inaccurate.
         reason: what is missing or wrong, and so when this entry can go.
         improves: whether the original would do, with more memory.
+        everywhere: whether it is replaced on Ascend as well.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Kernel:
     probe: Callable[[], Any]
     reason: str
     improves: bool = False
+    everywhere: bool = False
 
 
 F = mint.nn.functional
@@ -114,6 +116,11 @@ def _tensor_chunk(tensor):
 def _whole_bias() -> None:
     if devices.device_target() == "CPU":
         raise MemoryError("nothing is missing, but each number of the sum keeps 16 bytes")
+
+
+def _mixed_product() -> None:
+    if devices.device_target() != "CPU":  # where nothing is computed in half precision
+        _floats() * _floats(2).astype(mindspore.float16)
 
 
 def _whole_scores() -> None:
@@ -200,11 +207,18 @@ KERNELS: tuple[Kernel, ...] = (
         "Chunk, to which graph mode turns Tensor.chunk, is unsupported there",
     ),
     Kernel(
+        "mindone.transformers.activations.NewGELUActivation",
+        portable.NewGELUActivation.construct,
+        _mixed_product,
+        "Mul takes two numbers of one type",
+    ),
+    Kernel(
         f"{_MODELS}.attention_processor.Attention:math_attention_op",
         portable.Attention.math_attention_op,
         _whole_scores,
         "it holds the scores of all tokens with all tokens",
         improves=True,
+        everywhere=True,
     ),
 )
 
@@ -237,7 +251,7 @@ _missing: dict[str, tuple[Kernel, ...]] = {}
 
 
 def missing_kernels() -> list[str]:
-    """Names in `KERNELS` whose kernel the current device has not, or not accurately. Empty on Ascend.
+    """Names in `KERNELS` whose kernel the current device has not, or not accurately, or only with too much memory.
 
     The first call for a device runs each original once on tiny input (about 0.2 s on CPU).
     """
@@ -247,7 +261,7 @@ def missing_kernels() -> list[str]:
 def _missing_here() -> tuple[Kernel, ...]:
     target = devices.device_target()
     if target == "Ascend":
-        return ()
+        return tuple(kernel for kernel in KERNELS if kernel.everywhere)
     with _lock:
         if target not in _missing:
             # An error of an operator launched earlier is the caller's: raised here, not taken for ours.
@@ -300,7 +314,7 @@ def portable_kernels():
 
     Reentrant, and safe in threads: the originals come back when the last block that is open in any thread
     is left, by an exception too. Until then the other threads of the process see the replacements as well.
-    On Ascend it does nothing. Elsewhere the first block imports mindone's activation layers (2 s).
+    The first block imports mindone's layers of activation and attention (2 s).
     """
     _enter()
     try:

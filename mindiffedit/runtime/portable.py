@@ -272,6 +272,15 @@ class GEGLU:
         return hidden_states * self.gelu(gate)
 
 
+class NewGELUActivation:
+    """For mindone's GELU of a tanh, which multiplies float32 and float16: only Ascend's kernels take both."""
+
+    def construct(self: Any, input):
+        x = input.astype(mindspore.float32)
+        inner = 0.7978845608028654 * (x + 0.044715 * ops.pow(x, 3.0))  # the root of 2 / pi
+        return (0.5 * x * (1.0 + mint.tanh(inner))).astype(input.dtype)
+
+
 SCORES = 1 << 25
 """Numbers of an attention's scores that are held at once: 128 MB in float32, and as many after the softmax."""
 
@@ -309,11 +318,12 @@ class Attention:
         rows = max(1, min(tokens, SCORES // (heads * keys)))
         parts = []
         for start in range(0, tokens, rows):
-            scores = mint.bmm(query[:, start : start + rows], key) * self.scale
+            some = query if rows == tokens else query[:, start : start + rows]
+            scores = mint.bmm(some, key) * self.scale
             scores = scores.astype(mindspore.float32)  # 16 bits are too few for the softmax
             if attn_mask is not None:
                 mask = attn_mask
-                if attn_mask.shape[1] == tokens:
+                if attn_mask.shape[1] == tokens and rows < tokens:
                     mask = attn_mask[:, start : start + rows]
                 scores = scores + mask
             parts.append(mint.bmm(ops.softmax(scores, -1).astype(value.dtype), value))
