@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
+import functools
 import math
 import os
 import sys
@@ -31,22 +31,10 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import demo_scenes as scenes  # noqa: E402
+import demo_training as training  # noqa: E402
 import scene_classifier  # noqa: E402
+from demo_training import Stage, learning_rate, take_average, to_model_range  # noqa: E402
 
-MAX_TOKENS = 32
-START, END = "<|startoftext|>", "<|endoftext|>"
-
-VAE_CONFIG = dict(
-    in_channels=3,
-    out_channels=3,
-    latent_channels=4,
-    sample_size=scenes.SIZE,
-    norm_num_groups=8,
-    block_out_channels=(16, 32, 64),
-    layers_per_block=1,
-    down_block_types=("DownEncoderBlock2D",) * 3,
-    up_block_types=("UpDecoderBlock2D",) * 3,
-)
 UNET_CONFIG = dict(
     sample_size=32,
     in_channels=4,
@@ -59,110 +47,11 @@ UNET_CONFIG = dict(
     down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
     up_block_types=("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
 )
-TEXT_CONFIG = dict(
-    hidden_size=128,
-    intermediate_size=512,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    max_position_embeddings=MAX_TOKENS,
-    projection_dim=128,
-    hidden_act="quick_gelu",
-)
-NOISE_SCHEDULE = dict(
-    num_train_timesteps=1000,
-    beta_start=0.00085,
-    beta_end=0.012,
-    beta_schedule="scaled_linear",
-    clip_sample=False,
-    set_alpha_to_one=False,
-    steps_offset=1,
-    prediction_type="epsilon",
-)
-
 # The picture that ships beside the checkpoint; mindiffedit.demo.SAMPLE_PROMPTS names it.
 SAMPLE = scenes.Scene((scenes.SceneObject("apple", "red", 60.0, 68.0, 36.0, 5.0),), "wooden table", texture_seed=5)
 
 
-# --- tokenizer ---------------------------------------------------------------------------------------------------
-
-
-def byte_symbols() -> list[str]:
-    """CLIP's printable stand-ins for the 256 byte values, in its vocabulary's order."""
-    from transformers.models.clip.tokenization_clip import bytes_to_unicode
-
-    return list(bytes_to_unicode().values())
-
-
-def learn_merges(words: list[str]) -> list[tuple[str, str]]:
-    """Byte-pair merges, most frequent pair first, until each of ``words`` is a single token."""
-    split = {word: (*word[:-1], word[-1] + "</w>") for word in words}
-    merges = []
-    while any(len(parts) > 1 for parts in split.values()):
-        counts: dict[tuple[str, str], int] = {}
-        for parts in split.values():
-            for pair in zip(parts, parts[1:]):
-                counts[pair] = counts.get(pair, 0) + 1
-        best = max(sorted(counts), key=lambda pair: counts[pair])
-        merges.append(best)
-        for word, parts in split.items():
-            joined: list[str] = []
-            for part in parts:
-                if joined and (joined[-1], part) == best:
-                    joined[-1] += part
-                else:
-                    joined.append(part)
-            split[word] = tuple(joined)
-    return merges
-
-
-def make_tokenizer(folder: Path):
-    """Writes vocabulary and merges to ``folder`` and returns the CLIPTokenizer made of them."""
-    from transformers import CLIPTokenizer
-
-    folder.mkdir(parents=True, exist_ok=True)
-    symbols = byte_symbols()
-    merges = learn_merges(scenes.vocabulary())
-    tokens = symbols + [s + "</w>" for s in symbols]
-    tokens += [merged for merged in ("".join(m) for m in merges) if merged not in tokens]
-    tokens = list(dict.fromkeys(tokens)) + [START, END]
-    (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}, ensure_ascii=False))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(m) for m in merges) + "\n")
-    tokenizer = CLIPTokenizer(
-        str(folder / "vocab.json"),
-        str(folder / "merges.txt"),
-        unk_token=END,
-        bos_token=START,
-        eos_token=END,
-        pad_token=END,
-        model_max_length=MAX_TOKENS,
-    )
-    for word in scenes.vocabulary():
-        assert len(tokenizer.tokenize(word)) == 1, word
-    return tokenizer
-
-
 # --- helpers -----------------------------------------------------------------------------------------------------
-
-
-class Stage:
-    """State of one stage on disk: written whole, read back to resume."""
-
-    def __init__(self, work: Path, name: str):
-        self.path = work / f"{name}.pt"
-
-    def load(self):
-        return torch.load(self.path, map_location="cpu", weights_only=True) if self.path.exists() else None
-
-    def save(self, state):
-        partial = self.path.with_suffix(".partial")
-        torch.save(state, partial)
-        os.replace(partial, self.path)
-
-
-def learning_rate(step: int, steps: int, peak: float, warmup: int = 200, decay: float = 0.25) -> float:
-    """Short warm-up, constant, and a linear fall over the last quarter: a run can be lengthened before the fall."""
-    fall = (steps - step) / max(1.0, decay * steps)
-    return peak * min(1.0, (step + 1) / warmup, max(fall, 0.0))
 
 
 def log(stage: str, step: int, steps: int, started: float, begun_at: int, **values):
@@ -175,31 +64,16 @@ def log(stage: str, step: int, steps: int, started: float, begun_at: int, **valu
     )
 
 
-def drawn(seed: int) -> tuple[scenes.Scene, np.ndarray]:
-    scene = scenes.sample_scene(np.random.default_rng(seed))
-    return scene, np.asarray(scenes.draw_scene(scene)[0])
+def autocast(device):
+    return torch.autocast(device.type, torch.bfloat16)
 
 
-def training_pictures(work: Path, count: int, seed: int):
-    """``count`` scenes as uint8 pictures (count, S, S, 3) and their descriptions; drawn once, kept in WORKDIR."""
-    from multiprocessing import Pool
-
-    path = work / f"pictures-{count}-{seed}.npy"
-    seeds = [seed * 1_000_003 + i for i in range(count)]
-    if not path.exists():
-        print(f"[pictures] drawing {count} scenes", flush=True)
-        pictures = np.empty((count, scenes.SIZE, scenes.SIZE, 3), np.uint8)
-        with Pool(os.cpu_count()) as pool:
-            for i, (_, picture) in enumerate(pool.imap(drawn, seeds, chunksize=64)):
-                pictures[i] = picture
-        np.save(str(path) + ".partial.npy", pictures)
-        os.replace(str(path) + ".partial.npy", path)
-    described = [scenes.sample_scene(np.random.default_rng(s)) for s in seeds]
-    return np.load(path, mmap_mode="r"), described
+def described(seed: int) -> scenes.Scene:
+    return scenes.sample_scene(np.random.default_rng(seed))
 
 
-def to_model_range(pictures: np.ndarray, device) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(pictures)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+def drawn(seed: int) -> np.ndarray:
+    return np.asarray(scenes.draw_scene(described(seed))[0])
 
 
 # --- stages ------------------------------------------------------------------------------------------------------
@@ -209,14 +83,10 @@ def train_vae(args, pictures, device):
     from diffusers import AutoencoderKL
 
     torch.manual_seed(args.seed)
-    vae = AutoencoderKL(**VAE_CONFIG).to(device, memory_format=torch.channels_last)
+    vae = AutoencoderKL(**training.VAE_CONFIG).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=1e-4)
-    stage = Stage(args.work, "vae")
-    state, begin = stage.load(), 0
-    if state is not None:
-        vae.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        begin = state["step"]
+    stage = Stage(args.work, "vae", model=vae, optimizer=optimizer)
+    begin = stage.resume()
     started, crop = time.time(), 64
     for step in range(begin, args.vae_steps):
         rng = np.random.default_rng((args.seed, 1, step))
@@ -225,8 +95,8 @@ def train_vae(args, pictures, device):
         batch = np.stack([pictures[i, y : y + crop, x : x + crop] for i, (y, x) in zip(index, corner)])
         batch = to_model_range(batch, device).contiguous(memory_format=torch.channels_last)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.vae_steps, 2e-3)
-        with torch.autocast(device.type, torch.bfloat16):
+            group["lr"] = learning_rate(step, step / args.vae_steps, 2e-3)
+        with autocast(device):
             posterior = vae.encode(batch).latent_dist
             noise = torch.from_numpy(rng.standard_normal(tuple(posterior.mean.shape), np.float32)).to(device)
             restored = vae.decode(posterior.mean + posterior.std * noise).sample
@@ -242,169 +112,50 @@ def train_vae(args, pictures, device):
             psnr = -10 * math.log10(squared.item() / 4)
             log("vae", step + 1, args.vae_steps, started, begin, psnr=psnr, kl=kl.item())
         if (step + 1) % 500 == 0 or step + 1 == args.vae_steps:
-            stage.save({"model": vae.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1})
+            stage.save(step + 1)
     return vae.eval()
 
 
-@torch.no_grad()
-def encode_all(args, vae, pictures, device):
-    """Posterior mean and log-variance of every picture, float16 (N, 8, 32, 32), and the scaling factor."""
-    path = args.work / "latents.npy"
-    if not path.exists():
-        moments = np.empty((len(pictures), 8, 32, 32), np.float16)
-        for i in range(0, len(pictures), 64):
-            batch = to_model_range(pictures[i : i + 64], device).contiguous(memory_format=torch.channels_last)
-            with torch.autocast(device.type, torch.bfloat16):
-                posterior = vae.encode(batch).latent_dist
-            moments[i : i + 64] = torch.cat([posterior.mean, posterior.logvar], 1).float().cpu().numpy()
-            if i % 6400 == 0:
-                print(f"[latents] {i}/{len(pictures)}", flush=True)
-        np.save(str(path) + ".partial.npy", moments)
-        os.replace(str(path) + ".partial.npy", path)
-    moments = np.load(path)
-    return moments, float(1 / moments[:2000, :4].astype(np.float32).std())
-
-
-class Classifier(torch.nn.Module):
-    """The network of ``scene_classifier``, for training: logits of kind and colour from (B, 3, 48, 48) in [-1, 1]."""
-
-    def __init__(self):
-        super().__init__()
-        sizes = (3, 16, 32, 48)
-        self.convs = torch.nn.ModuleList(
-            torch.nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(sizes, sizes[1:])
-        )
-        self.hidden = torch.nn.Linear(48 * 36, 64)
-        self.kind = torch.nn.Linear(64, len(scenes.KINDS))
-        self.colour = torch.nn.Linear(64, len(scenes.COLOURS))
-
-    def forward(self, x):
-        for conv in self.convs:
-            x = F.relu(conv(x))
-        x = F.relu(self.hidden(x.flatten(1)))
-        return self.kind(x), self.colour(x)
+Classifier = functools.partial(
+    training.Classifier, len(scenes.KINDS), len(scenes.COLOURS), sizes=(3, 16, 32, 48), hidden=64
+)
+"""The network of the judge."""
 
 
 def classifier_sample(seed: int):
-    from PIL import Image, ImageFilter
-
     rng = np.random.default_rng(seed)
     scene = scenes.sample_scene(rng)
     picture, masks = scenes.draw_scene(scene)
     which = int(rng.integers(len(masks)))
-    if rng.random() < 0.5:
-        picture = picture.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.8)))
-    pixels = np.asarray(picture)
-    if rng.random() < 0.5:
-        coarse = rng.normal(0, 1, (32, 32, 3)).astype(np.float32) * rng.uniform(0, 14)
-        fine = np.stack([np.asarray(Image.fromarray(coarse[..., c]).resize((scenes.SIZE,) * 2)) for c in range(3)], -1)
-        pixels = np.clip(pixels + fine, 0, 255).astype(np.uint8)
+    pixels = training.worsened(picture, rng)
     crop = scene_classifier.object_crop(pixels, masks[which], rng.uniform(-5, 5, 2), rng.uniform(0.85, 1.2))
     item = scene.objects[which]
     return crop, scenes.KINDS.index(item.kind), list(scenes.COLOURS).index(item.colour)
 
 
-def train_classifier(args, device):
-    from multiprocessing import Pool
-
-    from safetensors.torch import save_file
-
-    target = args.classifier
-    if target.exists():
-        return
-    torch.manual_seed(args.seed)
-    with Pool(os.cpu_count()) as pool:
-        samples = list(pool.imap(classifier_sample, range(10**9, 10**9 + 14_000), chunksize=64))
-    crops = to_model_range(np.stack([s[0] for s in samples]), device)
-    kinds = torch.tensor([s[1] for s in samples], device=device)
-    colours = torch.tensor([s[2] for s in samples], device=device)
-    model = Classifier().to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-2)
-    train, steps = 12_000, 1_600
-    for step in range(steps):
-        pick = torch.from_numpy(np.random.default_rng((args.seed, 3, step)).integers(train, size=128))
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, 1e-3, 50)
-        kind, colour = model(crops[pick])
-        loss = F.cross_entropy(kind, kinds[pick]) + F.cross_entropy(colour, colours[pick])
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-    with torch.no_grad():
-        kind, colour = model(crops[train:])
-    scores = {
-        "kind_accuracy": (kind.argmax(1) == kinds[train:]).float().mean().item(),
-        "colour_accuracy": (colour.argmax(1) == colours[train:]).float().mean().item(),
-    }
-    print("[classifier]", scores, flush=True)
-    partial = target.with_suffix(".partial")
-    save_file(
-        {k: v.contiguous().cpu() for k, v in model.state_dict().items()},
-        str(partial),
-        {k: f"{v:.4f}" for k, v in scores.items()},
-    )
-    os.replace(partial, target)
+def caption(scene: scenes.Scene, rng: np.random.Generator) -> str:
+    """A scene's caption, some without parts: that teaches partial and empty prompts."""
+    fate = rng.random()
+    if fate < 0.10:
+        return ""
+    plain, bare = 0.10 <= fate < 0.17, 0.17 <= fate < 0.27
+    phrases = [scenes.with_article(o.kind) if plain else o.phrase for o in scene.objects]
+    return scenes.caption_of(phrases, None if bare else scene.background)
 
 
-class Captions:
-    """Token ids of scenes' captions, with the dropping of words that teaches partial and empty prompts."""
-
-    def __init__(self, tokenizer):
-        self.ids = {w: tokenizer.convert_tokens_to_ids(tokenizer.tokenize(w))[0] for w in scenes.vocabulary()}
-        self.start, self.end = tokenizer.bos_token_id, tokenizer.eos_token_id
-
-    def tokens(self, scene: scenes.Scene, rng: np.random.Generator) -> list[int]:
-        fate = rng.random()
-        if fate < 0.10:
-            words = []
-        else:
-            plain, bare = 0.10 <= fate < 0.17, 0.17 <= fate < 0.27
-            phrases = [scenes.with_article(o.kind) if plain else o.phrase for o in scene.objects]
-            words = scenes.caption_of(phrases, None if bare else scene.background).split()
-        ids = [self.start] + [self.ids[w] for w in words]
-        return ids + [self.end] * (MAX_TOKENS - len(ids))
-
-
-def build_denoiser(tokenizer, device):
-    from diffusers import UNet2DConditionModel
-    from diffusers.models.attention_processor import AttnProcessor
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        **TEXT_CONFIG,
-    )
-    unet = UNet2DConditionModel(**UNET_CONFIG).to(memory_format=torch.channels_last)
-    # At these sizes the plain formula is several times faster on a CPU than the fused kernel's backward pass.
-    unet.set_attn_processor(AttnProcessor())
-    return torch.nn.ModuleDict(
-        {
-            "unet": unet,
-            "text": CLIPTextModel(config),
-        }
-    ).to(device)
-
-
-def train_unet(args, tokenizer, moments, described, scaling_factor, device):
+def train_unet(args, tokenizer, moments, seeds, scaling_factor, device):
     from diffusers import DDIMScheduler
 
     torch.manual_seed(args.seed)
-    model = build_denoiser(tokenizer, device)
+    model = training.build_denoiser(tokenizer, UNET_CONFIG, device)
     average = copy.deepcopy(model).requires_grad_(False)
     peak = args.learning_rate
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=1e-3)
-    stage = Stage(args.work, "unet")
-    state, begin = stage.load(), 0
-    if state is not None:
-        model.load_state_dict(state["model"])
-        average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
-        begin = state["step"]
-    alphas = DDIMScheduler(**NOISE_SCHEDULE).alphas_cumprod.to(device)
-    captions = Captions(tokenizer)
+    stage = Stage(args.work, "unet", model=model, average=average, optimizer=optimizer)
+    begin = stage.resume()
+    alphas = DDIMScheduler(**training.NOISE_SCHEDULE).alphas_cumprod.to(device)
+    tokens = training.Tokens(tokenizer, scenes.vocabulary())
+    pictured = [described(seed) for seed in seeds]
     started, recent = time.time(), []
     for step in range(begin, args.unet_steps):
         rng = np.random.default_rng((args.seed, 2, step))
@@ -417,10 +168,10 @@ def train_unet(args, tokenizer, moments, described, scaling_factor, device):
         t = torch.from_numpy((strata * 1000).astype(np.int64)).to(device)
         a = alphas[t].view(-1, 1, 1, 1)
         noisy = (a.sqrt() * latents + (1 - a).sqrt() * draws[1]).contiguous(memory_format=torch.channels_last)
-        ids = torch.tensor([captions.tokens(described[i], rng) for i in index], device=device)
+        ids = torch.tensor([tokens.of(caption(pictured[i], rng)) for i in index], device=device)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.unet_steps, peak)
-        with torch.autocast(device.type, torch.bfloat16):
+            group["lr"] = learning_rate(step, step / args.unet_steps, peak)
+        with autocast(device):
             prompt = model["text"](ids)[0]
             predicted = model["unet"](noisy, t, encoder_hidden_states=prompt).sample
         loss = F.mse_loss(predicted.float(), draws[1])
@@ -428,42 +179,13 @@ def train_unet(args, tokenizer, moments, described, scaling_factor, device):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        keep = min(0.999, (step + 1) / (step + 20))
-        torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - keep)
+        take_average(average, model, step, 0.999)
         recent.append(loss.item())
         if (step + 1) % 100 == 0:
             log("unet", step + 1, args.unet_steps, started, begin, loss=float(np.mean(recent[-100:])))
         if (step + 1) % 500 == 0 or step + 1 == args.unet_steps:
-            stage.save(
-                {
-                    "model": model.state_dict(),
-                    "average": average.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "step": step + 1,
-                }
-            )
+            stage.save(step + 1)
     return average.eval()
-
-
-def export(args, tokenizer, vae, denoiser, scaling_factor):
-    """Writes the folder. float16 storage halves it; both libraries compute in float32 from it by default."""
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
-
-    vae.register_to_config(scaling_factor=round(scaling_factor, 6))
-    pipeline = StableDiffusionPipeline(
-        vae=vae.to("cpu", torch.float16),
-        text_encoder=denoiser["text"].to("cpu", torch.float16),
-        tokenizer=tokenizer,
-        unet=denoiser["unet"].to("cpu", torch.float16),
-        scheduler=DDIMScheduler(**NOISE_SCHEDULE),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.save_pretrained(str(args.output), safe_serialization=True)
-    scenes.draw_scene(SAMPLE)[0].save(args.output.parent / "sample.png")
-    size = sum(f.stat().st_size for f in args.output.rglob("*") if f.is_file())
-    print(f"[export] {args.output}: {size / 1e6:.1f} MB", flush=True)
 
 
 def main():
@@ -492,19 +214,22 @@ def main():
     args.work.mkdir(parents=True, exist_ok=True)
     device, stages = torch.device(args.device), args.stages.split(",")
 
-    tokenizer = make_tokenizer(args.work / "tokenizer")
-    pictures, described = training_pictures(args.work, args.pictures, args.seed)
+    tokenizer = training.make_tokenizer(args.work / "tokenizer", scenes.vocabulary())
+    seeds = [args.seed * 1_000_003 + i for i in range(args.pictures)]
+    pictures = training.training_pictures(args.work, seeds, drawn, os.cpu_count())
     if "classifier" in stages:
-        train_classifier(args, device)
+        amount = dict(train=12_000, steps=1_600, seed=args.seed, device=device, workers=os.cpu_count())
+        training.train_classifier(args.classifier, Classifier, classifier_sample, **amount)
     if stages == ["classifier"]:
         return
     vae = train_vae(args, pictures, device)
-    moments, scaling_factor = encode_all(args, vae, pictures, device)
+    moments, scaling_factor = training.encode_all(args.work, vae, pictures, device, autocast)
     print(f"[latents] scaling factor {scaling_factor:.5f}", flush=True)
     if "unet" in stages or "export" in stages:
-        denoiser = train_unet(args, tokenizer, moments, described, scaling_factor, device)
+        denoiser = train_unet(args, tokenizer, moments, seeds, scaling_factor, device)
         if "export" in stages:
-            export(args, tokenizer, vae, denoiser, scaling_factor)
+            training.export(args.output, tokenizer, vae, denoiser, scaling_factor)
+            scenes.draw_scene(SAMPLE)[0].save(args.output.parent / "sample.png")
 
 
 if __name__ == "__main__":
