@@ -150,7 +150,7 @@ def _background(name: str, rng: np.random.Generator) -> np.ndarray:
     """Colours of a background, float (SIZE, SIZE, 3): quiet textures, so that the objects stay the subject."""
     y, x = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32) / SIZE
     phase = rng.uniform(0, 2 * math.pi, 4)
-    soft = _soft_noise(rng, 5)
+    soft = soft_noise(rng, 5)
     if name == "wooden table":
         base = np.array((164, 112, 66), np.float32)
         grain = np.sin(2 * math.pi * (7 * y + 0.35 * soft) + phase[0]) * 0.55 + 0.45 * soft
@@ -176,7 +176,7 @@ def _background(name: str, rng: np.random.Generator) -> np.ndarray:
     raise ValueError(f"unknown background {name!r}; expected one of {BACKGROUNDS}")
 
 
-def _soft_noise(rng: np.random.Generator, cells: int) -> np.ndarray:
+def soft_noise(rng: np.random.Generator, cells: int) -> np.ndarray:
     """Smooth noise between about -1 and 1, (SIZE, SIZE), with ``cells`` bumps along a side."""
     coarse = rng.uniform(-1, 1, (cells, cells)).astype(np.float32)
     return np.asarray(Image.fromarray(coarse).resize((SIZE, SIZE), Image.Resampling.BICUBIC))

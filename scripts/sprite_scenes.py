@@ -16,10 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from demo_scenes import SIZE, soft_noise, with_article
 from PIL import Image, ImageFilter
-
-SIZE = 128
-"""Height and width of a scene in pixels."""
 
 SPRITES = Path(__file__).resolve().parent / "sprites"
 
@@ -45,11 +43,6 @@ _PILE = (  # centres and sizes of the fruits in a container, in its half widths;
     *((-0.34, -0.46, 0.62), (0.30, -0.50, 0.62), (-0.62, -0.16, 0.60), (0.0, -0.24, 0.64), (0.60, -0.18, 0.60)),
     *((-0.34, 0.06, 0.62), (0.32, 0.05, 0.62)),
 )
-
-
-def with_article(phrase: str) -> str:
-    """``"apple"`` -> ``"an apple"``, ``"red apple"`` -> ``"a red apple"``."""
-    return ("an " if phrase[0] in "aeiou" else "a ") + phrase
 
 
 @dataclass(frozen=True)
@@ -333,7 +326,7 @@ def _ground(name: str, rng: np.random.Generator) -> np.ndarray:
     """Colours of a background, float32 (SIZE, SIZE, 3): quiet textures, so that the objects stay the subject."""
     y, x = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32) / SIZE
     phase = rng.uniform(0, 2 * math.pi, 4)
-    soft, fine = _soft_noise(rng, 5), _soft_noise(rng, 40)
+    soft, fine = soft_noise(rng, 5), soft_noise(rng, 40)
     if name == "a wooden table":
         grain = np.sin(2 * math.pi * (7 * y + 0.35 * soft) + phase[0]) * 0.55 + 0.45 * soft
         planks = ((y * SIZE + 10 * phase[1]) % 44 < 1.6).astype(np.float32)
@@ -356,9 +349,3 @@ def _ground(name: str, rng: np.random.Generator) -> np.ndarray:
         weave = np.sin(2 * math.pi * 5 * x + phase[3]) * np.sin(2 * math.pi * 5 * y + phase[1])
         return np.array((66, 84, 138), np.float32) * (1 + 0.09 * weave + 0.07 * soft)[..., None]
     raise ValueError(f"unknown background {name!r}; expected one of {BACKGROUNDS}")
-
-
-def _soft_noise(rng: np.random.Generator, cells: int) -> np.ndarray:
-    """Smooth noise between about -1 and 1, (SIZE, SIZE), with ``cells`` bumps along a side."""
-    coarse = rng.uniform(-1, 1, (cells, cells)).astype(np.float32)
-    return np.asarray(Image.fromarray(coarse).resize((SIZE, SIZE), Image.Resampling.BICUBIC))

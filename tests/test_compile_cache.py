@@ -162,7 +162,7 @@ def test_the_key_is_of_all_that_decides_what_is_compiled(monkeypatch):
     keys = [key(), *(key(**change) for change in changes), key(extra=("kernels.so", 1, 2))]
     for owner, name, value in (
         (graph_keys, "_own_source", lambda: "other"),
-        (graph_keys, "_version_of", lambda package: "other"),
+        (graph_keys, "version_of", lambda package: "other"),
         (graph_keys.platform, "machine", lambda: "other"),
         (ms, "__version__", "other"),
         (sys, "version", "other"),

@@ -35,16 +35,16 @@ def test_this_machine_is_ready(capsys):
 
 
 def test_a_release_that_is_too_slow_is_a_problem(capsys, monkeypatch):
-    usual = doctor._version
-    monkeypatch.setattr(doctor, "_version", lambda name: "2.10.0" if name == "mindspore" else usual(name))
+    usual = doctor.version_of
+    monkeypatch.setattr(doctor, "version_of", lambda name: "2.10.0" if name == "mindspore" else usual(name))
     only(monkeypatch, "versions")
     code, text = run(capsys)
     assert code == 1 and text.splitlines()[-1] == "not ready: mindspore: pip install mindspore==2.8.0."
     # One that nobody has seen is told, and no more.
-    monkeypatch.setattr(doctor, "_version", lambda name: "2.7.9" if name == "mindspore" else usual(name))
+    monkeypatch.setattr(doctor, "version_of", lambda name: "2.7.9" if name == "mindspore" else usual(name))
     code, text = run(capsys)
     assert code == 0 and "note" in text and "seen to work: 2.7.2, 2.8.0" in text
-    monkeypatch.setattr(doctor, "_version", lambda name: None if name == "mindone" else usual(name))
+    monkeypatch.setattr(doctor, "version_of", lambda name: None if name == "mindone" else usual(name))
     code, text = run(capsys)
     assert code == 1 and "pip install mindone==0.5.0" in text
 

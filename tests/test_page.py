@@ -111,7 +111,7 @@ def text_of(line):
 def test_settings_go_into_a_file_and_come_back(tmp_path, extension, mode):
     path = tmp_path / f"edited.{extension}"
     save_with_settings(PIL.Image.new(mode, (20, 30)), path, SETTINGS)
-    assert settings_in(edits.read(str(path))) == SETTINGS
+    assert settings_in(reading.load_as_is(str(path))) == SETTINGS
 
 
 def test_what_else_is_in_the_exif_data_stays(tmp_path):
@@ -130,7 +130,7 @@ def test_a_file_without_room_for_them_is_written_without(tmp_path):
     picture, long = PIL.Image.new("RGB", (20, 30), "red"), {**SETTINGS, "source": "x" * MAX_SETTINGS}
     for extension in FORMATS.values():
         save_with_settings(picture, tmp_path / f"edited.{extension}", long)
-        read = edits.read(str(tmp_path / f"edited.{extension}"))
+        read = reading.load_as_is(str(tmp_path / f"edited.{extension}"))
         assert settings_in(read) is None and read.size == (20, 30)
 
 
@@ -152,7 +152,7 @@ def test_damaged_exif_data_has_no_settings(data):
 
 def test_files_of_the_command_have_no_settings(tmp_path):
     save_with_settings(PIL.Image.new("RGB", (2, 2)), tmp_path / "first.png", SETTINGS)
-    read = edits.read(str(tmp_path / "first.png"))
+    read = reading.load_as_is(str(tmp_path / "first.png"))
     save_image_atomically(Original(read).rewritten(PIL.Image.new("RGB", (2, 2), "red")), tmp_path / "second.png")
     assert b"mindiffedit" not in (tmp_path / "second.png").read_bytes()
 
@@ -216,7 +216,7 @@ def address_of(picture):
 
 def test_a_mask_is_painted_and_read_as_it_was():
     picture = PIL.Image.new("RGB", (128, 128), "red")
-    code = painter.painter(picture, edits.grey(GRID, picture.size))
+    code = painter.painter(picture, masks.as_picture(GRID, picture.size))
     below, canvas = re.findall(r'"(data:image/png;base64,[^"#]*)', code)
     assert reading.load_image(below).getpixel((5, 5)) == (255, 0, 0)
     assert (masks.user_mask(painter.painted_mask(canvas), (16, 16), soft=False) == GRID).all()
@@ -274,7 +274,7 @@ def test_the_download_has_the_settings(page, editor, picture):
         path = shown[page.download]["value"]
         assert path == page.on_kind(shown[page.result], kind)
         assert Path(path).name == f"apple-edited.{extension}"
-        assert settings_in(edits.read(path))["seed"] == 3
+        assert settings_in(reading.load_as_is(path))["seed"] == 3
     assert page.on_kind(None, "PNG") == gr.skip()
 
 
@@ -583,7 +583,7 @@ def test_upload_edit_paint_and_edit_again(tab, tmp_path):
     with tab.expect_download() as download:
         tab.locator("#download").click()
     download.value.save_as(tmp_path / "edited.jpg")
-    settings = settings_in(edits.read(str(tmp_path / "edited.jpg")))
+    settings = settings_in(reading.load_as_is(str(tmp_path / "edited.jpg")))
     assert settings["target"] == demo.SAMPLE_PROMPTS["target"] and settings["model"] == "demo"
 
     tab.get_by_label(controls.LABELS["target"]).fill("something else")

@@ -185,10 +185,7 @@ def _build_edit(edit) -> None:
 
 def helps_of_edit() -> dict[str, str]:
     """What `edit --help` says of each option, by its name, without the default."""
-    edit = argparse.ArgumentParser(add_help=False)
-    edit.set_defaults(command="edit")
-    _build_edit(edit)
-    return {action.dest: (action.help or "").partition(" (default")[0] for action in edit._actions}
+    return {name: (action.help or "").partition(" (default")[0] for name, action in options_of("edit").items()}
 
 
 def _build_mask(mask) -> None:

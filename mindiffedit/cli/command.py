@@ -72,7 +72,7 @@ def _edit(args):
         if args.grid is not None:
             written[args.grid] = edited.grid(job)
         if args.overlay is not None:
-            written[args.overlay] = masks.overlay(job.picture, runs.mask_picture(job, edited.mask))
+            written[args.overlay] = masks.overlay(job.picture, masks.as_picture(edited.mask, job.picture.size))
     if sweep is not None:
         written[args.sweep] = sweeps.edit_sheet(job, pipe, sweep, None if edited is None else edited.mask)
     writing.save_images_atomically(written)
@@ -95,7 +95,7 @@ def _demo(args):
         ) from error
     check_outputs(files, job.inputs)
     edited = _whole_edit(job, load(job))
-    contents = (edited.grid(job), job.picture, runs.mask_picture(job, edited.mask), edited.picture)
+    contents = (edited.grid(job), job.picture, masks.as_picture(edited.mask, job.picture.size), edited.picture)
     writing.save_images_atomically(dict(zip(files.values(), contents)))
     args.output = str(files["edit"])
     return _edit_result(job, edited)
@@ -133,12 +133,12 @@ def _mask(args):
         mask = runs.whole_mask(job, mask)
         runs.note_emptiness(mask)
         share = float(mask.mean(dtype=np.float64))
-        written[args.output] = runs.mask_picture(job, mask)
+        written[args.output] = masks.as_picture(mask, job.picture.size)
         if args.overlay is not None:
             written[args.overlay] = masks.overlay(job.picture, written[args.output])
         if args.map is not None:
             clamp = masks.clamp_of(map_, job.settings["mask_threshold"])
-            written[args.map] = runs.mask_picture(job, np.clip(map_ / clamp, 0, 1))
+            written[args.map] = masks.as_picture(np.clip(map_ / clamp, 0, 1), job.picture.size)
     if sweep is not None:
         written[args.sweep] = sweeps.mask_sheet(job, pipe, sweep, maps)
     writing.save_images_atomically(written)

@@ -17,14 +17,13 @@ import time
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from mindiffedit import __version__, demo
 from mindiffedit.cli.loading import hushed, require_device
-from mindiffedit.cli.wording import FAILED, OK, on_one_line
-from mindiffedit.errors import MAX_TEXT_LENGTH, cut
+from mindiffedit.cli.wording import FAILED, OK, kind_and_text, on_one_line
+from mindiffedit.runtime.machine import cores, processor, version_of
 
 SEEN = {"mindspore": ("2.7.2", "2.8.0"), "mindone": ("0.5.0",), "transformers": ("4.57.1",)}
 """Versions that the tests were seen to pass with; of MindSpore on a CPU."""
@@ -61,8 +60,7 @@ def doctor(args: Namespace) -> tuple[str, dict[str, Any], int]:
         try:
             findings += check(args, figures)
         except Exception as error:
-            what = cut(on_one_line(f"{type(error).__name__}: {error}"), 2 * MAX_TEXT_LENGTH)
-            findings.append(Finding(topic, "problem", what, "mend this first"))
+            findings.append(Finding(topic, "problem", kind_and_text(error), "mend this first"))
         if any(finding.state == "problem" for finding in findings) and check in (_versions, _device):
             break  # nothing below can run
     ready = all(finding.state != "problem" for finding in findings)
@@ -85,7 +83,7 @@ def _report(findings: list[Finding], ready: bool) -> str:
 
 
 def _versions(args: Namespace, figures: dict) -> Iterator[Finding]:
-    versions = {name: _version(name) for name in (*SEEN, *_OTHERS)}
+    versions = {name: version_of(name) for name in (*SEEN, *_OTHERS)}
     figures["versions"] = {"mindiffedit": __version__, "python": platform.python_version(), **versions}
     yield Finding("python", "ok", f"{platform.python_version()} ({platform.python_implementation()})")
     for name, known in SEEN.items():
@@ -103,32 +101,15 @@ def _versions(args: Namespace, figures: dict) -> Iterator[Finding]:
     yield Finding("others", "ok", ", ".join(f"{name} {versions[name]}" for name in _OTHERS))
 
 
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def _machine(args: Namespace, figures: dict) -> Iterator[Finding]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = _meminfo()
-    figures["machine"] = {"system": platform.platform(), "cores": cores, **memory}
-    text = f"{platform.platform()}, {_processor()}, {cores} cores"
+    figures["machine"] = {"system": platform.platform(), "cores": cores(), **memory}
+    text = f"{platform.platform()}, {processor()}, {cores()} cores"
     if memory:
         text += f", {memory['total_gb']:.1f} GB of memory ({memory['available_gb']:.1f} free)"
     yield Finding("machine", "ok", text)
     if memory and memory["available_gb"] < 1:
         yield Finding("memory", "note", f"{memory['available_gb']:.1f} GB are free", "the demo takes 1, SD 1.5 takes 6")
-
-
-def _processor() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return platform.processor()
-    name = re.search(r"model name\s*:\s*(.+)", text)
-    return name[1] if name else platform.machine()
 
 
 def _meminfo() -> dict[str, float]:

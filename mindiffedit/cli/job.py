@@ -227,7 +227,7 @@ def _settle(job: Job) -> None:
 def read_pictures(job: Job) -> None:
     """The picture and --mask, from paths or in memory, and what can be said about them without the model."""
     args = job.args
-    job.picture = _picture(args.picture)
+    job.picture = reading.load_as_is(args.picture)
     job.original = colours.Original(job.picture)
     if args.command == "edit" and args.output is not None:
         result = job.original.rewritten(job.original.shown)
@@ -243,16 +243,11 @@ def read_pictures(job: Job) -> None:
         )
     if is_given(args, "mask"):
         with about("mask", "image"):
-            job.mask = _picture(args.mask)
+            job.mask = reading.load_as_is(args.mask)
         if args.reference:
             masks.preprocess_mask(job.mask)
         else:
             _user_mask(job, (1, 1))
-
-
-def _picture(path: str | PIL.Image.Image) -> PIL.Image.Image:
-    """A picture that is not made RGB on the way: with its mode, profile, transparency and wide greyscale."""
-    return reading.load_image(path, convert_method=lambda picture: picture)
 
 
 def fingerprint(picture: PIL.Image.Image) -> str:

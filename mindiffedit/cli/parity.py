@@ -6,7 +6,6 @@ imports MindSpore; neither needs the other's.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -14,7 +13,6 @@ import platform
 import sys
 import time
 from argparse import Namespace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +32,7 @@ from mindiffedit.noise.generator import check_seed
 from mindiffedit.parity import golden, metrics, report, tolerances
 from mindiffedit.parity.case import Case
 from mindiffedit.runtime import devices
+from mindiffedit.runtime.machine import processor, version_of
 from mindiffedit.solvers import CLASSES as SCHEDULERS
 
 _NEGATIVES = ("negative", "invert_negative", "source_negative", "target_negative")
@@ -480,23 +479,14 @@ def _today() -> str:
 
 
 def _versions() -> dict[str, str]:
-    versions = {"mindiffedit": __version__, "python": platform.python_version()}
-    for package in _PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[package] = metadata.version(package)
-    return versions
+    versions = {package: version_of(package) for package in _PACKAGES}
+    there = {package: version for package, version in versions.items() if version is not None}
+    return {"mindiffedit": __version__, "python": platform.python_version(), **there}
 
 
 def _platform() -> dict[str, str]:
     """What the last bits of the reference depend on besides its versions: its vector library looks at the processor."""
-    processor = platform.processor()
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-        processor = names[0] if names else processor
-    except OSError:  # no Linux
-        pass
-    return {"system": f"{platform.system()} {platform.machine()}", "processor": processor}
+    return {"system": f"{platform.system()} {platform.machine()}", "processor": processor()}
 
 
 def _said(versions: dict[str, Any], names) -> str:

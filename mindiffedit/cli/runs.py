@@ -13,7 +13,7 @@ import PIL.Image
 from mindiffedit import masks
 from mindiffedit.arrays import to_numpy
 from mindiffedit.cli.job import Job
-from mindiffedit.cli.wording import note
+from mindiffedit.cli.wording import BLACKENED, note
 from mindiffedit.images import pictures, sheets
 from mindiffedit.inputs import MAX_FEATHER
 from mindiffedit.outputs import DiffEditInversionPipelineOutput, EditReport
@@ -44,16 +44,10 @@ class Edited:
         return sheets.labelled_grid(
             [
                 (f"original: {job.source}", job.picture),
-                ("mask", mask_picture(job, self.mask)),
+                ("mask", masks.as_picture(self.mask, job.picture.size)),
                 (f"edited: {job.target}", self.picture),
             ]
         )
-
-
-def mask_picture(job: Job, mask: np.ndarray) -> PIL.Image.Image:
-    """A mask or map (1, h, w) in [0, 1] as a grey picture of the picture's size, each pixel with its latent's value."""
-    width, height = job.picture.size
-    return pictures.mask_to_pil(masks.enlarged(mask, (height, width)))[0]
 
 
 def note_emptiness(mask: np.ndarray) -> None:
@@ -223,7 +217,7 @@ def note_warnings(edited: Edited) -> None:
     for warning in edited.report.warnings if edited.report is not None else []:
         note(warning)
     if edited.flagged:
-        note("the model's safety checker blackened the result; try another text or seed.")
+        note(BLACKENED)
 
 
 def reference_edit(job: Job, pipe) -> Edited:

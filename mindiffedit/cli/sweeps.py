@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -39,19 +41,25 @@ def settled(job: Job) -> Sweep | None:
         name, text, check = "guidance", args.sweep_guidances, options.check_guidance_scale
         others = around_guidance(other)
 
-    def check_strength(value, name):
-        value = options.check_strength(value, name)
-        options.effective_steps(settings["steps"], value, name)
-        return value
-
     strengths = [strength]  # with latents that of the inversion
     if args.sweep_strengths is not None:
-        strengths = masks.sweep_values(args.sweep_strengths, "--sweep-strengths", check_strength)
+        strengths = masks.sweep_values(args.sweep_strengths, "--sweep-strengths", strength_check(settings["steps"]))
     elif job.latents is None:
         strengths = around_strength(strength, settings["steps"])
     if text is not None:
         others = masks.sweep_values(text, f"--sweep-{name}s", check)
     return Sweep(strengths, others, name)
+
+
+def strength_check(steps: int) -> Callable[[Any, str], float]:
+    """The check of a sweep's strengths, for `masks.sweep_values`: of so many steps one has to run."""
+
+    def check(value, name):
+        value = options.check_strength(value, name)
+        options.effective_steps(steps, value, name)
+        return value
+
+    return check
 
 
 def around_strength(strength: float, steps: int) -> list[float]:
@@ -112,12 +120,7 @@ def edit_sheet(job: Job, pipe, sweep: Sweep, mask: np.ndarray | None = None) -> 
 
 def cell(picture: PIL.Image.Image) -> PIL.Image.Image:
     """A picture as a sheet has it: RGB, sRGB, no larger than `CELL`."""
-    picture = colours.to_srgb(picture)
-    factor = CELL / max(picture.size)
-    if factor >= 1:
-        return picture
-    width, height = (max(1, round(side * factor)) for side in picture.size)
-    return picture.resize((width, height), PIL.Image.Resampling.LANCZOS)
+    return pictures.at_most(colours.to_srgb(picture), CELL)
 
 
 def _sheet(job: Job, sweep: Sweep, rows, down: str, across: str) -> PIL.Image.Image:

@@ -155,6 +155,9 @@ class _Notes(logging.Handler):
             print(f"note: {sentence}", file=sys.stderr)
 
 
+BLACKENED = "the model's safety checker blackened the result; try another text or seed."
+
+
 # --- errors ----------------------------------------------------------------------------------------
 
 
@@ -167,12 +170,17 @@ def about(name: str, *parameters: str):
         raise error.renamed(**dict.fromkeys(parameters, option(name))) from error
 
 
+def kind_and_text(error: BaseException) -> str:
+    """An error that was not foreseen, on one line, without a full stop."""
+    return cut(on_one_line(f"{type(error).__name__}: {error}").rstrip(": ."), 2 * MAX_TEXT_LENGTH)
+
+
 def report(error: Exception, command: str) -> int:
     """Say what went wrong on stderr; returns the exit code."""
     if isinstance(error, (InputError, InputTypeError, NumericalError)):
         print(f"mindiffedit: error: {told(error.message, command)}", file=sys.stderr)
         return BAD_INPUT
-    what = cut(on_one_line(f"{type(error).__name__}: {error}").rstrip(": ."), 2 * MAX_TEXT_LENGTH)
+    what = kind_and_text(error)
     if isinstance(error, (OSError, MemoryError)):  # of the surroundings: a full disk
         print(f"mindiffedit: failed: {what}.", file=sys.stderr)
         return FAILED

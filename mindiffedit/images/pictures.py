@@ -24,6 +24,7 @@ SMALL_SHARE = 6
 MAX_ARRAY_VALUE = 1.5
 
 __all__ = [
+    "at_most",
     "check_sizes",
     "fit_picture",
     "fitted_size",
@@ -369,6 +370,15 @@ def working_size(size: tuple[int, int], scale_factor: int, max_pixels: int | Non
         shrink = (max_pixels / (width * height)) ** 0.5
         width, height = (max(scale_factor, round(side * shrink)) for side in (width, height))
     return fitted_size((width, height), scale_factor)
+
+
+def at_most(picture: PIL.Image.Image, side: int) -> PIL.Image.Image:
+    """A picture whose longer side has at most so many pixels: itself, or made smaller."""
+    factor = side / max(picture.size)
+    if factor >= 1:
+        return picture
+    width, height = (max(1, round(length * factor)) for length in picture.size)
+    return picture.resize((width, height), resample=PIL.Image.Resampling.LANCZOS)
 
 
 def restore_size(picture: PIL.Image.Image, size: tuple[int, int]) -> PIL.Image.Image:

@@ -41,7 +41,7 @@ _MAX_ROWS_LOST = 17
 _MAX_PROFILE = 64 * 2**20
 _MAX_NAME = 200  # characters of a path or URL in a message
 
-__all__ = ["DamagedPicture", "MAX_DOWNLOAD", "MAX_PIXELS", "decode", "load_image"]
+__all__ = ["DamagedPicture", "MAX_DOWNLOAD", "MAX_PIXELS", "decode", "load_as_is", "load_image"]
 
 
 def load_image(
@@ -74,6 +74,11 @@ def load_image(
             "a picture has to be a path, a URL or a PIL picture, but is {kind}.", "image", kind=type(image).__name__
         )
     return to_rgb(picture) if convert_method is None else convert_method(picture)
+
+
+def load_as_is(image) -> PIL.Image.Image:
+    """`load_image`, not made RGB on the way: with the picture's mode, profile, transparency and wide greyscale."""
+    return load_image(image, convert_method=lambda picture: picture)
 
 
 def _from_name(name) -> PIL.Image.Image:

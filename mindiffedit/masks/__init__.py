@@ -17,7 +17,7 @@ from mindiffedit.masks.drawn import (
     user_mask,
 )
 from mindiffedit.masks.maps import NO_DIFFERENCE, MaskOptions, checked_options, clamp_of, mask_of
-from mindiffedit.masks.pasting import feathered, overlay, paste_back
+from mindiffedit.masks.pasting import as_picture, feathered, overlay, paste_back
 from mindiffedit.masks.sweeps import MAX_SWEEP_VALUES, sweep_values
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "MAX_SWEEP_VALUES",
     "NO_DIFFERENCE",
     "MaskOptions",
+    "as_picture",
     "checked_options",
     "clamp_of",
     "combine",

@@ -10,6 +10,7 @@ import PIL.Image
 from mindiffedit.arrays import to_numpy
 from mindiffedit.errors import InputError, InputTypeError
 from mindiffedit.images.colours import blend, to_srgb
+from mindiffedit.images.pictures import mask_to_pil
 from mindiffedit.masks.drawn import enlarged, grids, user_mask
 from mindiffedit.masks.maps import distance_to
 from mindiffedit.options import check_at_least_zero, check_count, check_strength, check_switch
@@ -84,6 +85,11 @@ def paste_back(original, edited, weights) -> np.ndarray:
             needed=original.shape[:3],
         )
     return blend(original, edited, weights[..., None])
+
+
+def as_picture(values, size: tuple[int, int]) -> PIL.Image.Image:
+    """A mask or map (1, h, w) in [0, 1] as a grey picture of a width and height, each pixel with its latent's value."""
+    return mask_to_pil(enlarged(values, size[::-1]))[0]
 
 
 def overlay(

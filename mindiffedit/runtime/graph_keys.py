@@ -16,11 +16,12 @@ import platform
 import sys
 import types
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from mindiffedit.runtime.machine import version_of
 
 __all__ = ["Indescribable", "fingerprint", "graph_key"]
 
@@ -92,18 +93,10 @@ def _surroundings() -> list[Any]:
     }
     return [
         [__version__, _own_source()],
-        [mindspore.__version__, _version_of("mindone"), sys.version, platform.machine(), sys.byteorder],
+        [mindspore.__version__, version_of("mindone"), sys.version, platform.machine(), sys.byteorder],
         [settings, str(mindspore.context.get_jit_config()), variables],
         kernels.missing_kernels(),
     ]
-
-
-@functools.cache
-def _version_of(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return ""
 
 
 @functools.cache

@@ -15,10 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import PIL.Image
-
-from mindiffedit.cli.wording import on_one_line, told
-from mindiffedit.errors import MAX_TEXT_LENGTH, InputError, InputTypeError, cut
+from mindiffedit.cli.wording import kind_and_text, told
+from mindiffedit.errors import InputError, InputTypeError
 from mindiffedit.images import colours, reading, writing
 from mindiffedit.options import NumericalError
 from mindiffedit.service.batch_rows import Row
@@ -109,13 +107,12 @@ class Task:
         except (InputError, InputTypeError, NumericalError) as error:
             return self.failed(row, told(error.message, "edit"))
         except Exception as error:  # memory that runs out, a full disk, a bug: of this row, not of the batch
-            what = cut(on_one_line(f"{type(error).__name__}: {error}").rstrip(": ."), 2 * MAX_TEXT_LENGTH)
-            return {**self.failed(row, f"{what}."), "traceback": traceback.format_exc()}
+            return {**self.failed(row, f"{kind_and_text(error)}."), "traceback": traceback.format_exc()}
 
     def _done(self, editor: Editor, row: Row) -> dict[str, Any]:
         names, paths = self.files(row), self.paths(row)
         stamps = {what: _stamp(name, paths[what]) for what, name in names.items()}
-        read = {what: _read(paths[what] or name) for what, name in names.items()}
+        read = {what: reading.load_as_is(paths[what] or name) for what, name in names.items()}
         edited = editor.edit(read["picture"], self.options(row), mask=read.get("mask"))
         target = self.folder / row.output
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -148,11 +145,6 @@ class Task:
             "finished": now.isoformat(timespec="milliseconds"),
             "key": self.key(row),
         }
-
-
-def _read(name: str | Path) -> PIL.Image.Image:
-    """A picture with its own mode, profile and transparency."""
-    return reading.load_image(name, convert_method=lambda picture: picture)
 
 
 def _stamp(name: str, path: Path | None) -> dict[str, Any]:

@@ -17,16 +17,13 @@ import PIL.Image
 
 from mindiffedit import masks, options
 from mindiffedit.cli import sweeps
-from mindiffedit.cli.wording import option, told
+from mindiffedit.cli.wording import BLACKENED, option, told
 from mindiffedit.errors import InputError, InputTypeError
 from mindiffedit.images import colours, pictures, reading, sheets
 from mindiffedit.options import NumericalError
 from mindiffedit.service.controls import LABELS, OF_COMPUTED_MASKS
-from mindiffedit.service.editor import Cancelled, Edited, Editor
+from mindiffedit.service.editor import Cancelled, Edited, Editor, Progress
 from mindiffedit.service.painter import painted_mask
-
-Progress = Callable[[str, int, int], None]
-"""Called with a stage's name, the steps that are done, and all of them."""
 
 MAX_SHOWN = 1600
 """Pixels of the longer side of what is shown and painted on. Masks are used on the latents' grid, which is coarser."""
@@ -84,7 +81,7 @@ class Edits:
     def edit(self, tab: str, picture: str | None, options: Mapping[str, Any], progress: Progress) -> Result:
         """The edit of a picture's file with a mask that is computed."""
         path = _given(picture)
-        return Result(path, self._run(tab, read(path), options, progress))
+        return Result(path, self._run(tab, reading.load_as_is(path), options, progress))
 
     def edit_inside(
         self,
@@ -98,7 +95,7 @@ class Edits:
         """The edit inside a mask as `painter.READ` gives it; an `earlier` inversion that is the same serves."""
         path, mask = _given(picture), painted_mask(painted)
         reuse = None if earlier is None else earlier.edited
-        return Result(path, self._run(tab, read(path), options, progress, mask=mask, reuse=reuse))
+        return Result(path, self._run(tab, reading.load_as_is(path), options, progress, mask=mask, reuse=reuse))
 
     def sheet(
         self,
@@ -120,7 +117,7 @@ class Edits:
             progress: likewise.
         """
         down, across = _values(options, strengths, guidances)
-        original = read(_given(picture))
+        original = reading.load_as_is(_given(picture))
         mask: np.ndarray | None = None
         rows: list[list[PIL.Image.Image]] = []
         for strength in down:
@@ -151,15 +148,10 @@ def _given(picture: str | None) -> str:
 def _values(given: Mapping[str, Any], strengths: str, guidances: str) -> tuple[list[float], list[float]]:
     steps = given["steps"]
 
-    def check_strength(value, name):
-        value = options.check_strength(value, name)
-        options.effective_steps(steps, value, name)
-        return value
-
     down = sweeps.around_strength(given["strength"], steps)
     across = sweeps.around_guidance(given["guidance"])
     if strengths.strip():
-        down = masks.sweep_values(strengths, option("sweep_strengths"), check_strength)
+        down = masks.sweep_values(strengths, option("sweep_strengths"), sweeps.strength_check(steps))
     if guidances.strip():
         across = masks.sweep_values(guidances, option("sweep_guidances"), options.check_guidance_scale)
     return down, across
@@ -168,31 +160,16 @@ def _values(given: Mapping[str, Any], strengths: str, guidances: str) -> tuple[l
 # --- pictures to look at ---------------------------------------------------------------------------
 
 
-def read(path: str) -> PIL.Image.Image:
-    """A picture's file, in its own mode and colours."""
-    return reading.load_image(path, convert_method=lambda picture: picture)
-
-
 def shown(picture: PIL.Image.Image) -> PIL.Image.Image:
     """A picture as a browser shows it: RGB, sRGB, no larger than `MAX_SHOWN`."""
-    picture = colours.Original(picture).shown
-    factor = MAX_SHOWN / max(picture.size)
-    if factor >= 1:
-        return picture
-    width, height = (max(1, round(side * factor)) for side in picture.size)
-    return picture.resize((width, height), PIL.Image.Resampling.LANCZOS)
-
-
-def grey(values: np.ndarray, size: tuple[int, int]) -> PIL.Image.Image:
-    """A mask or map (1, h, w) in [0, 1] as a grey picture of this width and height."""
-    return pictures.mask_to_pil(masks.enlarged(values, size[::-1]))[0]
+    return pictures.at_most(colours.Original(picture).shown, MAX_SHOWN)
 
 
 def map_picture(edited: Edited, size: tuple[int, int]) -> PIL.Image.Image | None:
     """The map that a mask was made of, white at its largest value; None for a mask that was given."""
     if edited.map is None:
         return None
-    return grey(edited.map / max(float(edited.map.max()), 1e-12), size)
+    return masks.as_picture(edited.map / max(float(edited.map.max()), 1e-12), size)
 
 
 # --- words -----------------------------------------------------------------------------------------
@@ -225,7 +202,7 @@ def summary(edited: Edited) -> str:
     lines = [line(f"{share:.0%} of the picture is in the mask. {stages[:1].upper()}{stages[1:]}.")]
     warnings = [] if edited.report is None else list(edited.report.warnings)
     if edited.flagged:
-        warnings.append("the model's safety checker blackened the result; try another text or seed.")
+        warnings.append(BLACKENED)
     return "".join([*lines, *(line(in_page_words(warning), "note") for warning in warnings)])
 
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import gradio as gr
 
-from mindiffedit import demo
+from mindiffedit import demo, masks
+from mindiffedit.images import reading
 from mindiffedit.images.settings import save_with_settings, settings_in
 from mindiffedit.service import controls, edits, painter
 from mindiffedit.service.editor import Editor
@@ -41,9 +42,6 @@ _STYLE = """
 #cancel { max-width: 160px; }
 #parts img { width: 100%; height: 100%; object-fit: contain; }
 """
-
-# A system's own are there at once; others would be asked of a server.
-_FONTS: dict[str, Any] = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
 
 LAUNCH: dict[str, Any] = {
     # A system's own fonts are there at once; others would be asked of a server.
@@ -86,7 +84,7 @@ def build_page(
     return Page(Edits(editor, fixed), of_demo).blocks
 
 
-# Hands on the file as it came: what is wrong with it is said in our words, by `edits.read`. For the browser it is a
+# Hands on the file as it came: what is wrong with it is said in our words, by `reading`. For the browser it is a
 # gr.Image. A `class` statement would make Gradio write a file of types beside this one.
 _Picture = ABCMeta.__new__(
     type(gr.Image),
@@ -235,7 +233,7 @@ class Page:
         if path is None:
             return nothing
         with edits.problems() as said:
-            picture = edits.read(path)
+            picture = reading.load_as_is(path)
             settings = settings_in(picture)
             return {**nothing, self.paint: painter.painter(edits.shown(picture)), **self._taken(settings or {})}
         return {**nothing, self.state: said.line}
@@ -257,9 +255,9 @@ class Page:
         return {**updates, self.state: line(f"The settings in the picture's file are taken{words}.")}
 
     def _shown(self, result: Result, kind: str) -> dict:
-        picture, edited = edits.read(result.picture), result.edited
+        picture, edited = reading.load_as_is(result.picture), result.edited
         before, after = edits.shown(picture), edits.shown(edited.image)
-        mask = edits.grey(edited.mask, before.size)
+        mask = masks.as_picture(edited.mask, before.size)
         return {
             self.result: result,
             self.state: edits.summary(edited),

@@ -35,7 +35,7 @@ from starlette.requests import ClientDisconnect
 from mindiffedit import __version__, masks
 from mindiffedit.cli.wording import on_one_line
 from mindiffedit.errors import InputError, InputTypeError
-from mindiffedit.images import pictures, writing
+from mindiffedit.images import writing
 from mindiffedit.options import NumericalError
 from mindiffedit.service.editor import Cancelled, Edited, Editor
 from mindiffedit.service.fields import FORMATS, Asked, Limits, body_schema, field_of, in_fields, understood
@@ -281,7 +281,7 @@ def _edit(editor: Editor, asked: Asked, metrics: _Metrics, cancelled: threading.
 
 def _find_mask(editor: Editor, asked: Asked, cancelled: threading.Event) -> dict[str, Any]:
     mask, _ = editor.find_mask(asked.picture, asked.options, cancelled=cancelled)
-    picture = pictures.mask_to_pil(masks.enlarged(mask, asked.picture.size[::-1]))[0]
+    picture = masks.as_picture(mask, asked.picture.size)
     share = float(mask.mean(dtype=np.float64))
     return {"created": int(time.time()), "data": [{**_encoded(picture, asked), "mask_share": share}]}
 

@@ -26,6 +26,8 @@ from pathlib import Path
 
 import numpy as np
 
+from mindiffedit.runtime import machine
+
 __all__ = ["available", "call", "identity", "instruction_set", "library_path"]
 
 LIBRARY = "libmindiffedit.so"
@@ -113,7 +115,7 @@ def _number_of_threads() -> int:
     asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
     if asked.isdigit() and int(asked) > 0:
         return int(asked)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return machine.cores()
 
 
 @functools.cache
