@@ -272,7 +272,7 @@ def test_our_own_faults_are_no_bad_input(work, capsys, monkeypatch):  # noqa: F8
     # Inside the package itself.
     full = OSError(28, "No space left on device", "x" * 5000)
     for error, is_bug in (ValueError("need an array"), True), (full, False), (MemoryError(), False):
-        monkeypatch.setattr(masks, "enlarged", Mock(side_effect=error))
+        monkeypatch.setattr(masks, "as_picture", Mock(side_effect=error))
         assert cli.main(edit("--grid", "grid.png")) == 1
         (line,) = [line for line in capsys.readouterr().err.splitlines() if "failed" in line]
         assert ("a bug" in line) == is_bug and len(line) < 600
