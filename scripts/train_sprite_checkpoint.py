@@ -192,8 +192,8 @@ def train_unet(args, tokenizer, moments, seeds, scaling_factor, device):
     model = training.build_denoiser(tokenizer, UNET_CONFIG, device)
     average = copy.deepcopy(model).requires_grad_(False)
     peak = args.learning_rate
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=1e-3)
-    stage = Stage(args.work, "unet", model=model, average=average, optimizer=optimizer)
+    optimizers = training.optimizers_of(model, peak)
+    stage = Stage(args.work, "unet", model=model, average=average, **optimizers)
     begin = stage.resume()
     unet = torch.compile(model["unet"]) if args.compile else model["unet"]
     alphas = DDIMScheduler(**training.NOISE_SCHEDULE).alphas_cumprod.to(device)
@@ -220,8 +220,9 @@ def train_unet(args, tokenizer, moments, seeds, scaling_factor, device):
         a = alphas[t].view(-1, 1, 1, 1)
         noisy = (a.sqrt() * latents + (1 - a).sqrt() * draws[1]).contiguous(memory_format=torch.channels_last)
         ids = torch.tensor([tokens.of(caption(pictured[i], rng)) for i in index], device=device)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, progress, peak)
+        for optimizer in optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, progress, peak)
         with autocast(device):
             prompt = model["text"](ids)[0]
             predicted = unet(noisy, t, encoder_hidden_states=prompt).sample
@@ -229,10 +230,11 @@ def train_unet(args, tokenizer, moments, seeds, scaling_factor, device):
         # Min-SNR: what little noise is left in nearly clean latents takes no more than its share of a small model.
         snr = (a / (1 - a)).flatten()
         loss = (errors * snr.clamp(max=MIN_SNR) / snr).mean()
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers.values():
+            optimizer.step()
         take_average(average, model, step, 0.9995)
         recent.append(torch.stack([errors.detach().mean(), loss.detach()]))
         if (step + 1) % 100 == 0:
