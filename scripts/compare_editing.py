@@ -121,7 +121,7 @@ def seconds(editor, edits, settings, seed) -> dict:
     settings = {**settings, "invert_guidance": settings["guidance"]}
     taken = {"reference": [], "edit()": []}
     for number, edit in enumerate(edits):
-        picture = [scenes.draw_scene(edit.source)[0]]
+        picture = [scenes.draw_scene(edit.source).picture]
         for name, run in (("reference", three_calls), ("edit()", one_call)):
             start = time.perf_counter()
             run(editor, [edit], picture, settings, seed)
@@ -196,7 +196,7 @@ def sheet_of(edits, shown) -> Image.Image:
     from mindiffedit import masks
 
     columns = min(len(pairs) for pairs in shown.values())
-    rows = [[scenes.draw_scene(scene)[0] for edit in edits[:columns] for scene in (edit.source, edit.target)]]
+    rows = [[scenes.draw_scene(scene).picture for edit in edits[:columns] for scene in (edit.source, edit.target)]]
     size = (scenes.SIZE, scenes.SIZE)
     for pairs in shown.values():
         rows.append([])

@@ -188,7 +188,7 @@ def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def optimizers_of(denoiser, lr: float) -> dict[str, torch.optim.Optimizer]:
-    """Muon for what multiplies features with features; AdamW for tables, norms, biases, and the first and last layers."""
+    """Muon for what multiplies features with features; AdamW for tables, norms, biases, first and last layers."""
     outer = ("embedding", "conv_in", "conv_out")
     inner = {
         name: weight

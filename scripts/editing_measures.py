@@ -72,30 +72,76 @@ class Edit:
 
     index: int
     what: str
-    """"kind" or "colour"."""
+    """One of ``WHATS``."""
     which: int
-    """Position of the changed object in the scene."""
+    """Position of the changed part in the scene."""
     source: scenes.Scene
     target: scenes.Scene
 
     @property
     def wanted(self) -> tuple[int, int]:
         """Indices of the kind and colour that the classifier has to see."""
-        item = self.target.objects[self.which]
-        return scenes.KINDS.index(item.kind), list(scenes.COLOURS).index(item.colour)
+        kind, colour = "nothing", None
+        if self.what != "removal":
+            part = self.target.parts[self.which]
+            kind, colour = part.kind, getattr(part, "colour", None)
+        return scenes.SEEN_KINDS.index(kind), scenes.SEEN_COLOURS.index(colour or "none")
+
+    def changed(self, source: scenes.Drawing, target: scenes.Drawing) -> tuple[np.ndarray, np.ndarray]:
+        """What the old part covers by more than half and what the new one does, boolean (SIZE, SIZE) each.
+
+        Of a bowl or basket that stays, these are its contents.
+        """
+        stays = self.what == "contents" and (
+            self.source.parts[self.which].container == self.target.parts[self.which].container
+        )
+        old = (source.subject if stays else source.whole)[self.which] > 0.5
+        if self.what == "removal":
+            return old, np.zeros_like(old)
+        return old, (target.subject if stays else target.whole)[self.which] > 0.5
+
+
+WHATS = ("kind", "colour", "contents", "kind", "removal")
+"""What an edit changes, by the remainder of its number."""
 
 
 def sample_edit(seed: int, index: int) -> Edit:
-    """The edit with this number; nothing else decides it. Kinds at even numbers, colours at odd ones."""
+    """The edit with this number; nothing else decides it."""
     # A sequence of numbers as seed: these streams are none of those that training scenes are drawn from.
     rng = np.random.default_rng((seed, index, 0xED17))
-    scene = scenes.sample_scene(rng)
-    which = int(rng.integers(len(scene.objects)))
-    what = "kind" if index % 2 == 0 else "colour"
-    taken = {getattr(item, what) for item in scene.objects}
-    free = [name for name in (scenes.KINDS if what == "kind" else scenes.COLOURS) if name not in taken]
-    target = scene.replaced(which, **{what: free[rng.integers(len(free))]})
-    return Edit(index, what, which, scene, target)
+    what = WHATS[index % len(WHATS)]
+    while True:
+        scene = scenes.sample_scene(rng)
+        places = [place for place, part in enumerate(scene.parts) if _suits(part, what)]
+        if places:
+            break
+    which = places[rng.integers(len(places))]
+    return Edit(index, what, which, scene, _target(scene, which, what, rng))
+
+
+def _suits(part: scenes.Item | scenes.Filling, what: str) -> bool:
+    if what == "contents":
+        return isinstance(part, scenes.Filling)
+    return isinstance(part, scenes.Item) and (what != "colour" or part.colour is not None)
+
+
+def _target(scene: scenes.Scene, which: int, what: str, rng: np.random.Generator) -> scenes.Scene:
+    part = scene.parts[which]
+    if what == "removal":
+        return scene.without(which)
+
+    def another(values, known):
+        free = [value for value in values if value not in known]
+        return free[rng.integers(len(free))]
+
+    if isinstance(part, scenes.Filling):  # one in four changes the container, too
+        container = another(scenes.CONTAINERS, [part.container]) if rng.random() < 0.25 else part.container
+        return scene.replaced(which, kind=another(scenes.FRUITS, [part.kind]), container=container)
+    if what == "colour":
+        return scene.replaced(which, colour=another(scenes.COLOURED[part.kind], [part.colour]))
+    kind = another(scenes.KINDS, [item.kind for item in scene.parts])
+    colour = another(scenes.COLOURED[kind], []) if kind in scenes.COLOURED else None
+    return scene.replaced(which, kind=kind, colour=colour)
 
 
 def generators(seed: int, edits: list[Edit], stage: int) -> list[np.random.Generator]:
@@ -165,7 +211,7 @@ def in_batches(edits, batch):
     for start in range(0, len(edits), batch):
         chunk = edits[start : start + batch]
         filled = (chunk + [chunk[-1]] * batch)[:batch] if len(edits) > batch else chunk
-        yield chunk, filled, [scenes.draw_scene(edit.source)[0] for edit in filled]
+        yield chunk, filled, [scenes.draw_scene(edit.source).picture for edit in filled]
 
 
 def three_calls(editor, edits, pictures, settings, seed) -> tuple[np.ndarray, list[Image.Image]]:
@@ -230,53 +276,48 @@ def fidelity(run, edits, batch) -> float | None:
 
 
 def judge(edit: Edit, picture, mask, edited, classifier) -> dict:
-    """Every figure of one edit."""
+    """Every figure of one edit; None where there is nothing to measure."""
     before, after = np.asarray(picture), np.asarray(edited.convert("RGB"))
-    drawn_target, target_masks = scenes.draw_scene(edit.target)
-    old = scenes.draw_scene(edit.source)[1][edit.which] > 0.5
-    new = target_masks[edit.which] > 0.5
-    covered = enlarged(mask)
-    crops = [scene_classifier.object_crop(p, new) for p in (after, before, np.asarray(drawn_target))]
+    target = scenes.draw_scene(edit.target)
+    old, new = edit.changed(scenes.draw_scene(edit.source), target)
+    vacated, is_removal = old & ~new, edit.what == "removal"
+    covered, drawn = enlarged(mask), np.asarray(target.picture)
+    place = old if is_removal else target.subject[edit.which]
+    crops = [scene_classifier.object_crop(p, place) for p in (after, before, drawn)]
     kinds, colours = classifier(np.stack(crops))
     seen = [(int(kind), int(colour)) == edit.wanted for kind, colour in zip(kinds, colours)]
     return {
         "index": edit.index,
         "what": edit.what,
-        "objects": len(edit.source.objects),
+        "parts": len(edit.source.parts),
         "source": edit.source.caption,
         "target": edit.target.caption,
-        "mask_iou": iou(covered, old),
-        "mask_iou_either": iou(covered, old | new),
+        "mask_iou": iou(covered, old | new),
+        "mask_iou_old": iou(covered, old),
         "mask_share": float(covered.mean()),
-        "target_seen": seen[0],
-        "kind_seen": int(kinds[0]) == edit.wanted[0],
-        "colour_seen": int(colours[0]) == edit.wanted[1],
+        "target_seen": None if is_removal else seen[0],
+        "removed": seen[0] if is_removal else None,
         "seen_unedited": seen[1],
         "seen_drawn": seen[2],
-        "psnr_outside": psnr(before, after, ~old),
-        "psnr_outside_either": psnr(before, after, ~(old | new)),
+        "psnr_outside": psnr(before, after, ~(old | new)),
+        "psnr_vacated": psnr(drawn, after, vacated) if vacated.sum() >= MIN_VACATED else None,
     }
 
 
+MIN_VACATED = 32
+"""Pixels; on fewer, the ground that an edit has to invent is not judged."""
+
 AVERAGED = (
-    "mask_iou",
-    "mask_iou_either",
-    "mask_share",
-    "target_seen",
-    "kind_seen",
-    "colour_seen",
-    "seen_unedited",
-    "seen_drawn",
-    "psnr_outside",
-    "psnr_outside_either",
+    *("mask_iou", "mask_iou_old", "mask_share", "target_seen", "removed", "seen_unedited", "seen_drawn"),
+    *("psnr_outside", "psnr_vacated"),
 )
 
 
 def averages(records: list[dict], names=AVERAGED) -> dict:
-    """Means in float64 over some edits; None for none. A value that is not finite is an error."""
+    """Means in float64 over the edits that have a value; None for none. One that is not finite is an error."""
     result = {"edits": len(records)}
     for name in names:
-        values = np.array([record[name] for record in records], np.float64)
+        values = np.array([record[name] for record in records if record[name] is not None], np.float64)
         if not np.isfinite(values).all():
             raise ArithmeticError(f"{name} is not finite for {int((~np.isfinite(values)).sum())} edits")
         result[name] = float(values.mean()) if len(values) else None

@@ -143,7 +143,7 @@ def main(argv=None, load=load_pipeline) -> int:
         return 0
     pipeline, strips = load(), {}
     for edit in edits:
-        picture = scenes.draw_scene(edit.source)[0]
+        picture = scenes.draw_scene(edit.source).picture
         edited = pipeline.edit(picture, edit.source.caption, edit.target.caption, generator=edit.index, **OPTIONS)
         strips[picture_name(edit)] = strip(picture, edited)
         print(f"{len(strips)}/{len(edits)} {edit.source.caption} -> {edit.target.caption}", file=sys.stderr)

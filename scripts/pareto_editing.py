@@ -133,7 +133,7 @@ def _measured(run, editor, edits, batch, classifier, progress) -> tuple[list[dic
 def differences(records, others, measure: str, draws: int = 2000) -> list[float]:
     """Mean of the paired differences, and its interval of 95 % by bootstrap over the scenes."""
     pairs = zip(records, others)  # both begin with the same scenes
-    values = np.array([float(a[measure]) - float(b[measure]) for a, b in pairs])
+    values = np.array([float(a[measure]) - float(b[measure]) for a, b in pairs if a[measure] is not None])
     rng = np.random.default_rng(0)
     means = rng.choice(values, (draws, len(values))).mean(1)
     return [float(values.mean()), *(float(x) for x in np.quantile(means, (0.025, 0.975)))]
@@ -143,7 +143,7 @@ def _seconds(runs: Mapping[str, Callable], edits) -> dict[str, float]:
     """Median seconds of one picture's edit; the settings take turns, after one edit that compiles."""
     taken: dict[str, list[float]] = {name: [] for name in runs}
     for number, edit in enumerate(edits):
-        pictures = [scenes.draw_scene(edit.source)[0]]
+        pictures = [scenes.draw_scene(edit.source).picture]
         for name, run in runs.items():
             start = time.perf_counter()
             run([edit], pictures)

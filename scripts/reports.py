@@ -318,9 +318,9 @@ def versions_text(versions) -> str:
 QUALITY = (
     ("mask IoU", "mask_iou", "{:.3f}"),
     ("target seen", "target_seen", "{:.1%}"),
-    ("kind seen", "kind_seen", "{:.1%}"),
-    ("colour seen", "colour_seen", "{:.1%}"),
-    ("PSNR outside object, dB", "psnr_outside", "{:.2f}"),
+    ("removed object gone", "removed", "{:.1%}"),
+    ("PSNR of vacated ground, dB", "psnr_vacated", "{:.2f}"),
+    ("PSNR outside what changes, dB", "psnr_outside", "{:.2f}"),
     ("PSNR outside mask, dB", "psnr_outside_mask", "{:.2f}"),
 )
 
@@ -334,7 +334,7 @@ def comparison_tables(results: dict) -> dict[str, str]:
             cells.append([party])
             for _, name, pattern in QUALITY:
                 exact = name.startswith("psnr") and means[name] == EXACT
-                cells[-1].append("exact" if exact else pattern.format(means[name]))
+                cells[-1].append("exact" if exact else show(means[name], pattern))
         return markdown_table(cells)
 
     def two_columns(header: list[str], values: dict, pattern: str) -> str:
@@ -361,13 +361,14 @@ def goals_table(goals: dict) -> str:
 
 def pareto_tables(results: dict) -> dict[str, str]:
     """The tables of `evaluate_editing.py --pareto`, as Markdown, by name."""
-    cells = [["", "rows", "shallow", "seconds", "mask IoU", "target seen", "against exact", "PSNR outside object, dB"]]
+    header = ["", "rows", "shallow", "seconds", "mask IoU", "target seen", "against exact", "removed object gone"]
+    cells = [[*header, "PSNR of vacated ground, dB", "PSNR outside what changes, dB"]]
     for name, row in results["settings"].items():
         mean, low, high = row["against_exact"].get("target_seen", [0.0] * 3)
         against = f"{mean:+.1%} ({low:+.1%} to {high:+.1%})" if low != high else "-"
         costs = [f"{row['rows']:.4g}", f"{row['shallow']:.4g}" if row["shallow"] else "-", show(row["seconds"])]
-        quality = [f"{row['mask_iou']:.3f}", f"{row['target_seen']:.1%}", against, f"{row['psnr_outside']:.2f}"]
-        cells.append([name, *costs, *quality])
+        quality = [f"{row['mask_iou']:.3f}", f"{row['target_seen']:.1%}", against, show(row["removed"], "{:.1%}")]
+        cells.append([name, *costs, *quality, *(show(row[f"psnr_{name}"]) for name in ("vacated", "outside"))])
     tables = {"pareto": markdown_table(cells)}
     if "rebuilt" in results:
         steps = list(next(iter(results["rebuilt"].values())))

@@ -5,7 +5,7 @@ diffusion model: it judges the edits in ``evaluate_editing.py``. Its forward pas
 neither torch nor MindSpore decides what counts as a success. Only NumPy, Pillow and safetensors are needed.
 
 The network, names as in the weights file: three 3x3 convolutions of stride 2 and padding 1 with ReLU
-(``convs.0`` to ``convs.2``, 48x48x3 to 6x6x48), a linear layer with ReLU (``hidden``), and two linear heads
+(``convs.0`` to ``convs.2``, 48x48x3 to 6x6x64), a linear layer with ReLU (``hidden``), and two linear heads
 (``kind`` and ``colour``).
 """
 

@@ -25,30 +25,6 @@ import scene_classifier  # noqa: E402
 
 pytestmark = pytest.mark.tools
 
-# --- scenes ----------------------------------------------------------------------------------------
-
-
-def test_masks_are_where_the_objects_are():
-    for seed in range(12):
-        scene = scenes.sample_scene(np.random.default_rng(seed))
-        picture, masks = scenes.draw_scene(scene)
-        assert scene == scenes.sample_scene(np.random.default_rng(seed)), "a seed names a scene"
-        assert masks.shape == (len(scene.objects), scenes.SIZE, scenes.SIZE)
-        assert masks.min() >= 0 and masks.max() <= 1
-        covered = masks > 0.5
-        assert (covered.sum((1, 2)) > 300).all(), "an object is nearly invisible"
-        assert (covered.sum((1, 2)) < scenes.SIZE**2 / 2).all(), "an object is the whole picture"
-        assert covered.sum(0).max() == 1, "two objects overlap"
-        for i, (item, mask) in enumerate(zip(scene.objects, masks)):
-            rows, columns = np.nonzero(mask > 0.5)
-            assert np.abs(np.array([columns.mean(), rows.mean()]) - (item.x, item.y)).max() < item.radius / 2
-            # Repainting an object changes its own pixels and no others.
-            colour = next(c for c in scenes.COLOURS if c != item.colour)
-            repainted = np.asarray(scenes.draw_scene(scene.replaced(i, colour=colour))[0], int)
-            changed = np.abs(repainted - np.asarray(picture)).max(-1) > 0
-            assert changed[mask > 0.99].mean() > 0.5 and not changed[mask == 0].any()
-
-
 # --- metrics ---------------------------------------------------------------------------------------
 
 
@@ -97,8 +73,9 @@ def test_a_mask_is_enlarged_by_nearest_neighbour():
 
 def random_weights(seed=0):
     rng = np.random.default_rng(seed)
-    shapes = {f"convs.{i}": (b, a, 3, 3) for i, (a, b) in enumerate([(3, 16), (16, 32), (32, 48)])}
-    shapes |= {"hidden": (64, 48 * 36), "kind": (len(scenes.KINDS), 64), "colour": (len(scenes.COLOURS), 64)}
+    shapes = {f"convs.{i}": (b, a, 3, 3) for i, (a, b) in enumerate([(3, 24), (24, 48), (48, 64)])}
+    kinds, colours = len(scenes.SEEN_KINDS), len(scenes.SEEN_COLOURS)
+    shapes |= {"hidden": (96, 64 * 36), "kind": (kinds, 96), "colour": (colours, 96)}
     weights = {}
     for name, shape in shapes.items():
         spread = 1 / math.sqrt(np.prod(shape[1:]))
@@ -157,11 +134,19 @@ def test_the_shipped_judge_knows_drawn_objects():
     judge, right = scene_classifier.SceneClassifier.load(), []
     for index in range(60):
         edit = measures.sample_edit(1234, index)
-        picture, masks = scenes.draw_scene(edit.target)
-        for version in (picture, picture.filter(ImageFilter.GaussianBlur(1))):
-            kind, colour = judge(scene_classifier.object_crop(np.asarray(version), masks[edit.which])[None])
+        drawing, place = place_of(edit)
+        for version in (drawing.picture, drawing.picture.filter(ImageFilter.GaussianBlur(1))):
+            kind, colour = judge(scene_classifier.object_crop(np.asarray(version), place)[None])
             right.append((kind[0], colour[0]) == edit.wanted)
     assert np.mean(right) > 0.95
+
+
+def place_of(edit):
+    """The drawn target, and where the judge should look."""
+    target = scenes.draw_scene(edit.target)
+    if edit.what == "removal":
+        return target, edit.changed(scenes.draw_scene(edit.source), target)[0]
+    return target, target.subject[edit.which]
 
 
 # --- edits and bookkeeping -------------------------------------------------------------------------
@@ -171,16 +156,24 @@ def test_edits_change_one_thing_and_follow_from_their_number():
     edits = [measures.sample_edit(5, index) for index in range(60)]
     assert edits[:3] == [measures.sample_edit(5, index) for index in range(3)]
     assert edits[0] != measures.sample_edit(6, 0)
-    assert [edit.what for edit in edits[:4]] == ["kind", "colour", "kind", "colour"]
+    assert tuple(edit.what for edit in edits[:5]) == measures.WHATS
     for edit in edits:
-        before, after = edit.source.objects, edit.target.objects
-        assert [a == b for a, b in zip(before, after)].count(False) == 1
-        old, new = before[edit.which], after[edit.which]
-        assert (old.kind != new.kind) == (edit.what == "kind")
-        assert (old.colour != new.colour) == (edit.what == "colour")
-        assert len({item.kind for item in after}) == len({item.colour for item in after}) == len(after)
+        before, after = edit.source.parts, edit.target.parts
         assert edit.source.caption != edit.target.caption
-        assert edit.wanted == (scenes.KINDS.index(new.kind), list(scenes.COLOURS).index(new.colour))
+        kind, colour = (names[i] for names, i in zip((scenes.SEEN_KINDS, scenes.SEEN_COLOURS), edit.wanted))
+        old, new = edit.changed(scenes.draw_scene(edit.source), scenes.draw_scene(edit.target))
+        assert old.any() and new.any() == (edit.what != "removal")
+        if edit.what == "removal":
+            assert after == before[: edit.which] + before[edit.which + 1 :] and (kind, colour) == ("nothing", "none")
+            continue
+        assert [a == b for a, b in zip(before, after)].count(False) == 1
+        source, target = before[edit.which], after[edit.which]
+        assert target.kind == kind and (getattr(target, "colour", None) or "none") == colour
+        assert (source.kind != target.kind) == (edit.what != "colour")
+        assert isinstance(source, scenes.Filling) == (edit.what == "contents")
+        if edit.what == "contents" and source.container != target.container:
+            assert old.sum() > 1.5 * (scenes.draw_scene(edit.source).subject[edit.which] > 0.5).sum()
+    assert len({edit.target.parts[edit.which].container for edit in edits if edit.what == "contents"}) == 2
 
 
 class Oracle:
@@ -201,7 +194,7 @@ class Oracle:
         assert isinstance(source_prompt, str) and not isinstance(image, list), "one picture at a time"
         edit = self.by_source[source_prompt]
         assert target_prompt == edit.target.caption
-        covered = scenes.draw_scene(edit.source)[1][edit.which]
+        covered = np.any(edit.changed(scenes.draw_scene(edit.source), scenes.draw_scene(edit.target)), 0)
         return (covered.reshape(1, 32, 4, 32, 4).mean((2, 4)) > 0.5).astype(int)
 
     def invert(self, prompt, image, generator, **_):
@@ -215,7 +208,7 @@ class Oracle:
         edits = [self.by_source[source] for source in (negative_prompt or prompt)]
         target = negative_prompt is not None and self.perfect
         chosen = [edit.target if target else edit.source for edit in edits]
-        return SimpleNamespace(images=[scenes.draw_scene(scene)[0] for scene in chosen])
+        return SimpleNamespace(images=[scenes.draw_scene(scene).picture for scene in chosen])
 
     def edit(self, image, source_prompt, target_prompt, **options):
         self.edits.append(options)
@@ -224,13 +217,20 @@ class Oracle:
         return SimpleNamespace(mask_image=np.array(masks), images=images)
 
 
-class ColourJudge:
-    """Sees the colour of the crop's middle; trusts the caller with the kind."""
+class PixelJudge:
+    """Knows the drawn targets by their pixels, and takes everything else for what nobody asked for."""
+
+    def __init__(self, seed, count=6):
+        self.known = {}
+        for index in range(count):
+            edit = measures.sample_edit(seed, index)
+            drawing, place = place_of(edit)
+            crop = scene_classifier.object_crop(np.asarray(drawing.picture), place)
+            self.known[crop.tobytes()] = edit.wanted
 
     def __call__(self, crops):
-        middle = crops[:, 20:28, 20:28].reshape(len(crops), -1, 3).mean(1)
-        known = np.array(list(scenes.COLOURS.values()), float)
-        return np.zeros(len(crops), int), np.abs(middle[:, None] - known).sum(-1).argmin(1)
+        seen = [self.known.get(crop.tobytes(), (-1, -1)) for crop in crops]
+        return np.array([kind for kind, _ in seen]), np.array([colour for _, colour in seen])
 
 
 SETTINGS = dict(steps=5, strength=0.8, guidance=7.5, invert_guidance=1.0, maps=2, mask_strength=0.5, mask_threshold=3.0)
@@ -244,14 +244,17 @@ def run(perfect, judge, count=6, batch=4):
 
 
 def test_a_perfect_editor_scores_as_one():
-    oracle, results, kept = run(True, ColourJudge())
+    oracle, results, kept = run(True, PixelJudge(2))
     assert oracle.batches == [4, 4, 3], "two of edits, of one size, and one of reconstructions"
     assert len(results["records"]) == 6 and [r["index"] for r in results["records"]] == list(range(6))
-    assert results["kind"]["edits"] == results["colour"]["edits"] == 3 and results["all"]["edits"] == 6
+    assert [results[what]["edits"] for what in ("all", "kind", "colour", "contents", "removal")] == [6, 3, 1, 1, 1]
     assert results["all"]["mask_iou"] > 0.85  # the grid is four pixels coarse
+    assert results["all"]["mask_iou"] > results["all"]["mask_iou_old"]
     assert results["colour"]["psnr_outside"] > 40  # only the soft rim changes
-    assert results["colour"]["colour_seen"] == 1
-    assert results["kind"]["psnr_outside_either"] > results["kind"]["psnr_outside"]
+    assert results["all"]["target_seen"] == results["all"]["removed"] == results["all"]["seen_drawn"] == 1
+    assert results["all"]["seen_unedited"] == 0
+    assert results["all"]["psnr_vacated"] == results["removal"]["psnr_vacated"] == measures.EXACT
+    assert results["colour"]["psnr_vacated"] is None, "nothing is vacated"
     assert results["goals"]["mask_iou"]["passed"] and results["goals"]["psnr_outside"]["passed"]
     assert results["reconstruction"]["pictures"] == 3
     assert results["reconstruction"]["psnr_inversion"] == measures.EXACT
@@ -262,10 +265,10 @@ def test_a_perfect_editor_scores_as_one():
 
 
 def test_an_editor_that_does_nothing_is_found_out():
-    _, results, _ = run(False, ColourJudge())
+    _, results, _ = run(False, PixelJudge(2))
     assert results["all"]["psnr_outside"] == measures.EXACT
-    assert results["colour"]["colour_seen"] == 0
-    assert results["all"]["target_seen"] == results["all"]["seen_unedited"]
+    assert results["all"]["target_seen"] == results["all"]["removed"] == results["all"]["seen_unedited"] == 0
+    assert results["removal"]["psnr_vacated"] < 20, "the old object stands there"
     assert not results["goals"]["target_seen"]["passed"]
     assert "MISS" in evaluation.table(results)
 
@@ -282,7 +285,7 @@ def test_a_comparison_has_every_part(tmp_path):
     oracle, done = Oracle(edits), []
     results, sheet = compare_editing.compare(
         oracle,
-        ColourJudge(),
+        PixelJudge(2),
         SETTINGS,
         count=5,
         seed=2,
@@ -327,7 +330,7 @@ def test_a_pareto_run_has_every_part(monkeypatch):
     monkeypatch.setattr(oracle, "edit", costly(oracle.edit))
     results = pareto_editing.pareto(
         oracle,
-        ColourJudge(),
+        PixelJudge(2),
         SETTINGS,
         count=3,
         seed=2,
@@ -350,8 +353,8 @@ def test_a_pareto_run_has_every_part(monkeypatch):
     picture = ElementTree.fromstring(reports.pareto_curve(results))
     assert len(picture.findall("{*}circle")) == len(settings)
     # Scenes are paired: what both see or miss does not count.
-    seen = [{"target_seen": value} for value in (True, False, True, True)]
-    worse = [{"target_seen": value} for value in (True, False, False, True)]
+    seen = [{"target_seen": value} for value in (True, False, None, True, True)]
+    worse = [{"target_seen": value} for value in (True, False, None, False, True)]
     mean, low, high = pareto_editing.differences(worse, seen, "target_seen")
     assert mean == -0.25 and low < -0.25 < high <= 0
 
@@ -365,7 +368,7 @@ def test_averages_refuse_nan_and_bear_no_edits():
 
 
 def test_the_exit_code_is_zero_unless_asked(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(scene_classifier.SceneClassifier, "load", lambda path: ColourJudge())
+    monkeypatch.setattr(scene_classifier.SceneClassifier, "load", lambda path: PixelJudge(3))
     edits = [measures.sample_edit(3, index) for index in range(2)]
     monkeypatch.setattr(measures, "MindSporeEditor", lambda model, mode: Oracle(edits, perfect=False))
     arguments = ["--scenes", "2", "--seed", "3", "--model", str(tmp_path), "--json", str(tmp_path / "r.json")]

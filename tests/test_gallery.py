@@ -56,7 +56,7 @@ def test_page_and_pictures_belong_together(tmp_path):
     for index, (name, (picture, source, target, options)) in enumerate(zip(names, calls)):
         assert options == {"generator": index, **gallery.OPTIONS}
         assert f"**{source}** → **{target}** (`generator={index}`)" in text
-        drawn = scenes.draw_scene(gallery.sample_edit(5, index).source)[0]
+        drawn = scenes.draw_scene(gallery.sample_edit(5, index).source).picture
         assert np.array_equal(np.asarray(picture), np.asarray(drawn)) and source != target
         original, shown_map, mask, edited = tiles(tmp_path / name)
         assert np.abs(original.astype(int) - np.asarray(drawn)).mean() < 3  # 256 colours

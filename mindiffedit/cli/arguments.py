@@ -219,8 +219,10 @@ def _build_demo(show) -> None:
         default="demo-output",
         help="folder of edit.png, original.png, mask.png and edited.png (default: %(default)s)",
     )
-    for name, what in (("source", "what the sample shows"), ("target", "what it should show")):
-        _add(show, f"--{name}", "TEXT", f"{what} (default: %(default)s)", default=demo.SAMPLE_PROMPTS[name])
+    choices, first = tuple(demo.EXAMPLES), next(iter(demo.EXAMPLES))
+    _add(show, "--example", None, f"picture and texts (default: {first})", choices=choices, default=first)
+    for name, what in (("source", "what the picture shows"), ("target", "what it should show")):
+        _add(show, f"--{name}", "TEXT", f"{what} (default: the example's)")
     show.set_defaults(negative=None, model="demo", offline=True, no_safety_checker=False)
     _add_numbers(show, *_EDIT_NUMBERS)
     _add_mask_options(show)

@@ -80,7 +80,10 @@ def _edit(args):
 
 
 def _demo(args):
-    args.picture = str(demo.sample_picture())
+    args.picture = str(demo.sample_picture(args.example))
+    for name, text in zip(("source", "target"), demo.EXAMPLES[args.example][1:]):
+        if getattr(args, name) is None:
+            setattr(args, name, text)
     job = begin(args)
     folder = Path(args.output)
     files = {name: folder / f"{name}.png" for name in ("edit", "original", "mask", "edited")}

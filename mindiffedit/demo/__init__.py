@@ -1,4 +1,4 @@
-"""The demo: a small Stable-Diffusion-layout checkpoint, a sample picture, and settings that suit both.
+"""The demo: a small Stable-Diffusion-layout checkpoint, pictures to edit, and settings that suit both.
 
 Nothing is imported here but the standard library, so the command line can print these as defaults without
 starting MindSpore.
@@ -8,15 +8,25 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["EDIT_SETTINGS", "SAMPLE_PROMPTS", "SETTINGS", "checkpoint_folder", "golden_file", "sample_picture"]
+__all__ = [
+    *("EDIT_SETTINGS", "EXAMPLES", "SAMPLE_PROMPTS", "SETTINGS"),
+    *("checkpoint_folder", "golden_file", "sample_picture"),
+]
 
 _HERE = Path(__file__).resolve().parent
 
-SAMPLE_PROMPTS = {
-    "source": "a red apple on a wooden table",
-    "target": "a yellow pear on a wooden table",
+EXAMPLES = {
+    "fruits": ("fruits", "a bowl of fruits", "a bowl of pears"),
+    "basket": ("fruits", "a bowl of fruits", "a basket of pears"),
+    "strawberries": ("strawberries", "a bowl of strawberries", "a bowl of apples"),
+    "cat": ("cat", "a cat on grass", "a dog on grass"),
+    "car": ("car", "a red car on sand", "a blue car on sand"),
+    "removal": ("cat", "a cat on grass", "grass"),
 }
-"""What the sample picture shows, and what the demo turns it into."""
+"""Edits that the demo knows, by name: a picture, what it shows, and what the demo turns it into."""
+
+SAMPLE_PROMPTS = dict(zip(("source", "target"), EXAMPLES["fruits"][1:]))
+"""What the sample picture shows, and what the demo turns it into: the texts of the first example."""
 
 SETTINGS = {
     "steps": 20,
@@ -50,9 +60,13 @@ def golden_file() -> Path:
     return _found(_HERE / "golden.safetensors")
 
 
-def sample_picture() -> Path:
-    """The picture that the demo edits, a PNG file described by ``SAMPLE_PROMPTS["source"]``."""
-    return _found(_HERE / "sample.png")
+def sample_picture(example: str = "fruits") -> Path:
+    """The picture of an example, a PNG file, described by the second entry of ``EXAMPLES[example]``.
+
+    Raises:
+        KeyError: there is no such example.
+    """
+    return _found(_HERE / f"{EXAMPLES[example][0]}.png")
 
 
 def _found(path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""scripts/sprite_scenes.py: rendered scenes, their masks and captions."""
+"""scripts/demo_scenes.py: rendered scenes, their masks and captions."""
 
 import sys
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
-import sprite_scenes as scenes  # noqa: E402
+import demo_scenes as scenes  # noqa: E402
 
 pytestmark = pytest.mark.tools
 
