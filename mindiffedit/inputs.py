@@ -22,12 +22,12 @@ from mindiffedit.noise import randomness
 
 INVERSIONS = ("ddim", "noise")
 
-EDIT_MASK = masks.MaskOptions(smoothing=1.5, edges=6, threshold=0.6, fill_holes=True, smallest_region=8)
+EDIT_MASK = masks.MaskOptions(smoothing=1.5, edges=4, threshold=0.6, fill_holes=True, smallest_region=8)
 """How ``edit`` makes a mask of its map, where nothing else is said.
 
 With a clamp at twice the mean much of the map is cut to one of two values, and the smoothing lets neighbours vote: most
 of a latent's surroundings have to differ. So a few maps do what ten do without. Then the border moves to the picture's
-edges. Chosen on drawn scenes, see ``docs/quality.md``.
+edges. Chosen on rendered scenes, see ``docs/quality.md``.
 """
 
 INVERSION_MASK = replace(EDIT_MASK, smoothing=2.0)

@@ -81,7 +81,7 @@ def page(edits: list[Edit], command: str) -> str:
     lines = [
         "# Gallery",
         "",
-        "Drawn scenes, edited by one call of `pipeline.edit` each with the model that comes along (128 × 128 pixels).",
+        "Scenes of rendered objects, edited by one call of `pipeline.edit` each with the model that comes along (128 × 128 pixels).",
         "They are the first ones of their seed, whatever came out. From left to right: the picture, the map, the mask,",
         "the edited picture; in 256 colours.",
         "",

@@ -384,7 +384,7 @@ def pareto_curve(results: dict) -> str:
     width, height, left, bottom, top = 760, 400, 60, 350, 20
     settings = results["settings"]
     most = 10 * -(-max(row["rows"] for row in settings.values()) // 10)
-    least = min(int(10 * row["target_seen"]) for row in settings.values()) / 10
+    least = min(9, *(int(10 * row["target_seen"]) for row in settings.values())) / 10
 
     def place(row):
         x = left + (width - left - 30) * row["rows"] / most
@@ -424,7 +424,7 @@ def blocks(runs: list[dict]) -> dict[str, str]:
     comparison = [r for r in runs if r["kind"] == "comparison" and whole <= r.keys() and r["ablation"]][-1]
     tables = comparison_tables(comparison)
     scope = (
-        f"Measured on {comparison['date']} with the demo checkpoint, on drawn scenes ({machine_of(comparison)}; "
+        f"Measured on {comparison['date']} with the demo checkpoint, on rendered scenes ({machine_of(comparison)}; "
         f"{versions_text(comparison['versions'].items())}):"
     )
     rebuilt = ", ".join(f"{name} {value:.2f} dB" for name, value in comparison["reconstruction"].items())

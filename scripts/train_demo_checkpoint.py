@@ -277,8 +277,8 @@ def main():
     is_gpu = args.device != "cpu"
     args.vae_batch = args.vae_batch or (64 if is_gpu else 16)
     args.unet_batch = args.unet_batch or (512 if is_gpu else 64)
-    args.unet_steps = args.unet_steps or 3_200_000 // args.unet_batch
     device, stages = torch.device(args.device), args.stages.split(",")
+    args.unet_steps = (args.unet_steps or 3_200_000 // args.unet_batch) if "unet" in stages else 0
 
     tokenizer = training.make_tokenizer(args.work / "tokenizer", scenes.vocabulary())
     seeds = [args.seed * 1_000_003 + i for i in range(args.pictures)]

@@ -43,8 +43,8 @@ def sentences() -> dict[str, gr.components.Component]:
     return {
         name: gr.Textbox(label=LABELS[name], placeholder=example, max_length=MAX_SENTENCE, lines=1, max_lines=4)
         for name, example in (
-            ("source", "a red apple on a wooden table"),
-            ("target", "a yellow pear on a wooden table"),
+            ("source", "a bowl of fruits"),
+            ("target", "a bowl of pears"),
         )
     }
 

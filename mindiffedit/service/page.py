@@ -23,9 +23,6 @@ from mindiffedit.service.edits import Edits, Result, line
 FORMATS = {"PNG": "png", "JPEG": "jpg", "WebP": "webp"}
 """Of the file to download: names, and extensions."""
 
-EXAMPLES = ("a yellow pear on a wooden table", "a green apple on a wooden table", "a blue cup on a wooden table")
-"""What the sample picture can become, in words that the demo model knows."""
-
 WELCOME = line("Choose a picture, say what it shows and what it should show, and press Edit.", "note")
 
 _STYLE = """
@@ -127,7 +124,7 @@ class Page:
         with gr.Accordion("Settings", open=False):
             self.settings = controls.settings(of_demo)
         gr.Examples(
-            [[str(demo.sample_picture()), demo.SAMPLE_PROMPTS["source"], target] for target in EXAMPLES],
+            [[str(demo.sample_picture(name)), *texts] for name, (_, *texts) in demo.EXAMPLES.items()],
             [self.picture, *self.texts.values()],
             api_visibility="private",
         )
