@@ -65,7 +65,7 @@ class FakeEditor:
         report = EditReport([0.5], warnings=self.warnings)
         settings = {**SETTINGS, **{name: value for name, value in options.items() if value is not None}}
         map_ = None if mask is not None else GRID.astype(np.float32) * 2
-        return Edited(image, grid, map_, None, report, settings, {"mask": 0.25, "edit": 1.5}, None, ())
+        return Edited(image, grid, None, report, map_, None, settings, {"mask": 0.25, "edit": 1.5}, ())
 
 
 @pytest.fixture

@@ -90,7 +90,7 @@ class FakeEditor:
         self._run(options, cancelled)
         marked = np.ones((1, 2, 2)) if mask is None else np.asarray(mask.convert("L"))[None] / 255
         settings = {**options, "report": {"change_outside": float("nan")}}
-        return Edited(picture, marked, None, None, None, settings, {"edit": 0.2}, None, ())
+        return Edited(picture, marked, None, None, None, None, settings, {"edit": 0.2}, ())
 
     def find_mask(self, picture, options, *, cancelled=None, **_):
         self._run(options, cancelled)
