@@ -40,6 +40,9 @@ _STYLE = """
                   color: var(--error-text-color); }
 #line .pending { visibility: hidden; }
 #cancel { max-width: 160px; }
+#examples table { table-layout: fixed; width: 100%; }
+#examples th:first-child { width: 92px; }
+#examples :is(th, td) { white-space: normal; overflow-wrap: anywhere; padding: 6px; }
 #parts img { width: 100%; height: 100%; object-fit: contain; }
 """
 
@@ -129,6 +132,7 @@ class Page:
         gr.Examples(
             [[str(demo.sample_picture()), demo.SAMPLE_PROMPTS["source"], target] for target in EXAMPLES],
             [self.picture, *self.texts.values()],
+            elem_id="examples",
             api_visibility="private",
         )
 
