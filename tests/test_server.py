@@ -275,7 +275,7 @@ def test_the_command(tmp_path, blip_folder):
             assert answer.status_code == 200 and answer.json()["data"][0]["settings"]["caption"]
             assert made() == before
             answers = queue.Queue()
-            send = functools.partial(post, HTTP, f"{address}/v1/images/edits", {"image": SAMPLE}, headers, steps="300")
+            send = functools.partial(post, HTTP, f"{address}/v1/images/edits", {"image": SAMPLE}, headers, steps="100")
             thread = threading.Thread(target=lambda: answers.put(send()))
             thread.start()
             until(lambda: "mindiffedit_running 1.0" in metrics())
