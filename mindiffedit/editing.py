@@ -137,10 +137,10 @@ def edit(
     inverts = image_latents is None and inversion == "ddim"
     if inverts:
         pipeline._solver(inverse=True)  # takes DDIM in place of a scheduler that has no inverse
-    evaluations = Evaluations.checked(
+    evaluations = _evaluations(
+        pipeline,
         preset,
         inverts=inverts,
-        tabulated=isinstance(pipeline._solver(), TabulatedSolver),
         by_noise=num_maps_per_mask is not None or mask_encode_strength is not None,
         inversion_iterations=options.check_count(inversion_iterations, "inversion_iterations", options.MAX_ITERATIONS),
         inversion_points=inversion_points,
@@ -149,14 +149,7 @@ def edit(
         guidance_end=guidance_end,
         unet_cache_interval=unet_cache_interval,
     )
-    cached = evaluations.unet_cache_interval > 1
-    if cached:
-        try:
-            step_cache.check_supported(pipeline.unet)
-        except InputError:
-            if unet_cache_interval is not None:
-                raise
-            evaluations, cached = replace(evaluations, unet_cache_interval=1), False
+    cache_interval = 1 if evaluations.unet_cache_interval > 1 else None  # of mask and inversion, by the edit's graphs
     by_inversion = evaluations.inversion_maps > 0
     num_maps = (
         evaluations.inversion_maps if by_inversion else EDIT_MAPS if num_maps_per_mask is None else num_maps_per_mask
@@ -196,7 +189,7 @@ def edit(
             corrected_guidance=corrected_guidance,
             outlier_quantile=outlier_quantile,
             mask_options=mask_options,
-            cache_interval=1 if cached else None,
+            cache_interval=cache_interval,
         )
     invert_inputs = InvertInputs.checked(
         model,
@@ -208,7 +201,7 @@ def edit(
         attention_kwargs=attention_kwargs,
         inversion_iterations=inversion_iterations,
         inversion_points=evaluations.inversion_points,
-        cache_interval=1 if cached else None,
+        cache_interval=cache_interval,
     )
     edit_inputs = EditInputs.checked(
         model,
@@ -281,16 +274,7 @@ def edit(
                 report.inversion_error = _inversion_error(pipeline, invert_inputs, noisy, clean, prediction)
         if measure_reconstruction:
             with _timed(seconds, "reconstruction"):
-                rebuilt_inputs = EditInputs(
-                    invert_inputs.prompts,
-                    schedule,
-                    inversion_guidance_scale,
-                    randomness.resolve(None),
-                    attention_kwargs,
-                )
-                everywhere = np.ones((batch, 1, *grid), np.float32)
-                rebuilt, _ = pipeline._denoised(rebuilt_inputs, everywhere, noisy[0], backgrounds)
-                rebuilt = pipeline._decoded(host(rebuilt))
+                rebuilt = _reconstruction(pipeline, invert_inputs, noisy[0], backgrounds)
             report.reconstruction_psnr = _psnr(rebuilt, pixels) if of_pixels else None
     large_error = LARGE_ERROR * (2 if evaluations.inversion_points else 1)
     report.warnings = _warnings(report, source_prompt, target_prompt, own_mask is not None, large_error)
@@ -299,6 +283,20 @@ def edit(
     return DiffEditOutput(
         images, mask, mask_map, image_latents.latents, latents, report, flags, image_latents.clean_latents
     )
+
+
+def _evaluations(pipeline, preset, *, unet_cache_interval, **choices) -> Evaluations:
+    """What preset and arguments choose; no step cache of a preset for a UNet that cannot have it."""
+    tabulated = isinstance(pipeline._solver(), TabulatedSolver)
+    evaluations = Evaluations.checked(preset, tabulated=tabulated, unet_cache_interval=unet_cache_interval, **choices)
+    if evaluations.unet_cache_interval > 1:
+        try:
+            step_cache.check_supported(pipeline.unet)
+        except InputError:
+            if unet_cache_interval is not None:
+                raise
+            return replace(evaluations, unet_cache_interval=1)
+    return evaluations
 
 
 def _own_mask(mask_image, combination, mask_options, grid, batch) -> Any:
@@ -361,6 +359,16 @@ def _inversion_error(pipeline, inputs: InvertInputs, noisy, clean, prediction) -
     back, _ = CompiledUpdate(pipeline._stages, plan, guidance_scale, here.shape)(0, here, prediction)
     back, there = host(back), host(there)
     return [float(error) * len(timesteps) for error in _rms(back - there) / _rms(there)]
+
+
+def _reconstruction(pipeline, inputs: InvertInputs, noisiest, backgrounds) -> np.ndarray:
+    """Pixels (B, 3, H, W) that the inversion's own prompts lead back to from its end, with no outside to keep."""
+    back = EditInputs(
+        inputs.prompts, inputs.schedule, inputs.guidance_scale, randomness.resolve(None), inputs.attention_kwargs
+    )
+    batch, _, *grid = noisiest.shape
+    latents, _ = pipeline._denoised(back, np.ones((batch, 1, *grid), np.float32), noisiest, backgrounds)
+    return pipeline._decoded(host(latents))
 
 
 def _check_inversion(inversion, iterations, image_latents, measure_reconstruction) -> None:

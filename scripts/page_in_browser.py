@@ -96,11 +96,12 @@ def choose_example(tab) -> None:
 
 
 def edit(tab) -> None:
-    """Press Edit and wait for the result."""
+    """Press Edit and wait for the result, until the page could begin the next."""
     tab.locator("#edit").click()
     tab.locator("#cancel").wait_for()
     tab.locator("#cancel").wait_for(state="hidden")
     tab.locator("#line", has_text="in the mask").wait_for()
+    tab.locator("#edit:enabled").wait_for()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -108,13 +109,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "page.png", help="(default: %(default)s)")
     output = parser.parse_args(argv).output
     with tempfile.TemporaryDirectory() as folder, served() as address, browser() as program:
+        tab = opened(program, address)  # the first edit compiles the model, and would say how long that took
+        choose_example(tab)
+        edit(tab)
         screens = []
         for size, colours in ((WIDE, "light"), (NARROW, "dark")):
             tab = opened(program, address, size, colours)
             choose_example(tab)
             edit(tab)
-            edit(tab)  # the first one compiled the model
             tab.mouse.move(0, 0)
+            tab.wait_for_timeout(1000)  # until colours and pictures have faded in
             path = Path(folder) / f"{colours}.png"
             tab.screenshot(path=path)
             screens.append(Image.open(path).convert("RGB"))

@@ -65,7 +65,7 @@ class FakeEditor:
         report = EditReport([0.5], warnings=self.warnings)
         settings = {**SETTINGS, **{name: value for name, value in options.items() if value is not None}}
         map_ = None if mask is not None else GRID.astype(np.float32) * 2
-        return Edited(image, grid, map_, None, report, settings, {"mask": 0.25, "edit": 1.5}, None, ())
+        return Edited(image, grid, None, report, map_, None, settings, {"mask": 0.25, "edit": 1.5}, ())
 
 
 @pytest.fixture
@@ -174,7 +174,8 @@ def test_controls_begin_at_the_command_s_defaults(of_demo):
 def test_controls_say_what_the_command_s_help_says():
     for name, control in controls.settings(True).items():
         if name != "auto_level":
-            assert control.info == helps_of_edit()[name] and len(control.info) > 10
+            said = helps_of_edit()[name]
+            assert control.info == said[0].upper() + said[1:] and len(said) > 10
             assert control.label == controls.LABELS[name]
 
 
@@ -635,6 +636,9 @@ def test_the_page_fits_a_telephone(program, address, colours):
     page_in_browser.choose_example(tab)
     page_in_browser.edit(tab)
     assert tab.evaluate("document.documentElement.scrollWidth") <= page_in_browser.NARROW[0]
+    assert tab.evaluate(
+        "(table => table.scrollWidth <= table.clientWidth)(document.querySelector('#examples div:has(> table)'))"
+    )
     lightness = tab.evaluate("getComputedStyle(document.body).backgroundColor")
     shades = [int(part) for part in re.findall(r"\d+", lightness)[:3]]
     assert (max(shades) < 100) == (colours == "dark")

@@ -90,7 +90,7 @@ class FakeEditor:
         self._run(options, cancelled)
         marked = np.ones((1, 2, 2)) if mask is None else np.asarray(mask.convert("L"))[None] / 255
         settings = {**options, "report": {"change_outside": float("nan")}}
-        return Edited(picture, marked, None, None, None, settings, {"edit": 0.2}, None, ())
+        return Edited(picture, marked, None, None, None, None, settings, {"edit": 0.2}, ())
 
     def find_mask(self, picture, options, *, cancelled=None, **_):
         self._run(options, cancelled)
@@ -240,12 +240,13 @@ def test_errors_as_openai_s_client_knows_them(address, client):
 
 
 @pytest.mark.tools
-def test_the_command(tmp_path):
+def test_the_command(tmp_path, blip_folder):
     """Nothing is compiled after the warm-up. SIGTERM while an edit runs: its answer comes, then the process ends."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     argv = [sys.executable, "-m", "mindiffedit", "serve", "--port", str(port), "--warm-up", "128x128"]
+    argv += ["--caption-model", str(blip_folder)]
     environment = {**os.environ, "MINDIFFEDIT_TOKEN": "a secret", "PYTHONPATH": os.pathsep.join(sys.path)}
     address, headers = f"http://127.0.0.1:{port}", {"Authorization": "Bearer a secret"}
     with subprocess.Popen(argv, env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
@@ -267,9 +268,14 @@ def test_the_command(tmp_path):
             before = made()
             for fields in ({}, {"preset": "fast"}, {"preset": "exact", "steps": "7"}, {"strength": "0.4", "n": "2"}):
                 assert post(HTTP, f"{address}/v1/images/edits", {"image": SAMPLE}, headers, **fields).status_code == 200
+            # The captioner says what the picture shows.
+            answer = HTTP.post(
+                f"{address}/v1/images/edits", files={"image": SAMPLE}, data={"prompt": "a pear"}, headers=headers
+            )
+            assert answer.status_code == 200 and answer.json()["data"][0]["settings"]["caption"]
             assert made() == before
             answers = queue.Queue()
-            send = functools.partial(post, HTTP, f"{address}/v1/images/edits", {"image": SAMPLE}, headers, steps="300")
+            send = functools.partial(post, HTTP, f"{address}/v1/images/edits", {"image": SAMPLE}, headers, steps="100")
             thread = threading.Thread(target=lambda: answers.put(send()))
             thread.start()
             until(lambda: "mindiffedit_running 1.0" in metrics())
@@ -554,12 +560,14 @@ def test_numbers_for_prometheus(fake):
     with called(fake) as client:
         post(client)
         post(client, n="x")
+        post(client, "/v1/masks")
         client.get("/nothing/of/mine")
         text = client.get("/metrics").text
     assert 'mindiffedit_requests_total{path="/v1/images/edits",status="200"} 1.0' in text
     assert 'mindiffedit_requests_total{path="/v1/images/edits",status="400"} 1.0' in text
     assert 'mindiffedit_requests_total{path="other",status="404"} 1.0' in text and "/nothing" not in text
     assert 'mindiffedit_stage_seconds_sum{stage="edit"} 0.2' in text
+    assert 'mindiffedit_stage_seconds_count{stage="mask"} 1.0' in text
     assert "mindiffedit_graphs_made 7.0" in text and "mindiffedit_requests_held 0.0" in text
     assert float(re.search(r"^process_resident_memory_bytes (\S+)", text, re.MULTILINE)[1]) > 1e7
 

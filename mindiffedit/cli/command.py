@@ -68,7 +68,7 @@ def _edit(args):
     edited, written = None, {}
     if args.output is not None:
         edited = _whole_edit(job, pipe, args.strip)
-        written[args.output] = edited.picture
+        written[args.output] = edited.image
         if args.grid is not None:
             written[args.grid] = edited.grid(job)
         if args.overlay is not None:
@@ -98,7 +98,7 @@ def _demo(args):
         ) from error
     check_outputs(files, job.inputs)
     edited = _whole_edit(job, load(job))
-    contents = (edited.grid(job), job.picture, masks.as_picture(edited.mask, job.picture.size), edited.picture)
+    contents = (edited.grid(job), job.picture, masks.as_picture(edited.mask, job.picture.size), edited.image)
     writing.save_images_atomically(dict(zip(files.values(), contents)))
     args.output = str(files["edit"])
     return _edit_result(job, edited)

@@ -21,18 +21,25 @@ from mindiffedit.outputs import DiffEditInversionPipelineOutput, EditReport
 
 @dataclass
 class Edited:
-    """The result at the picture's own size.
+    """A result at the picture's own size.
 
-    `mask` and `map` are on the latents' grid, (1, h, w); `flagged` is None without a safety checker, `map` without a
-    computed mask. `report`, `map` and `inverted` are None for the reference's calls.
+    Attributes:
+        image: with the mode, profile and transparency of the picture.
+        mask: (1, h, w) on the latents' grid, 1 where the picture may change; soft masks are in [0, 1].
+        flagged: whether the safety checker blackened it; None without a checker.
+        report: what the edit says about itself.
+        map: float32 (1, h, w) that the mask was made of; None with a mask that was given, too.
+        latents: the inversion.
+
+    The last three are None with the reference's calls.
     """
 
-    picture: PIL.Image.Image
+    image: PIL.Image.Image
     mask: np.ndarray
     flagged: bool | None
-    report: EditReport | None = None
-    map: np.ndarray | None = None
-    inverted: DiffEditInversionPipelineOutput | None = None
+    report: EditReport | None
+    map: np.ndarray | None
+    latents: DiffEditInversionPipelineOutput | None
 
     @property
     def share(self) -> float:
@@ -45,7 +52,7 @@ class Edited:
             [
                 (f"original: {job.source}", job.picture),
                 ("mask", masks.as_picture(self.mask, job.picture.size)),
-                (f"edited: {job.target}", self.picture),
+                (f"edited: {job.target}", self.image),
             ]
         )
 
@@ -244,7 +251,8 @@ def reference_edit(job: Job, pipe) -> Edited:
             generator=job.args.seed,
             output_type="pil",
         )
-    return Edited(job.original.rewritten(pictures.restore_size(done.images[0], job.picture.size)), mask, _flag(done))
+    image = job.original.rewritten(pictures.restore_size(done.images[0], job.picture.size))
+    return Edited(image, mask, _flag(done), report=None, map=None, latents=None)
 
 
 def _flag(output) -> bool | None:

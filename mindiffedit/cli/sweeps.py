@@ -113,7 +113,7 @@ def edit_sheet(job: Job, pipe, sweep: Sweep, mask: np.ndarray | None = None) -> 
         row = []
         for guidance in sweep.others:
             stage = f"edit, strength {strength:g}, guidance {guidance:g}"
-            row.append(cell(runs.edit(job, pipe, mask, inverted, strength, guidance, stage).picture))
+            row.append(cell(runs.edit(job, pipe, mask, inverted, strength, guidance, stage).image))
         rows.append(row)
     return _sheet(job, sweep, rows, "strength", "guidance")
 

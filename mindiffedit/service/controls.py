@@ -55,7 +55,8 @@ def settings(of_demo: bool) -> dict[str, gr.components.Component]:
     Args:
         of_demo: whether the model is the demo's, which has defaults of its own.
     """
-    default, helps = defaults_of("edit", reference=False, of_demo=of_demo), helps_of_edit()
+    default = defaults_of("edit", reference=False, of_demo=of_demo)
+    helps = {name: text[:1].upper() + text[1:] for name, text in helps_of_edit().items()}
 
     def slider(name: str, low: float, high: float, step: float, value=None) -> gr.Slider:
         value = default[name] if value is None else value

@@ -26,7 +26,6 @@ from mindiffedit.cli.job import Job, begin, fingerprint, fit, read_pictures
 from mindiffedit.cli.wording import MASK_FIELDS, on_one_line, option, option_of, told
 from mindiffedit.errors import MAX_TEXT_LENGTH, InputError, InputTypeError, cut, whole
 from mindiffedit.inputs import PRESETS
-from mindiffedit.outputs import DiffEditInversionPipelineOutput, EditReport
 
 Progress = Callable[[str, int, int], None]
 """Called as ``progress(stage, done, total)``: at a stage's beginning, ``done`` being 0, and after each of its steps.
@@ -62,30 +61,18 @@ class Cancelled(Exception):
 
 
 @dataclass
-class Edited:
-    """A result at the picture's own size.
+class Edited(runs.Edited):
+    """What the command has of an edit, and what it says about it.
 
     Attributes:
-        image: with the mode, profile and transparency of the picture.
-        mask: (1, h, w) on the latents' grid, 1 where the picture may change; soft masks are in [0, 1].
-        map: float32 (1, h, w) that the mask was made of; None with a given mask, and with `reference`.
-        flagged: whether the safety checker blackened it; None without a checker.
-        report: what the edit says about itself; None with `reference`.
         settings: everything that fixed the result, as `mindiffedit edit --json` says it, without paths: models and
             adapters are there by the last part of their names.
         seconds: by stage.
-        latents: the inversion, for `Editor.edit`'s `reuse`; None with `reference`.
-        inversion: what the inversion depends on.
+        inversion: what the inversion depends on, for `Editor.edit`'s `reuse`.
     """
 
-    image: PIL.Image.Image
-    mask: np.ndarray
-    map: np.ndarray | None
-    flagged: bool | None
-    report: EditReport | None
     settings: dict[str, Any]
     seconds: dict[str, float]
-    latents: DiffEditInversionPipelineOutput | None
     inversion: tuple
 
 
@@ -201,17 +188,7 @@ class Editor:
                 settings["report"]["warnings"] = [*map(_by_given_names, settings["report"]["warnings"])]
             for adapter in settings.get("loras", []) + settings.get("embeddings", []):
                 adapter["file"] = _last_part(adapter["file"])
-            return Edited(
-                done.picture,
-                done.mask,
-                done.map,
-                done.flagged,
-                done.report,
-                settings,
-                job.seconds,
-                done.inverted,
-                _inversion_of(job),
-            )
+            return Edited(**vars(done), settings=settings, seconds=job.seconds, inversion=_inversion_of(job))
 
     def find_mask(
         self,

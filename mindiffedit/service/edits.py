@@ -197,9 +197,8 @@ def line(sentence: str, kind: str = "done") -> str:
 
 def summary(edited: Edited) -> str:
     """What an edit says of itself, as HTML."""
-    share = float(edited.mask.mean(dtype=np.float64))
     stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in edited.seconds.items() if seconds >= 0.05)
-    lines = [line(f"{share:.0%} of the picture is in the mask. {stages[:1].upper()}{stages[1:]}.")]
+    lines = [line(f"{edited.share:.0%} of the picture is in the mask. {stages[:1].upper()}{stages[1:]}.")]
     warnings = [] if edited.report is None else list(edited.report.warnings)
     if edited.flagged:
         warnings.append(BLACKENED)

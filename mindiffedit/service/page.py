@@ -37,6 +37,9 @@ _STYLE = """
                   color: var(--error-text-color); }
 #line .pending { visibility: hidden; }
 #cancel { max-width: 160px; }
+#examples table { table-layout: fixed; width: 100%; }
+#examples th:first-child { width: 92px; }
+#examples :is(th, td) { white-space: normal; overflow-wrap: anywhere; padding: 6px; }
 #parts img { width: 100%; height: 100%; object-fit: contain; }
 """
 
@@ -126,6 +129,7 @@ class Page:
         gr.Examples(
             [[str(demo.sample_picture(name)), *texts] for name, (_, *texts) in demo.EXAMPLES.items()],
             [self.picture, *self.texts.values()],
+            elem_id="examples",
             api_visibility="private",
         )
 

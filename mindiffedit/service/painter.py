@@ -14,8 +14,8 @@ import PIL.Image
 from mindiffedit.errors import InputError
 from mindiffedit.images import reading, writing
 
-COLOUR = "#ff5a00"
-"""Of what is in the mask."""
+COLOUR = "#1a6dff"
+"""Of what is in the mask: one that few pictures are full of."""
 
 EMPTY = "<p>The picture will be here.</p>"
 

@@ -37,7 +37,7 @@ from mindiffedit.cli.wording import on_one_line
 from mindiffedit.errors import InputError, InputTypeError
 from mindiffedit.images import writing
 from mindiffedit.options import NumericalError
-from mindiffedit.service.editor import Cancelled, Edited, Editor
+from mindiffedit.service.editor import Cancelled, Editor
 from mindiffedit.service.fields import FORMATS, Asked, Limits, body_schema, field_of, in_fields, understood
 from mindiffedit.service.worker import Busy, Closing, Worker
 
@@ -157,7 +157,7 @@ def create_app(editor: Editor, settings: Settings | None = None, worker: Worker 
     @app.post("/v1/masks", openapi_extra=body_schema("mask"), responses=_ERRORS)
     async def found_masks(request: Request) -> dict[str, Any]:
         """Where `source_prompt` and `prompt` differ in the picture, white on black, at its size."""
-        return await _answered(request, "mask", lambda asked, cancelled: _find_mask(editor, asked, cancelled))
+        return await _answered(request, "mask", lambda asked, cancelled: _find_mask(editor, asked, metrics, cancelled))
 
     async def _answered(request: Request, command: str, work: Callable[[Asked, threading.Event], dict]):
         try:
@@ -271,7 +271,8 @@ def _edit(editor: Editor, asked: Asked, metrics: _Metrics, cancelled: threading.
         if number:
             options["seed"] = int(options.get("seed", 0)) + number
         edited = editor.edit(asked.picture, options, mask=asked.mask, cancelled=cancelled)
-        metrics.count(edited)
+        for stage, seconds in edited.seconds.items():
+            metrics.seconds.labels(stage).observe(seconds)
         # JSON has no NaN.
         settings = json.loads(json.dumps(edited.settings), parse_constant=lambda name: None)
         data.append({**_encoded(edited.image, asked), "settings": settings})
@@ -279,8 +280,9 @@ def _edit(editor: Editor, asked: Asked, metrics: _Metrics, cancelled: threading.
     return {"created": int(time.time()), "data": data, "output_format": asked.format, "size": size}
 
 
-def _find_mask(editor: Editor, asked: Asked, cancelled: threading.Event) -> dict[str, Any]:
-    mask, _ = editor.find_mask(asked.picture, asked.options, cancelled=cancelled)
+def _find_mask(editor: Editor, asked: Asked, metrics: _Metrics, cancelled: threading.Event) -> dict[str, Any]:
+    with metrics.seconds.labels("mask").time():
+        mask, _ = editor.find_mask(asked.picture, asked.options, cancelled=cancelled)
     picture = masks.as_picture(mask, asked.picture.size)
     share = float(mask.mean(dtype=np.float64))
     return {"created": int(time.time()), "data": [{**_encoded(picture, asked), "mask_share": share}]}
@@ -331,10 +333,6 @@ class _Metrics:
             ("mindiffedit_graphs_made", "Graphs compiled, or read from the cache.", lambda: editor.graphs_made),
         ):
             Gauge(name, text, registry=registry).set_function(value)
-
-    def count(self, edited: Edited) -> None:
-        for stage, seconds in edited.seconds.items():
-            self.seconds.labels(stage).observe(seconds)
 
 
 class _Guard:
