@@ -22,10 +22,10 @@ from mindspore import ops
 from mindiffedit.checkpoints import freeu, lora, step_cache
 from mindiffedit.diffedit import blended, guided
 from mindiffedit.images import tiling
-from mindiffedit.runtime import reuse, turns
+from mindiffedit.runtime import launches, reuse, turns
 from mindiffedit.runtime.graphs import Graphs
 from mindiffedit.runtime.kernels import eagerly
-from mindiffedit.solvers.formulas import epsilon_prediction, solver_step
+from mindiffedit.solvers.formulas import epsilon_prediction, numbers, solver_step
 from mindiffedit.solvers.schedules import StepPlan
 
 
@@ -242,10 +242,12 @@ class Predictor:
         self._hidden: dict[int, ms.Tensor] = {}  # of the last full evaluation, by the samples at which groups begin
         self._count = len(prompt_embeds)
         begins = {min(start, self._count - self._rows) for start in range(0, self._count, self._rows)}
+        groups = {begin: prompt_embeds[begin : begin + self._rows] for begin in begins}
+        self._places = {begin: reuse.digest(group) for begin, group in groups.items()}
         self._embeds = {
-            begin: self._stages._sample(prompt_embeds[begin : begin + self._rows], self._stages.unet)
-            for begin in begins
+            self._places[begin]: self._stages._sample(group, self._stages.unet) for begin, group in groups.items()
         }
+        self._texts: dict = {}  # keys and values of these, and for which turn and weights they are right
 
     def __len__(self) -> int:
         """Number of evaluations for all samples."""
@@ -275,17 +277,29 @@ class Predictor:
         lora.adapted(self._stages.unet).write(self._lora_scale)
         sample = self._stages._sample(latents, self._stages.unet)
         known = self._timesteps.get(_number(timestep))
-        arguments = sample, _timestep(timestep) if known is None else known, self._embeds[begin]
+        arguments = sample, _timestep(timestep) if known is None else known, *self._text(begin)
         calls = self._stages.calls
         if begin in self._hidden:
             calls["shallow_rows"] += self._rows
-            return _float32(self._stage("unet_shallow")(*arguments, self._hidden[begin]))
+            return _float32(self._stage("unet_shallow")(self._hidden[begin], *arguments))
         calls["unet"] += 1
         calls["rows"] += self._rows
         if self._interval is None:
             return _float32(self._stage("unet")(*arguments))
         outputs, self._hidden[begin] = self._stage("unet_full")(*arguments)
         return _float32(outputs)
+
+    def _text(self, begin: int) -> tuple[ms.Tensor, ...]:
+        """What the UNet gets of a group's texts: their embeddings, or what its layers make of them, once in a turn."""
+        embeds, unet = self._embeds[self._places[begin]], self._stages.unet
+        if not launches.text_layers(unet):
+            return (embeds,)
+        now = turns.once((Predictor, "turn"), object), lora.adapted(unet).written
+        known, text = self._texts.get(self._places[begin], (None, ()))
+        if known != now:
+            text = self._stage("unet_text")(embeds)
+            self._texts[self._places[begin]] = now, text
+        return text
 
     def __call__(self, latents: ms.Tensor, timestep) -> ms.Tensor:
         """All outputs, (N, C, h, w) float32."""
@@ -372,7 +386,7 @@ class EagerUpdate:
     def __call__(self, index: int, latents, noise_prediction, pred_x0=None, background=None):
         if len(noise_prediction) > len(latents):
             with eagerly():
-                noise_prediction = guided(noise_prediction, self._guidance_scale)
+                noise_prediction = guided(*_halves(noise_prediction), self._guidance_scale)
         if self._regularise is not None:
             noise_prediction = tensor(self._regularise(host(noise_prediction), latents, index))
         updated, pred_x0 = self._step(index, latents, noise_prediction)
@@ -414,6 +428,11 @@ def _key(attention_kwargs: dict):
     return tuple(sorted((k, type(v).__name__, v) for k, v in attention_kwargs.items()))
 
 
+def _halves(noise_prediction):
+    """Predictions (2 B, C, h, w), negatives first, as those for negatives and those for prompts."""
+    return ops.split(noise_prediction, noise_prediction.shape[0] // 2)
+
+
 # --- pure functions ----------------------------------------------------------------------------------------------
 
 
@@ -444,14 +463,28 @@ def _decoder(vae):
 def _predictor(unet, attention_kwargs):
     kwargs = attention_kwargs or None
 
-    def predict(latents, timestep, prompt_embeds):
-        return unet(latents, timestep, prompt_embeds, cross_attention_kwargs=kwargs)[0]
+    def predict(latents, timestep, *text):
+        return unet(latents, timestep, launches.text_of(text), cross_attention_kwargs=kwargs)[0]
 
     return predict
 
 
+def _text_of_unet(unet, attention_kwargs):
+    layers = launches.text_layers(unet)
+
+    def text(prompt_embeds):
+        """Keys and values of all layers, one after the other."""
+        tensors = ()
+        for layer in layers:
+            tensors += launches.keys_and_values(layer, prompt_embeds)
+        return tensors
+
+    return text
+
+
 _PREDICTORS = {
     "unet": _predictor,
+    "unet_text": _text_of_unet,
     "unet_full": lambda *choices: step_cache.evaluations(*choices)[0],
     "unet_shallow": lambda *choices: step_cache.evaluations(*choices)[1],
 }
@@ -477,7 +510,7 @@ def _update(solver, prediction_type, clip, is_guided):
         Returns:
             The new latents and this step's pred_x0, both (B, C, h, w).
         """
-        output = guided(noise_prediction, guidance_scale) if is_guided else noise_prediction
+        output = guided(*_halves(noise_prediction), guidance_scale) if is_guided else noise_prediction
         updated, pred_x0 = solve(latents, output, pred_x0, coefficients, noise)
         return blended(updated, mask, background), pred_x0
 
@@ -490,8 +523,8 @@ def _noise(prediction_type, is_guided):
     def noise(latents, output, guidance_scale, levels):
         """Noise (B, C, h, w) at latents (B, C, h, w) of a level, as ``_refinement`` takes it."""
         rows = ops.cat([latents, latents]) if is_guided else latents
-        noise = epsilon(rows, output, levels[0], levels[1])
-        return guided(noise, guidance_scale) if is_guided else noise
+        noise = epsilon(rows, output, *numbers(levels))
+        return guided(*_halves(noise), guidance_scale) if is_guided else noise
 
     return noise
 

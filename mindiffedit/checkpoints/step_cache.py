@@ -15,6 +15,7 @@ from mindspore import mint
 
 from mindiffedit.checkpoints import freeu
 from mindiffedit.errors import InputError
+from mindiffedit.runtime import launches
 
 _EXTRAS = ("class_embedding", "addition_embed_type", "encoder_hid_proj", "time_embed_act")
 """Attributes of a UNet that are None where nothing but timestep and text comes into its embeddings."""
@@ -63,11 +64,11 @@ def check_supported(unet: Any) -> None:
 def evaluations(unet: Any, attention_kwargs: Mapping[str, Any]) -> tuple[Callable, Callable]:
     """Two pure functions of tensors, over the layers of one UNet and with its numbers.
 
-    - ``full(latents, timestep, prompt_embeds) -> (output, hidden)``
-    - ``shallow(latents, timestep, prompt_embeds, hidden) -> output``
+    - ``full(latents, timestep, *text) -> (output, hidden)``
+    - ``shallow(hidden, latents, timestep, *text) -> output``
 
-    ``latents`` and ``output`` are (N, C, h, w), ``timestep`` is 0-d, ``prompt_embeds`` (N, L, D), and ``hidden``
-    (N, C', h, w) in the UNet's dtype. ``full``'s output has the bits of the UNet's own, and so has ``shallow``'s with
+    ``latents`` and ``output`` are (N, C, h, w), ``timestep`` is 0-d, ``text`` the embeddings (N, L, D) or what
+    ``launches.text_layers`` make of them, and ``hidden`` (N, C', h, w) in the UNet's dtype. ``full``'s output has the bits of the UNet's own, and so has ``shallow``'s with
     the ``hidden`` of the same latents, timestep and embeddings.
 
     Args:
@@ -148,13 +149,14 @@ def evaluations(unet: Any, attention_kwargs: Mapping[str, Any]) -> tuple[Callabl
             hidden = unet.conv_act(unet.conv_norm_out(hidden))
         return unet.conv_out(hidden)
 
-    def full(latents, timestep, prompt_embeds):
+    def full(latents, timestep, *text):
+        prompt_embeds = launches.text_of(text)
         first, embeds = entry(latents, timestep)
         hidden = deep(first, embeds, prompt_embeds)
         return end(hidden, first, embeds, prompt_embeds), hidden
 
-    def shallow(latents, timestep, prompt_embeds, hidden):
+    def shallow(hidden, latents, timestep, *text):
         first, embeds = entry(latents, timestep)
-        return end(hidden, first, embeds, prompt_embeds)
+        return end(hidden, first, embeds, launches.text_of(text))
 
     return full, shallow
