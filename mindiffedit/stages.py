@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from typing import Any
 
 import mindspore as ms
 import numpy as np
@@ -25,7 +26,7 @@ from mindiffedit.images import tiling
 from mindiffedit.runtime import launches, reuse, turns
 from mindiffedit.runtime.graphs import Graphs
 from mindiffedit.runtime.kernels import eagerly
-from mindiffedit.solvers.formulas import epsilon_prediction, numbers, solver_step
+from mindiffedit.solvers.formulas import epsilon_prediction, halves, numbers, solver_step
 from mindiffedit.solvers.schedules import StepPlan
 
 
@@ -168,8 +169,8 @@ class Stages:
 
         def stage(name):
             # FreeU changes the UNet from inside, where its graph would not notice.
-            choices = (name, _key(constants), freeu.factors_of(self.unet))
-            return self._stage(choices, lambda: _PREDICTORS[name](self.unet, constants))
+            choices = () if name in _BEFORE else (_key(constants), freeu.factors_of(self.unet))
+            return self._stage((name, *choices), lambda: _PREDICTORS[name](self.unet, constants))
 
         lora_scale = attention_kwargs.get("scale", 1.0)
         return Predictor(self, stage, prompt_embeds, rows, lora_scale, timesteps, cache_interval)
@@ -234,6 +235,8 @@ class Predictor:
         self._stages, self._stage, self._lora_scale, self._interval = stages, stage, lora_scale, cache_interval
         self._rows = min(rows, len(prompt_embeds))
         self._timesteps = {_number(timestep): _timestep(timestep) for timestep in timesteps}
+        self._times: dict = {}  # what the UNet's layers make of them
+        self._now: Any = None  # the turn, and the LoRAs' state, for which this and the same of the texts are right
         self.replace(prompt_embeds)
 
     def replace(self, prompt_embeds: np.ndarray) -> None:
@@ -247,7 +250,7 @@ class Predictor:
         self._embeds = {
             self._places[begin]: self._stages._sample(group, self._stages.unet) for begin, group in groups.items()
         }
-        self._texts: dict = {}  # keys and values of these, and for which turn and weights they are right
+        self._texts: dict = {}  # what the UNet's layers make of these
 
     def __len__(self) -> int:
         """Number of evaluations for all samples."""
@@ -276,8 +279,7 @@ class Predictor:
         """The outputs of one group of rows, which begins at a sample. LoRAs are in the weights that it runs with."""
         lora.adapted(self._stages.unet).write(self._lora_scale)
         sample = self._stages._sample(latents, self._stages.unet)
-        known = self._timesteps.get(_number(timestep))
-        arguments = sample, _timestep(timestep) if known is None else known, *self._text(begin)
+        arguments = sample, *self._conditions(begin, _number(timestep))
         calls = self._stages.calls
         if begin in self._hidden:
             calls["shallow_rows"] += self._rows
@@ -289,17 +291,25 @@ class Predictor:
         outputs, self._hidden[begin] = self._stage("unet_full")(*arguments)
         return _float32(outputs)
 
-    def _text(self, begin: int) -> tuple[ms.Tensor, ...]:
-        """What the UNet gets of a group's texts: their embeddings, or what its layers make of them, once in a turn."""
+    def _conditions(self, begin: int, timestep) -> tuple[ms.Tensor, ...]:
+        """What a graph of the UNet takes beside the latents of a group, see ``launches.conditions_of``."""
         embeds, unet = self._embeds[self._places[begin]], self._stages.unet
-        if not launches.text_layers(unet):
-            return (embeds,)
+        apart = launches.apart(unet)
+        if apart is None:
+            known = self._timesteps.get(timestep)
+            return (_timestep(timestep) if known is None else known), embeds
         now = turns.once((Predictor, "turn"), object), lora.adapted(unet).written
-        known, text = self._texts.get(self._places[begin], (None, ()))
-        if known != now:
-            text = self._stage("unet_text")(embeds)
-            self._texts[self._places[begin]] = now, text
-        return text
+        if self._now != now:  # others may have changed the weights
+            self._now, self._times, self._texts = now, {}, {}
+        if timestep not in self._times:
+            chosen = dict.fromkeys([timestep, *(self._timesteps.keys() - self._times.keys())])
+            chosen = list(chosen)[: launches.TIMESTEPS]
+            filled = chosen + chosen[-1:] * (launches.TIMESTEPS - len(chosen))
+            rows, count = self._stage("unet_time")(tensor(filled)), len(apart.resnets)
+            self._times |= {known: rows[i * count : (i + 1) * count] for i, known in enumerate(chosen)}
+        if self._places[begin] not in self._texts:
+            self._texts[self._places[begin]] = self._stage("unet_text")(embeds)
+        return *self._times[timestep], *self._texts[self._places[begin]]
 
     def __call__(self, latents: ms.Tensor, timestep) -> ms.Tensor:
         """All outputs, (N, C, h, w) float32."""
@@ -386,7 +396,7 @@ class EagerUpdate:
     def __call__(self, index: int, latents, noise_prediction, pred_x0=None, background=None):
         if len(noise_prediction) > len(latents):
             with eagerly():
-                noise_prediction = guided(*_halves(noise_prediction), self._guidance_scale)
+                noise_prediction = guided(*halves(noise_prediction), self._guidance_scale)
         if self._regularise is not None:
             noise_prediction = tensor(self._regularise(host(noise_prediction), latents, index))
         updated, pred_x0 = self._step(index, latents, noise_prediction)
@@ -428,11 +438,6 @@ def _key(attention_kwargs: dict):
     return tuple(sorted((k, type(v).__name__, v) for k, v in attention_kwargs.items()))
 
 
-def _halves(noise_prediction):
-    """Predictions (2 B, C, h, w), negatives first, as those for negatives and those for prompts."""
-    return ops.split(noise_prediction, noise_prediction.shape[0] // 2)
-
-
 # --- pure functions ----------------------------------------------------------------------------------------------
 
 
@@ -463,32 +468,26 @@ def _decoder(vae):
 def _predictor(unet, attention_kwargs):
     kwargs = attention_kwargs or None
 
-    def predict(latents, timestep, *text):
-        return unet(latents, timestep, launches.text_of(text), cross_attention_kwargs=kwargs)[0]
+    conditions = launches.conditions_of(unet)
+
+    def predict(latents, *others):
+        timestep, text = conditions(others)
+        return unet(latents, timestep, text, cross_attention_kwargs=kwargs)[0]
 
     return predict
 
 
-def _text_of_unet(unet, attention_kwargs):
-    layers = launches.text_layers(unet)
-
-    def text(prompt_embeds):
-        """Keys and values of all layers, one after the other."""
-        tensors = ()
-        for layer in layers:
-            tensors += launches.keys_and_values(layer, prompt_embeds)
-        return tensors
-
-    return text
-
-
 _PREDICTORS = {
     "unet": _predictor,
-    "unet_text": _text_of_unet,
+    "unet_text": lambda unet, _: launches.text_stage(unet),
+    "unet_time": lambda unet, _: launches.time_stage(unet),
     "unet_full": lambda *choices: step_cache.evaluations(*choices)[0],
     "unet_shallow": lambda *choices: step_cache.evaluations(*choices)[1],
 }
 """What makes the function of each stage that runs the UNet."""
+
+_BEFORE = ("unet_text", "unet_time")
+"""Those that run before a loop, see ``launches.apart``."""
 
 
 def _update(solver, prediction_type, clip, is_guided):
@@ -510,7 +509,7 @@ def _update(solver, prediction_type, clip, is_guided):
         Returns:
             The new latents and this step's pred_x0, both (B, C, h, w).
         """
-        output = guided(*_halves(noise_prediction), guidance_scale) if is_guided else noise_prediction
+        output = guided(*halves(noise_prediction), guidance_scale) if is_guided else noise_prediction
         updated, pred_x0 = solve(latents, output, pred_x0, coefficients, noise)
         return blended(updated, mask, background), pred_x0
 
@@ -524,7 +523,7 @@ def _noise(prediction_type, is_guided):
         """Noise (B, C, h, w) at latents (B, C, h, w) of a level, as ``_refinement`` takes it."""
         rows = ops.cat([latents, latents]) if is_guided else latents
         noise = epsilon(rows, output, *numbers(levels))
-        return guided(*_halves(noise), guidance_scale) if is_guided else noise
+        return guided(*halves(noise), guidance_scale) if is_guided else noise
 
     return noise
 

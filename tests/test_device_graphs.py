@@ -46,7 +46,7 @@ def stages_of(report) -> set[str]:
 def test_an_edits_graphs_and_planted_defects(target, small_models, tmp_path):
     report = report_of(target, "float16", small_models, tmp_path, scope="quick")
     assert audit_devices.verdicts(report) == []
-    assert stages_of(report) == {"text", "encode", "unet", "update", "decode"}
+    assert stages_of(report) == STAGES
     _, planted = audit_devices.parted(report)
     found = {name.removeprefix("planted: "): " ".join(faults_of(part)) for name, part in planted.items()}
     assert found.keys() == PLANTED[target].keys()
@@ -62,8 +62,10 @@ def test_every_graph_of_a_user(target, dtype, small_models, tmp_path):
     report = report_of(target, dtype, small_models, tmp_path)
     assert audit_devices.verdicts(report) == []
     others = {"unet_full", "unet_shallow", "noise", "move", "refinement", "safety", "T5Decoder", "BlipDecoder"}
-    assert stages_of(report) == {"text", "encode", "unet", "update", "decode"} | others
+    assert stages_of(report) == STAGES | others
 
+
+STAGES = {"text", "encode", "unet_time", "unet_text", "unet", "update", "decode"}
 
 PLANTED = {
     "Ascend": {

@@ -170,6 +170,7 @@ def synchronize() -> None:
 
 # --- memory ----------------------------------------------------------------------------------------
 
+
 def device_memory() -> int | None:
     """Bytes of the device's own memory; None on a CPU, and where MindSpore does not say."""
     import mindspore

@@ -250,6 +250,8 @@ _LAUNCHES = {
     f"{_MODELS}.transformers.transformer_2d.Transformer2DModel:_get_output_for_continuous_inputs": (
         "Transformer2DModel._get_output_for_continuous_inputs"
     ),
+    f"{_MODELS}.unets.unet_2d_condition.UNet2DConditionModel:get_time_embed": "UNet2DConditionModel.get_time_embed",
+    f"{_MODELS}.embeddings.TimestepEmbedding": "TimestepEmbedding.construct",
 }
 
 LAUNCHES: dict[str, dict[str, str]] = {

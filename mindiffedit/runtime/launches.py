@@ -8,12 +8,14 @@ compiles.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import mindspore
 from mindspore import mint, ops
 
-from mindiffedit.runtime import devices, portable
+from mindiffedit.runtime import devices, portable, turns
 
 _HALVES = (mindspore.float16, mindspore.bfloat16)
 
@@ -38,7 +40,7 @@ _scores_at_once = ops.constexpr(scores_at_once)
 class AttnProcessor2_0:
     """For mindone's processor of that name.
 
-    The keys and values of a text may come ready, as a tuple of all layers' (see ``text_layers``).
+    The keys and values of a text may come ready, as a tuple of all layers' (see ``apart``).
     """
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
@@ -105,34 +107,151 @@ def _image_of_tokens(tokens, residual):
     return tokens.swapaxes(1, 2).reshape(residual.shape) + residual
 
 
-def text_layers(unet: Any) -> list[Any]:
-    """The layers of a UNet that attend to the text, if their keys and values may be computed apart; [] otherwise.
+# --- what a loop need not compute in every step --------------------------------------------------------------------
 
-    They do not change from step to step. Each gets the number of its own as ``text_index``. Not on a CPU, where it
-    saves less time than compiling one more graph takes, and not for layers that do anything else with the text.
+TIMESTEPS = 50
+"""Timesteps that one graph takes at once, so that it serves loops of any length."""
+
+
+@dataclass(frozen=True)
+class Apart:
+    """Layers of a UNet whose part in the text or in the timestep is computed before the loop.
+
+    Attributes:
+        attentions: the layers that attend to the text. Each has the number of its own as ``text_index``.
+        resnets: those that add the timestep's embedding, in groups of as many channels. Each has its number, through
+            all groups, as ``time_index``.
     """
+
+    attentions: tuple
+    resnets: tuple[tuple, ...]
+
+
+def apart(unet: Any) -> Apart | None:
+    """What of a UNet is computed before the loop; None where all is a part of each step.
+
+    So it is on a CPU, where it saves less time than compiling two more graphs takes, and for a UNet that does anything
+    else with text or timestep than Stable Diffusion's.
+    """
+    if devices.device_target() == "CPU":
+        return None
+    return turns.once((apart, id(unet)), lambda: _found_apart(unet))
+
+
+def _found_apart(unet: Any) -> Apart | None:
     from mindone.diffusers.models.attention_processor import Attention, AttnProcessor2_0
+    from mindone.diffusers.models.resnet import ResnetBlock2D
     from mindone.diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-    if devices.device_target() == "CPU" or getattr(type(unet), "construct", None) is not UNet2DConditionModel.construct:
-        return []
     cells = [cell for _, cell in unet.cells_and_names()]
-    layers = [cell for cell in cells if isinstance(cell, Attention) and cell.is_cross_attention]
-    others = ("norm_cross", "norm_q", "norm_k", "add_k_proj")
-    plain = all(
-        type(layer.processor) is AttnProcessor2_0 and all(getattr(layer, name) is None for name in others)
-        for layer in layers
+    attentions = [cell for cell in cells if isinstance(cell, Attention) and cell.is_cross_attention]
+    resnets = [cell for cell in cells if isinstance(cell, ResnetBlock2D)]
+    plain = (
+        getattr(type(unet), "construct", None) is UNet2DConditionModel.construct
+        and all(getattr(unet, name) is None for name in _EXTRAS)
+        and all(type(layer.processor) is AttnProcessor2_0 for layer in attentions)
+        and all(getattr(layer, name) is None for layer in attentions for name in _NORMS)
+        and all(layer.time_emb_proj is not None and layer.time_embedding_norm == "default" for layer in resnets)
     )
-    if not plain or unet.encoder_hid_proj is not None or unet.addition_embed_type not in (None, "text_time"):
-        return []
-    for index, layer in enumerate(layers):
+    if not (plain and attentions and resnets):
+        return None
+    groups: dict[int, list] = {}
+    for layer in resnets:
+        groups.setdefault(layer.out_channels, []).append(layer)
+    for index, layer in enumerate(attentions):
         layer.text_index = index
-    return layers
+    for index, layer in enumerate(layer for group in groups.values() for layer in group):
+        layer.time_index = index
+    return Apart(tuple(attentions), tuple(map(tuple, groups.values())))
 
 
-def text_of(tensors):
-    """The text as a UNet takes it: the only tensor, its embeddings, or the tuple of its layers' keys and values."""
-    return tensors[0] if len(tensors) == 1 else tensors
+_EXTRAS = ("class_embedding", "addition_embed_type", "encoder_hid_proj", "time_embed_act")
+_NORMS = ("norm_cross", "norm_q", "norm_k", "add_k_proj")
+
+
+def text_stage(unet: Any) -> Callable:
+    """A function of embeddings (N, L, D): keys and values of all layers of ``apart``, one after the other."""
+    attentions = apart(unet).attentions
+
+    def text(prompt_embeds):
+        tensors = ()
+        for layer in attentions:
+            tensors += keys_and_values(layer, prompt_embeds)
+        return tensors
+
+    return text
+
+
+def time_stage(unet: Any) -> Callable:
+    """A function of timesteps (``TIMESTEPS``,): for each, what the groups of ``apart`` add, (1, layers, channels).
+
+    The bias of the convolution before is in it.
+    """
+    groups = apart(unet).resnets
+
+    def times(timesteps):
+        embeds = unet.get_time_embed(timesteps.reshape(-1, 1).astype(unet.dtype), timesteps)
+        embeds = unet.time_embedding(embeds)
+        tables = []
+        for group in groups:
+            parts = []
+            for layer in group:
+                part = layer.time_emb_proj(embeds if layer.skip_time_act else layer.nonlinearity(embeds))
+                parts.append((part + layer.conv1.bias).reshape(TIMESTEPS, 1, -1))
+            tables.append(mint.split(ops.cat(parts, 1), 1))
+        rows = ()
+        for index in range(TIMESTEPS):
+            for table in tables:
+                rows += (table[index],)
+        return rows
+
+    return times
+
+
+def conditions_of(unet: Any) -> Callable:
+    """A function of what a graph of the UNet takes beside the latents, by which it becomes the UNet's arguments.
+
+    That is the timestep and the embeddings, or a timestep's results of ``time_stage`` and those of ``text_stage``.
+    """
+    layers = apart(unet)
+    groups = 0 if layers is None else len(layers.resnets)
+
+    def conditions(tensors):
+        if groups == 0:
+            return tensors
+        times = ()
+        for group in tensors[:groups]:
+            rows = (group,) if group.shape[1] == 1 else mint.split(group, 1, 1)
+            for row in rows:
+                times += (row.reshape(1, -1, 1, 1),)
+        return times, tensors[groups:]
+
+    return conditions
+
+
+class UNet2DConditionModel:
+    """For mindone's UNet: a timestep may come as a tuple of what its layers add."""
+
+    def get_time_embed(self: Any, sample, timestep):
+        if isinstance(timestep, tuple):
+            return timestep
+        timesteps = timestep.reshape(-1)
+        if timesteps.shape[0] == 1:
+            timesteps = timesteps.tile((sample.shape[0],))
+        return self.time_proj(timesteps).astype(sample.dtype)
+
+
+class TimestepEmbedding:
+    """For mindone's, likewise."""
+
+    def construct(self: Any, sample, condition=None):
+        if isinstance(sample, tuple):
+            return sample
+        if condition is not None:
+            sample = sample + self.cond_proj(condition)
+        sample = self.linear_1(sample)
+        sample = self.linear_2(sample if self.act is None else self.act(sample))
+        return sample if self.post_act is None else self.post_act(sample)
 
 
 # --- other layers --------------------------------------------------------------------------------------------------
@@ -147,8 +266,13 @@ class ResnetBlock2D:
             input_tensor, hidden_states = self.upsample(input_tensor), self.upsample(hidden_states)
         elif self.downsample is not None:
             input_tensor, hidden_states = self.downsample(input_tensor), self.downsample(hidden_states)
-        hidden_states = self.conv1(hidden_states)
-        if self.time_emb_proj is not None:
+        if isinstance(temb, tuple):  # of all layers, with the convolution's bias
+            temb = temb[self.time_index]
+            conv = self.conv1
+            hidden_states = mint.nn.functional.conv2d(hidden_states, conv.weight, None, conv.stride, conv.padding)
+        else:
+            hidden_states = self.conv1(hidden_states)
+        if self.time_emb_proj is not None and temb.ndim == 2:
             temb = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
             temb = temb.reshape(*temb.shape, 1, 1)
         if self.time_embedding_norm == "scale_shift":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from mindspore import ops
+from mindspore import mint, ops
 
 
 def x0_prediction(prediction_type: str) -> Callable:
@@ -43,7 +43,12 @@ def epsilon_prediction(prediction_type: str) -> Callable:
 
 def numbers(vector):
     """The numbers of a vector (N,), each 0-d, by one operator for all."""
-    return tuple(number.reshape(()) for number in ops.split(vector, 1))
+    return tuple(number.reshape(()) for number in mint.split(vector, 1))
+
+
+def halves(noise_prediction):
+    """Predictions (2 B, C, h, w), negatives first, as those for negatives and those for prompts."""
+    return mint.split(noise_prediction, noise_prediction.shape[0] // 2)
 
 
 def solver_step(solver: str, prediction_type: str, clip: float | None) -> Callable:
