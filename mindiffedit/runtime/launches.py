@@ -127,13 +127,18 @@ class Apart:
     resnets: tuple[tuple, ...]
 
 
-def apart(unet: Any) -> Apart | None:
-    """What of a UNet is computed before the loop; None where all is a part of each step.
+def computes_apart() -> bool:
+    """Whether anything is: not on a CPU, where it saves less time than compiling two more graphs takes."""
+    return devices.device_target() != "CPU"
 
-    So it is on a CPU, where it saves less time than compiling two more graphs takes, and for a UNet that does anything
-    else with text or timestep than Stable Diffusion's.
+
+def apart(unet: Any) -> Apart | None:
+    """What of a UNet is computed before the loop.
+
+    None where all is a part of each step, as of a UNet that does anything else with text or timestep than Stable
+    Diffusion's.
     """
-    if devices.device_target() == "CPU":
+    if not computes_apart():
         return None
     return turns.once((apart, id(unet)), lambda: _found_apart(unet))
 
