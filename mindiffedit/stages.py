@@ -294,8 +294,7 @@ class Predictor:
     def _conditions(self, begin: int, timestep) -> tuple[ms.Tensor, ...]:
         """What a graph of the UNet takes beside the latents of a group, see ``launches.conditions_of``."""
         embeds, unet = self._embeds[self._places[begin]], self._stages.unet
-        apart = launches.apart(unet)
-        if apart is None:
+        if launches.apart(unet) is None:
             known = self._timesteps.get(timestep)
             return (_timestep(timestep) if known is None else known), embeds
         now = turns.once((Predictor, "turn"), object), lora.adapted(unet).written
@@ -305,7 +304,8 @@ class Predictor:
             chosen = dict.fromkeys([timestep, *(self._timesteps.keys() - self._times.keys())])
             chosen = list(chosen)[: launches.TIMESTEPS]
             filled = chosen + chosen[-1:] * (launches.TIMESTEPS - len(chosen))
-            rows, count = self._stage("unet_time")(tensor(filled)), len(apart.resnets)
+            rows = self._stage("unet_time")(tensor(filled))
+            count = len(rows) // launches.TIMESTEPS
             self._times |= {known: rows[i * count : (i + 1) * count] for i, known in enumerate(chosen)}
         if self._places[begin] not in self._texts:
             self._texts[self._places[begin]] = self._stage("unet_text")(embeds)

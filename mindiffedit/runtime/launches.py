@@ -308,7 +308,7 @@ class Transformer2DModel:
 
 
 def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
-    """For `mint.nn.functional.layer_norm`: CUDA's kernel sums and normalises halves in float32."""
+    """For `mint.nn.functional.layer_norm`: MindSpore's kernel for GPUs sums and normalises halves in float32."""
     if weight is None or bias is None:
         return portable.layer_norm(input, normalized_shape, weight, bias, eps)
     axis = input.ndim - len(normalized_shape)
