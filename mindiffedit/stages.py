@@ -522,7 +522,7 @@ def _noise(prediction_type, is_guided):
     def noise(latents, output, guidance_scale, levels):
         """Noise (B, C, h, w) at latents (B, C, h, w) of a level, as ``_refinement`` takes it."""
         rows = ops.cat([latents, latents]) if is_guided else latents
-        noise = epsilon(rows, output, *numbers(levels))
+        noise = output if prediction_type == "epsilon" else epsilon(rows, output, *numbers(levels))
         return guided(*halves(noise), guidance_scale) if is_guided else noise
 
     return noise

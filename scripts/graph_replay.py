@@ -218,7 +218,7 @@ PRIMITIVES: dict[str, Callable] = {
     "Gather": _gathered,
     "Range": lambda start, end, step, *_: torch.arange(start, end, step),
     "Reshape": lambda x, shape: x.reshape(shape),
-    "SplitTensorView": lambda x, size, axis: x.split(size, axis),
+    "SplitTensor": lambda x, size, axis, *_: x.split(size, axis),
     "StridedSlice": _strided_slice,
     "Tile": lambda x, counts: x.tile(counts),
     "Transpose": lambda x, axes: x.permute(axes),

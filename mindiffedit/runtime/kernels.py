@@ -264,6 +264,7 @@ LAUNCHES: dict[str, dict[str, str]] = {
     },
     "Ascend": _LAUNCHES
     | {
+        "mint.split": "split",
         "mindspore.nn.Dense": "Dense.construct",
         "mindspore.nn.LayerNorm": "WholeLayerNorm.construct",
         "mindspore.nn.Embedding": "Embedding.construct",

@@ -333,6 +333,13 @@ class GEGLU:
 # --- Ascend: MindSpore's own layers, of which CLIP is made, by kernels of aclnn ------------------------------------
 
 
+def split(tensor, split_size_or_sections, dim=0):
+    """For `mint.split`, which gives views: here each part has its own memory, as what comes after takes it."""
+    if isinstance(split_size_or_sections, int):
+        return ops.auto_generate.SplitTensor()(tensor, split_size_or_sections, dim)
+    return ops.split(tensor, split_size_or_sections, dim)
+
+
 class Dense:
     """For `nn.Dense`."""
 
