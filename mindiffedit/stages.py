@@ -301,12 +301,12 @@ class Predictor:
         if self._now != now:  # others may have changed the weights
             self._now, self._times, self._texts = now, {}, {}
         if timestep not in self._times:
-            chosen = dict.fromkeys([timestep, *(self._timesteps.keys() - self._times.keys())])
-            chosen = list(chosen)[: launches.TIMESTEPS]
+            ahead = [other for other in self._timesteps if other not in self._times and other != timestep]
+            chosen = [timestep, *ahead][: launches.TIMESTEPS]
             filled = chosen + chosen[-1:] * (launches.TIMESTEPS - len(chosen))
-            rows = self._stage("unet_time")(tensor(filled))
+            rows: Any = self._stage("unet_time")(tensor(filled))
             count = len(rows) // launches.TIMESTEPS
-            self._times |= {known: rows[i * count : (i + 1) * count] for i, known in enumerate(chosen)}
+            self._times |= {one: rows[i * count : (i + 1) * count] for i, one in enumerate(chosen)}
         if self._places[begin] not in self._texts:
             self._texts[self._places[begin]] = self._stage("unet_text")(embeds)
         return *self._times[timestep], *self._texts[self._places[begin]]

@@ -176,7 +176,8 @@ _NORMS = ("norm_cross", "norm_q", "norm_k", "add_k_proj")
 
 def text_stage(unet: Any) -> Callable:
     """A function of embeddings (N, L, D): keys and values of all layers of ``apart``, one after the other."""
-    attentions = apart(unet).attentions
+    layers = apart(unet)
+    attentions = () if layers is None else layers.attentions
 
     def text(prompt_embeds):
         tensors = ()
@@ -192,7 +193,8 @@ def time_stage(unet: Any) -> Callable:
 
     The bias of the convolution before is in it.
     """
-    groups = apart(unet).resnets
+    layers = apart(unet)
+    groups = () if layers is None else layers.resnets
 
     def times(timesteps):
         embeds = unet.get_time_embed(timesteps.reshape(-1, 1).astype(unet.dtype), timesteps)

@@ -7,6 +7,7 @@ what it leaves to 1; the rows of coefficients are those of ``schedules.ddim_row`
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from mindspore import mint, ops
 
@@ -41,12 +42,12 @@ def epsilon_prediction(prediction_type: str) -> Callable:
     return {"epsilon": from_epsilon, "v_prediction": from_v, "sample": from_sample}[prediction_type]
 
 
-def numbers(vector):
+def numbers(vector) -> Any:
     """The numbers of a vector (N,), each 0-d, by one operator for all."""
     return tuple(number.reshape(()) for number in mint.split(vector, 1))
 
 
-def halves(noise_prediction):
+def halves(noise_prediction) -> Any:
     """Predictions (2 B, C, h, w), negatives first, as those for negatives and those for prompts."""
     return mint.split(noise_prediction, noise_prediction.shape[0] // 2)
 
