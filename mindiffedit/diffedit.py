@@ -117,10 +117,8 @@ def invert_by_points(
         before, noise = point, later
 
 
-def guided(noise_prediction, guidance_scale):
-    """Classifier-free guidance (arXiv 2207.12598): from predictions (2 B, C, h, w), negatives first, (B, C, h, w)."""
-    batch = noise_prediction.shape[0] // 2
-    unconditional, conditional = noise_prediction[:batch], noise_prediction[batch:]
+def guided(unconditional, conditional, guidance_scale):
+    """Classifier-free guidance (arXiv 2207.12598): of predictions for negatives and prompts, all (B, C, h, w)."""
     return unconditional + guidance_scale * (conditional - unconditional)
 
 

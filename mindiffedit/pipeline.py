@@ -42,6 +42,7 @@ from mindiffedit.inputs import (
 from mindiffedit.noise import randomness, regularisers
 from mindiffedit.outputs import DiffEditInversionPipelineOutput, DiffEditOutput, StableDiffusionPipelineOutput
 from mindiffedit.runtime import turns
+from mindiffedit.runtime.graphs import JIT_LEVELS
 from mindiffedit.runtime.kernels import eagerly
 from mindiffedit.runtime.notices import say_once
 from mindiffedit.solvers import schedules
@@ -124,6 +125,7 @@ class StableDiffusionDiffEditPipeline(Adapters):
             more can be faster on a large device. Each value compiles the UNet once.
         max_graphs (int): compiled graphs kept in memory, eight or so for each size of pictures and one for texts; 17 at
             first, 64 without a compile cache. More keep more sizes at hand.
+        jit_level (str): "O0" at first; "O1" has MindSpore fuse operators, on Ascend, for what is compiled from then on.
         vae_scale_factor (int): pixels per latent, 8 for Stable Diffusion.
 
     Raises:
@@ -1143,7 +1145,14 @@ class StableDiffusionDiffEditPipeline(Adapters):
         parts = (self.unet, self.vae, self.text_encoder, self.mode)
         if self._stages_built is None or not self._stages_built.serves(*parts):
             self._stages_built = Stages(*parts, cache=self.compile_cache)
-        self._stages_built.graphs.limit = self.max_graphs
+        if self.jit_level not in JIT_LEVELS:
+            raise InputError(
+                "{parameter} has to be one of {levels}, but is {value!r}.",
+                parameter="jit_level",
+                levels=JIT_LEVELS,
+                value=self.jit_level,
+            )
+        self._stages_built.graphs.limit, self._stages_built.graphs.jit_level = self.max_graphs, self.jit_level
         return self._stages_built
 
     def _solver(self, inverse: bool = False) -> Solver:

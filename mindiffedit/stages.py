@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from typing import Any
 
 import mindspore as ms
 import numpy as np
@@ -22,10 +23,10 @@ from mindspore import ops
 from mindiffedit.checkpoints import freeu, lora, step_cache
 from mindiffedit.diffedit import blended, guided
 from mindiffedit.images import tiling
-from mindiffedit.runtime import devices, reuse, turns
+from mindiffedit.runtime import devices, launches, reuse, turns
 from mindiffedit.runtime.graphs import Graphs
 from mindiffedit.runtime.kernels import eagerly
-from mindiffedit.solvers.formulas import epsilon_prediction, solver_step
+from mindiffedit.solvers.formulas import epsilon_prediction, halves, numbers, solver_step
 from mindiffedit.solvers.schedules import StepPlan
 
 
@@ -168,8 +169,8 @@ class Stages:
 
         def stage(name):
             # FreeU changes the UNet from inside, where its graph would not notice.
-            choices = (name, _key(constants), freeu.factors_of(self.unet))
-            return self._stage(choices, lambda: _PREDICTORS[name](self.unet, constants))
+            choices = () if name in _BEFORE else (_key(constants), freeu.factors_of(self.unet))
+            return self._stage((name, *choices), lambda: _PREDICTORS[name](self.unet, constants))
 
         lora_scale = attention_kwargs.get("scale", 1.0)
         return Predictor(self, stage, prompt_embeds, rows, lora_scale, timesteps, cache_interval)
@@ -234,6 +235,8 @@ class Predictor:
         self._stages, self._stage, self._lora_scale, self._interval = stages, stage, lora_scale, cache_interval
         self._rows = min(rows, len(prompt_embeds))
         self._timesteps = {_number(timestep): _timestep(timestep) for timestep in timesteps}
+        self._times: dict = {}  # what the UNet's layers make of them
+        self._now: Any = None  # the turn, and the LoRAs' state, for which this and the same of the texts are right
         self.replace(prompt_embeds)
 
     def replace(self, prompt_embeds: np.ndarray) -> None:
@@ -242,10 +245,12 @@ class Predictor:
         self._hidden: dict[int, ms.Tensor] = {}  # of the last full evaluation, by the samples at which groups begin
         self._count = len(prompt_embeds)
         begins = {min(start, self._count - self._rows) for start in range(0, self._count, self._rows)}
+        groups = {begin: prompt_embeds[begin : begin + self._rows] for begin in begins}
+        self._places = {begin: reuse.digest(group) for begin, group in groups.items()}
         self._embeds = {
-            begin: self._stages._sample(prompt_embeds[begin : begin + self._rows], self._stages.unet)
-            for begin in begins
+            self._places[begin]: self._stages._sample(group, self._stages.unet) for begin, group in groups.items()
         }
+        self._texts: dict = {}  # what the UNet's layers make of these
 
     def __len__(self) -> int:
         """Number of evaluations for all samples."""
@@ -274,18 +279,37 @@ class Predictor:
         """The outputs of one group of rows, which begins at a sample. LoRAs are in the weights that it runs with."""
         lora.adapted(self._stages.unet).write(self._lora_scale)
         sample = self._stages._sample(latents, self._stages.unet)
-        known = self._timesteps.get(_number(timestep))
-        arguments = sample, _timestep(timestep) if known is None else known, self._embeds[begin]
+        arguments = sample, *self._conditions(begin, _number(timestep))
         calls = self._stages.calls
         if begin in self._hidden:
             calls["shallow_rows"] += self._rows
-            return _float32(self._stage("unet_shallow")(*arguments, self._hidden[begin]))
+            return _float32(self._stage("unet_shallow")(self._hidden[begin], *arguments))
         calls["unet"] += 1
         calls["rows"] += self._rows
         if self._interval is None:
             return _float32(self._stage("unet")(*arguments))
         outputs, self._hidden[begin] = self._stage("unet_full")(*arguments)
         return _float32(outputs)
+
+    def _conditions(self, begin: int, timestep) -> tuple[ms.Tensor, ...]:
+        """What a graph of the UNet takes beside the latents of a group, see ``launches.conditions_of``."""
+        embeds, unet = self._embeds[self._places[begin]], self._stages.unet
+        if launches.apart(unet) is None:
+            known = self._timesteps.get(timestep)
+            return (_timestep(timestep) if known is None else known), embeds
+        now = turns.once((Predictor, "turn"), object), lora.adapted(unet).written
+        if self._now != now:  # others may have changed the weights
+            self._now, self._times, self._texts = now, {}, {}
+        if timestep not in self._times:
+            ahead = [other for other in self._timesteps if other not in self._times and other != timestep]
+            chosen = [timestep, *ahead][: launches.TIMESTEPS]
+            filled = chosen + chosen[-1:] * (launches.TIMESTEPS - len(chosen))
+            rows: Any = self._stage("unet_time")(tensor(filled))
+            count = len(rows) // launches.TIMESTEPS
+            self._times |= {one: rows[i * count : (i + 1) * count] for i, one in enumerate(chosen)}
+        if self._places[begin] not in self._texts:
+            self._texts[self._places[begin]] = self._stage("unet_text")(embeds)
+        return *self._times[timestep], *self._texts[self._places[begin]]
 
     def __call__(self, latents: ms.Tensor, timestep) -> ms.Tensor:
         """All outputs, (N, C, h, w) float32."""
@@ -372,7 +396,7 @@ class EagerUpdate:
     def __call__(self, index: int, latents, noise_prediction, pred_x0=None, background=None):
         if len(noise_prediction) > len(latents):
             with eagerly():
-                noise_prediction = guided(noise_prediction, self._guidance_scale)
+                noise_prediction = guided(*halves(noise_prediction), self._guidance_scale)
         if self._regularise is not None:
             noise_prediction = tensor(self._regularise(host(noise_prediction), latents, index))
         updated, pred_x0 = self._step(index, latents, noise_prediction)
@@ -455,18 +479,26 @@ def _decoder(vae):
 def _predictor(unet, attention_kwargs):
     kwargs = attention_kwargs or None
 
-    def predict(latents, timestep, prompt_embeds):
-        return unet(latents, timestep, prompt_embeds, cross_attention_kwargs=kwargs)[0]
+    conditions = launches.conditions_of(unet)
+
+    def predict(latents, *others):
+        timestep, text = conditions(others)
+        return unet(latents, timestep, text, cross_attention_kwargs=kwargs)[0]
 
     return predict
 
 
 _PREDICTORS = {
     "unet": _predictor,
+    "unet_text": lambda unet, _: launches.text_stage(unet),
+    "unet_time": lambda unet, _: launches.time_stage(unet),
     "unet_full": lambda *choices: step_cache.evaluations(*choices)[0],
     "unet_shallow": lambda *choices: step_cache.evaluations(*choices)[1],
 }
 """What makes the function of each stage that runs the UNet."""
+
+_BEFORE = ("unet_text", "unet_time")
+"""Those that run before a loop, see ``launches.apart``."""
 
 
 def _update(solver, prediction_type, clip, is_guided):
@@ -488,7 +520,7 @@ def _update(solver, prediction_type, clip, is_guided):
         Returns:
             The new latents and this step's pred_x0, both (B, C, h, w).
         """
-        output = guided(noise_prediction, guidance_scale) if is_guided else noise_prediction
+        output = guided(*halves(noise_prediction), guidance_scale) if is_guided else noise_prediction
         updated, pred_x0 = solve(latents, output, pred_x0, coefficients, noise)
         return blended(updated, mask, background), pred_x0
 
@@ -501,8 +533,8 @@ def _noise(prediction_type, is_guided):
     def noise(latents, output, guidance_scale, levels):
         """Noise (B, C, h, w) at latents (B, C, h, w) of a level, as ``_refinement`` takes it."""
         rows = ops.cat([latents, latents]) if is_guided else latents
-        noise = epsilon(rows, output, levels[0], levels[1])
-        return guided(noise, guidance_scale) if is_guided else noise
+        noise = output if prediction_type == "epsilon" else epsilon(rows, output, *numbers(levels))
+        return guided(*halves(noise), guidance_scale) if is_guided else noise
 
     return noise
 

@@ -236,9 +236,10 @@ def graphs_tables(summaries: list[dict]) -> list[str]:
     for model, size in dict.fromkeys((one["model"], one["size"]) for one in summaries):
         columns = [one for one in summaries if (one["model"], one["size"]) == (model, size)]
         cells = [["graph", *(f"{one['target']} {one['dtype']}" for one in columns)]]
-        for name in dict.fromkeys(name for one in columns for name in one["graphs"]):
-            graphs = (one["graphs"].get(name) for one in columns)
-            cells.append([label(name), *("-" if graph is None else graph_text(graph) for graph in graphs)])
+        # Devices differ in the shapes of what is computed before a loop, so graphs are told apart by their labels.
+        named = [{label(name): graph_text(graph) for name, graph in one["graphs"].items()} for one in columns]
+        for name in dict.fromkeys(name for graphs in named for name in graphs):
+            cells.append([name, *(graphs.get(name, "-") for graphs in named)])
         versions = sorted({f"MindSpore {one['versions']['mindspore']}, {one['date']}" for one in columns})
         tables += [f"**{model}, {size} x {size}** ({'; '.join(versions)}):", markdown_table(cells)]
     return tables
@@ -250,9 +251,8 @@ def label(name: str) -> str:
     first = next((number for number, word in enumerate(words) if re.fullmatch(r"\d+(x\d+)+", word)), len(words))
     flags = {} if "text" in words[:2] else {"True": "guided", "False": "unguided"}
     choices = (flags.get(word, word) for word in words[:first])
-    return (
-        f"{' '.join(word for word in choices if word not in ('True', 'False'))}, {' '.join(words[first : first + 1])}"
-    )
+    said = " ".join(word for word in choices if word not in ("True", "False"))
+    return ", ".join([said, *words[first : first + 1]])
 
 
 def graph_text(graph: dict) -> str:

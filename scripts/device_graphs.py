@@ -127,12 +127,12 @@ Scenario = tuple[str, int, Callable[[], Any]]
 def scenarios(wanted: dict) -> Iterator[Scenario]:
     image = picture(wanted["size"])
     pipe = load(wanted["checkpoint"], wanted)
-    # Text, encoder, UNet and update with guidance, decoder.
-    yield "an edit in three calls", 5, lambda: (find_mask(pipe, image), there_and_back(pipe, image))
+    # Text, encoder, what the UNet makes of timesteps and texts, UNet and update with guidance, decoder.
+    yield "an edit in three calls", 7, lambda: (find_mask(pipe, image), there_and_back(pipe, image))
     yield "the same again", 0, lambda: (find_mask(pipe, image), there_and_back(pipe, image))
     if wanted["scope"] != "quick":
-        # Its inversion is without guidance: half of the rows for the UNet, another update.
-        yield "an edit in one call", 2, lambda: edit(pipe, image, preset="exact")
+        # Its inversion is without guidance: half of the rows for the UNet and its texts, another update.
+        yield "an edit in one call", 3, lambda: edit(pipe, image, preset="exact")
         yield "inversion by points", 2, lambda: edit(pipe, image, preset="balanced")
         yield "refined inversion", 1, lambda: edit(pipe, image, preset="exact", inversion_iterations=1)
         yield "step cache", 2, lambda: edit(pipe, image, preset="exact", unet_cache_interval=2)
@@ -153,7 +153,7 @@ def scenarios(wanted: dict) -> Iterator[Scenario]:
     if "second" in wanted:
         second = load(wanted["second"], wanted)
         RecordedGraphs.prefix = "2.x: "
-        yield "layout of 2.x", 5, lambda: (find_mask(second, image), there_and_back(second, image))
+        yield "layout of 2.x", 7, lambda: (find_mask(second, image), there_and_back(second, image))
         RecordedGraphs.prefix = ""
     if "prompt" in wanted:
         writer = PromptGenerator.from_pretrained(wanted["prompt"], mindspore_dtype=wanted["dtype"], compile_cache=False)

@@ -100,8 +100,7 @@ def test_a_loop_goes_on_from_what_its_caller_puts_in_place():
 
 
 def test_guidance_and_blend():
-    both = np.concatenate([latents_of(1), latents_of(3)])
-    assert (diffedit.guided(both, 2.5) == 1 + 2.5 * 2).all()
+    assert (diffedit.guided(latents_of(1), latents_of(3), 2.5) == 1 + 2.5 * 2).all()
     mask = np.array([[[[1, 0, 0.5], [0, 0, 0]]]], np.float32)
     assert diffedit.blended(latents_of(8), mask, latents_of(4))[0, 1].tolist() == [[8, 4, 6], [4, 4, 4]]
 

@@ -23,6 +23,7 @@ SOURCES = {
 }
 PLATFORMS = {"Ascend", "GPU", "CPU"}
 
+REPLACED = "replaced, by `runtime.kernels`, where its kernel is missing"
 NO_KERNEL = "asks or configures, runs no operator"
 DATA = "holds data, runs no operator"
 PROBED = "called to find out whether its kernel is there"
@@ -40,13 +41,32 @@ ALLOWED = {
         DATA: ["mindspore.Tensor.from_numpy"],
     },
     "checkpoints/freeu.py": {"makes constants while a graph is compiled": ["mindspore.ops.constexpr"]},
-    "runtime/devices.py": {NO_KERNEL: ["mindspore.common.api._pynative_executor.sync", "mindspore.log._get_logger"]},
+    "runtime/devices.py": {
+        NO_KERNEL: [
+            "mindspore.common.api._pynative_executor.sync",
+            "mindspore.hal.get_device_properties",
+            "mindspore.log._get_logger",
+        ]
+    },
     "runtime/graphs.py": {
         NO_KERNEL: [
             "mindspore.common.api.JitExecutor_.get_instance",
             "mindspore.common.api.ms_compile_cache.difference_update",
         ]
     },
+    "runtime/launches.py": {
+        REPLACED: [
+            "mindspore.mint.chunk",
+            "mindspore.mint.split",
+            *(f"mindspore.mint.nn.functional.{name}" for name in "conv2d embedding layer_norm".split()),
+        ],
+        "makes constants while a graph is compiled": ["mindspore.ops.constexpr"],
+        "asked for on Ascend alone": [
+            "mindspore.ops.auto_generate.SplitTensor",
+            "mindspore.ops.operations.nn_ops.FlashAttentionScore",
+        ],
+    },
+    "solvers/formulas.py": {REPLACED: ["mindspore.mint.split"]},
     "runtime/kernels.py": {
         PROBED: [
             *(
@@ -408,6 +428,7 @@ LOADING = {
     "runtime.exact_mint",
     "runtime.graphs",
     "runtime.kernels",
+    "runtime.launches",
     "runtime.native.layers",
     "runtime.native.operators",
     "runtime.portable",

@@ -77,6 +77,7 @@ class PipelineComponents:
         self.compile_cache = compile_caches.open_cache(compile_cache) if mode == "graph" else None
         self.unet_batch_size = 2  # samples in one UNet evaluation: a guided step of one picture
         self.max_graphs = graphs.max_graphs(self.compile_cache)
+        self.jit_level = graphs.JIT_LEVELS[0]
         self._progress_bar_config: dict[str, Any] = {}
         self._stages_built: Any = None
         self._own_inverse: tuple[Any, ...] | None = None

@@ -15,6 +15,7 @@ from mindspore import mint
 
 from mindiffedit.checkpoints import freeu
 from mindiffedit.errors import InputError
+from mindiffedit.runtime import launches
 
 _EXTRAS = ("class_embedding", "addition_embed_type", "encoder_hid_proj", "time_embed_act")
 """Attributes of a UNet that are None where nothing but timestep and text comes into its embeddings."""
@@ -63,12 +64,12 @@ def check_supported(unet: Any) -> None:
 def evaluations(unet: Any, attention_kwargs: Mapping[str, Any]) -> tuple[Callable, Callable]:
     """Two pure functions of tensors, over the layers of one UNet and with its numbers.
 
-    - ``full(latents, timestep, prompt_embeds) -> (output, hidden)``
-    - ``shallow(latents, timestep, prompt_embeds, hidden) -> output``
+    - ``full(latents, *others) -> (output, hidden)``
+    - ``shallow(hidden, latents, *others) -> output``
 
-    ``latents`` and ``output`` are (N, C, h, w), ``timestep`` is 0-d, ``prompt_embeds`` (N, L, D), and ``hidden``
-    (N, C', h, w) in the UNet's dtype. ``full``'s output has the bits of the UNet's own, and so has ``shallow``'s with
-    the ``hidden`` of the same latents, timestep and embeddings.
+    ``latents`` and ``output`` are (N, C, h, w), ``hidden`` is (N, C', h, w) in the UNet's dtype, and ``others`` are a
+    timestep, 0-d, and embeddings (N, L, D), or what ``launches.conditions_of`` makes these of. ``full``'s output has
+    the bits of the UNet's own, and so has ``shallow``'s with the ``hidden`` of the same latents and others.
 
     Args:
         unet: a mindone ``UNet2DConditionModel``.
@@ -78,7 +79,7 @@ def evaluations(unet: Any, attention_kwargs: Mapping[str, Any]) -> tuple[Callabl
         ValueError: see ``check_supported``.
     """
     check_supported(unet)
-    constants = dict(attention_kwargs) or None
+    constants, conditions = dict(attention_kwargs) or None, launches.conditions_of(unet)
     last_block = len(unet.up_blocks) - 1
     last_layer = len(unet.up_blocks[-1].resnets) - 1
     whole = 2**unet.num_upsamplers
@@ -148,12 +149,14 @@ def evaluations(unet: Any, attention_kwargs: Mapping[str, Any]) -> tuple[Callabl
             hidden = unet.conv_act(unet.conv_norm_out(hidden))
         return unet.conv_out(hidden)
 
-    def full(latents, timestep, prompt_embeds):
+    def full(latents, *others):
+        timestep, prompt_embeds = conditions(others)
         first, embeds = entry(latents, timestep)
         hidden = deep(first, embeds, prompt_embeds)
         return end(hidden, first, embeds, prompt_embeds), hidden
 
-    def shallow(latents, timestep, prompt_embeds, hidden):
+    def shallow(hidden, latents, *others):
+        timestep, prompt_embeds = conditions(others)
         first, embeds = entry(latents, timestep)
         return end(hidden, first, embeds, prompt_embeds)
 

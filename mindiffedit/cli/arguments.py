@@ -462,6 +462,8 @@ def _add_device(command) -> None:
     _add(command, "--device", "DEVICE", f"{', '.join(DEVICE_TARGETS)} (default: what MindSpore chooses)", type=_device)
     what = "compiled, or operator by operator to debug (default: graph)"
     _add(command, "--mode", None, what, choices=("graph", "pynative"), default="graph")
+    what = "how far MindSpore fuses operators: O0 not at all, O1 where it can, on Ascend (default: O0)"
+    _add(command, "--jit-level", None, what, choices=("O0", "O1"), default="O0")
     what = (
         "do not keep compiled graphs, nor use those kept (default: they are, in the folder that the environment "
         "variable MINDIFFEDIT_CACHE names or in ~/.cache/mindiffedit)"

@@ -193,7 +193,7 @@ def _replay(args: Namespace, figures: dict) -> Iterator[Finding]:
     from mindiffedit.cli import parity
     from mindiffedit.cli.arguments import build_parser
 
-    words = ["parity", "check", str(demo.golden_file()), "--quiet", "--mode", args.mode]
+    words = ["parity", "check", str(demo.golden_file()), "--quiet", "--mode", args.mode, "--jit-level", args.jit_level]
     words += ["--no-cache"] if args.no_cache else []
     with hushed():
         _, result, code = parity.check(build_parser().parse_args(words))
@@ -214,6 +214,7 @@ def _step(args: Namespace, figures: dict) -> Iterator[Finding]:
         pipe: Any = StableDiffusionDiffEditPipeline.from_pretrained(
             str(demo.checkpoint_folder()), mode=args.mode, compile_cache=False if args.no_cache else None
         )
+        pipe.jit_level = args.jit_level
         pipe.set_progress_bar_config(disable=True)
         ends: list[float] = []
 

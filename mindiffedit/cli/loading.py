@@ -168,6 +168,12 @@ def _running(job: Job) -> dict[str, Any]:
 
 
 def _load_pipeline(job: Job):
+    pipe = _read_pipeline(job)
+    pipe.jit_level = job.args.jit_level
+    return pipe
+
+
+def _read_pipeline(job: Job):
     from mindiffedit.pipeline import StableDiffusionDiffEditPipeline
 
     args = job.args

@@ -347,6 +347,7 @@ def check(args: Namespace):
 
         precision = devices.exact_float32() if settings["dtype"] == "float32" else None
         pipe = replay.load(folder, case, args.mode, settings["dtype"], compile_cache=False if args.no_cache else None)
+        pipe.jit_level = args.jit_level
         _say(args, f"replaying on {device}, mode {args.mode}.")
         ended = None
         try:

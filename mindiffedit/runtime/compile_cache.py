@@ -135,6 +135,7 @@ class CompileCache:
         key: Sequence[Any] = (),
         models: Sequence[Any] = (),
         extra: Sequence[Any] = (),
+        jit_level: str = "O0",
     ) -> tuple[Callable, Any]:
         """``mindspore.jit(function)`` for these arguments' shapes, looked for here before it is compiled, and called.
 
@@ -145,6 +146,7 @@ class CompileCache:
             models: the cells whose weights the function reads. A weight that is missing here would have no value.
             extra: further plain values that decide what is compiled, such as the path, size and time of a library
                 of native kernels.
+            jit_level: of ``mindspore.jit``; among ``extra``, too, where it may differ.
 
         Returns:
             The graph, and what it gave for ``arguments``. What has to be in place while a graph is compiled
@@ -156,7 +158,7 @@ class CompileCache:
             logger.debug("compiled without the cache: %s: %s", key, reason)
             self.uncached += 1
             # A jit object of its own: one that failed leaves nothing behind for the next.
-            graph = mindspore.jit(function)
+            graph = mindspore.jit(function, jit_level=jit_level)
             return graph, graph(*arguments)
 
         with turns.turn():
@@ -171,7 +173,7 @@ class CompileCache:
             if desk is None:
                 return without("MindSpore's own cache cannot be taken over in this process")
             content = self._read(name)
-            graph = mindspore.jit(function)
+            graph = mindspore.jit(function, jit_level=jit_level)
             try:
                 result, held = desk.call(graph, arguments, weights, content)
             except Exception as error:

@@ -21,6 +21,7 @@ __all__ = [
     "DEVICE_TARGETS",
     "CompileCounter",
     "compile_count",
+    "device_memory",
     "device_target",
     "eager",
     "exact_float32",
@@ -165,6 +166,20 @@ def synchronize() -> None:
     from mindspore.common.api import _pynative_executor
 
     _pynative_executor.sync()
+
+
+# --- memory ----------------------------------------------------------------------------------------
+
+
+def device_memory() -> int | None:
+    """Bytes of the device's own memory; None on a CPU, and where MindSpore does not say."""
+    import mindspore
+
+    if device_target() == "CPU":
+        return None
+    with contextlib.suppress(Exception):  # a driver that cannot be asked, or Ascend's dry run
+        return mindspore.hal.get_device_properties(mindspore.get_context("device_id")).total_memory or None
+    return None
 
 
 # --- dtypes ----------------------------------------------------------------------------------------

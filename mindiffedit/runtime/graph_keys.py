@@ -80,7 +80,7 @@ def _surroundings() -> list[Any]:
     import mindspore
 
     from mindiffedit import __version__
-    from mindiffedit.runtime import kernels
+    from mindiffedit.runtime import kernels, launches
 
     settings = [
         mindspore.get_context(name)
@@ -95,7 +95,7 @@ def _surroundings() -> list[Any]:
         [__version__, _own_source()],
         [mindspore.__version__, version_of("mindone"), sys.version, platform.machine(), sys.byteorder],
         [settings, str(mindspore.context.get_jit_config()), variables],
-        kernels.missing_kernels(),
+        [kernels.missing_kernels(), launches.scores_at_once()],
     ]
 
 

@@ -24,6 +24,10 @@ MAX_GRAPHS_WITHOUT_CACHE = 64
 """The same where what has gone has to be compiled again."""
 
 
+JIT_LEVELS = ("O0", "O1")
+"""How far MindSpore fuses operators: not at all, or into kernels that it makes itself (Ascend)."""
+
+
 def max_graphs(cache) -> int:
     """How many graphs a pipeline keeps by default, with this ``CompileCache`` or None."""
     return MAX_GRAPHS_WITHOUT_CACHE if cache is None else MAX_GRAPHS
@@ -41,11 +45,13 @@ class Graphs:
         limit: graphs kept; the one that was used longest ago goes first.
 
     Attributes:
+        jit_level: of ``mindspore.jit``, for what is compiled from now on.
         made: graphs that were compiled, or read from the cache, so far.
     """
 
     def __init__(self, cache=None, limit: int = MAX_GRAPHS_WITHOUT_CACHE):
         self.cache, self.limit, self.made = cache, limit, 0
+        self.jit_level = JIT_LEVELS[0]
         self._graphs: collections.OrderedDict[tuple, _Graph] = collections.OrderedDict()
         self._places: dict[int, list[Any]] = {}  # of each model, as its graphs know it
 
@@ -72,14 +78,14 @@ class Graphs:
                 if model is not None:
                     turns.once((id(self), id(model)), lambda: self._renew(model))
                 shapes = tuple((tuple(argument.shape), argument.dtype) for argument in arguments)
-                place = (function, shapes)
+                place = (function, shapes, self.jit_level)
                 graph = self._graphs.get(place)
                 if graph is not None:
                     self._graphs.move_to_end(place)
                     return graph.run(*arguments)
                 while len(self._graphs) >= self.limit:
                     self._graphs.popitem(last=False)[1].release()
-                graph = _Graph(function, model)
+                graph = _Graph(function, model, self.jit_level)
                 with portable_kernels():
                     result = graph.first_run(self.cache, key, *arguments)
                 self._graphs[place] = graph
@@ -121,12 +127,12 @@ class _Graph:
     """A function compiled for one combination of shapes.
 
     Attributes:
-        function, model: what was compiled, over which model.
+        function, model, jit_level: what was compiled, over which model, and how.
         run: the graph, once ``first_run`` has compiled it.
     """
 
-    def __init__(self, function: Callable, model):
-        self.function, self.model = function, model
+    def __init__(self, function: Callable, model, jit_level: str):
+        self.function, self.model, self.jit_level = function, model, jit_level
         self._phases: set[str] = set()
         weakref.finalize(self, _ownerless.update, self._phases).atexit = False
 
@@ -134,11 +140,14 @@ class _Graph:
         devices.watch_compilations()
         before = set(ms_compile_cache)
         if cache is None:
-            self.run = ms.jit(self.function)  # an object of its own: nothing is shared with the graphs of other shapes
+            self.run = ms.jit(
+                self.function, jit_level=self.jit_level
+            )  # an object of its own: nothing is shared with the graphs of other shapes
             result = self.run(*arguments)
         else:
             models = () if self.model is None else (self.model,)
-            self.run, result = cache.first_call(self.function, arguments, key, models, native.identity())
+            extra = (*native.identity(), self.jit_level)
+            self.run, result = cache.first_call(self.function, arguments, key, models, extra, self.jit_level)
         name = f"{self.function.__module__}.{self.function.__name__}."
         self._phases.update(phase for phase in ms_compile_cache - before if phase.startswith(name))
         return result

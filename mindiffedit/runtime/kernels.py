@@ -32,6 +32,7 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import mindspore
@@ -243,6 +244,34 @@ NATIVE: dict[str, str] = {
 }
 """What the C++ operators replace, and by which member of `native.layers`."""
 
+_LAUNCHES = {
+    f"{_MODELS}.attention_processor.AttnProcessor2_0:__call__": "AttnProcessor2_0.__call__",
+    f"{_MODELS}.resnet.ResnetBlock2D": "ResnetBlock2D.construct",
+    f"{_MODELS}.transformers.transformer_2d.Transformer2DModel:_get_output_for_continuous_inputs": (
+        "Transformer2DModel._get_output_for_continuous_inputs"
+    ),
+    f"{_MODELS}.unets.unet_2d_condition.UNet2DConditionModel:get_time_embed": "UNet2DConditionModel.get_time_embed",
+    f"{_MODELS}.embeddings.TimestepEmbedding": "TimestepEmbedding.construct",
+}
+
+LAUNCHES: dict[str, dict[str, str]] = {
+    "CPU": {},
+    "GPU": _LAUNCHES
+    | {
+        "mint.nn.functional.layer_norm": "layer_norm",
+        "mint.nn.LayerNorm": "LayerNorm.construct",
+        f"{_MODELS}.activations.GEGLU": "GEGLU.construct",
+    },
+    "Ascend": _LAUNCHES
+    | {
+        "mint.split": "split",
+        "mindspore.nn.Dense": "Dense.construct",
+        "mindspore.nn.LayerNorm": "WholeLayerNorm.construct",
+        "mindspore.nn.Embedding": "Embedding.construct",
+    },
+}
+"""What is replaced for fewer launches, by device, and by which member of `launches`."""
+
 
 # --- what is missing -------------------------------------------------------------------------------
 
@@ -404,9 +433,11 @@ def _replacements() -> dict[str, Callable[..., Any]]:
     if native.available():
         from mindiffedit.runtime.native import layers
 
-        for name, path in NATIVE.items():
-            home, _, member = path.rpartition(".")
-            found[name] = getattr(getattr(layers, home) if home else layers, member)
+        found |= {name: attrgetter(path)(layers) for name, path in NATIVE.items()}
+    if names := LAUNCHES[devices.device_target()]:
+        from mindiffedit.runtime import launches
+
+        found |= {name: attrgetter(path)(launches) for name, path in names.items()}
     return found
 
 

@@ -281,6 +281,66 @@ class NewGELUActivation:
         return (0.5 * x * (1.0 + mint.tanh(inner))).astype(input.dtype)
 
 
+def attended(attn, hidden_states, text, attention_mask, temb, keys_and_values, attention, to_tokens, to_image):
+    """What mindone's `AttnProcessor2_0` computes, by other functions where there is no mask and no norm of queries.
+
+    Args:
+        attn, hidden_states, text, attention_mask, temb: the processor's own.
+        keys_and_values: (attn, tokens) -> a pair of what ``attention`` takes.
+        attention: (attn, query, key, value) -> (batch, tokens, heads * size).
+        to_tokens: (batch, channels, height, width) -> (batch, height * width, channels).
+        to_image: the other way, (tokens, residual) -> their sum as an image.
+    """
+    residual = hidden_states
+    if attn.spatial_norm is not None:
+        hidden_states = attn.spatial_norm(hidden_states, temb)
+    is_image = hidden_states.ndim == 4
+    shape = hidden_states.shape
+    if is_image:
+        if attn.group_norm is not None:
+            hidden_states = attn.group_norm(hidden_states.reshape(shape[0], shape[1], shape[2] * shape[3]))
+        hidden_states = to_tokens(hidden_states.reshape(shape))
+    elif attn.group_norm is not None:
+        hidden_states = attn.group_norm(hidden_states.swapaxes(1, 2)).swapaxes(1, 2)
+
+    query = attn.to_q(hidden_states)
+    if text is None:
+        text = hidden_states
+    elif attn.norm_cross:
+        text = attn.norm_encoder_hidden_states(text)
+    if attention_mask is None and attn.norm_q is None and attn.norm_k is None:
+        key, value = keys_and_values(attn, text)
+        hidden_states = attention(attn, query, key, value)
+    else:
+        batch, count = query.shape[0], query.shape[1]
+        if attention_mask is not None:
+            attention_mask = attn.prepare_attention_mask(attention_mask, text.shape[1], batch)
+            attention_mask = attention_mask.view(batch, attn.heads, -1, attention_mask.shape[-1])
+        query, key = _heads_apart(query, attn.heads), _heads_apart(attn.to_k(text), attn.heads)
+        value = _heads_apart(attn.to_v(text), attn.heads)
+        if attn.norm_q is not None:
+            query = attn.norm_q(query)
+        if attn.norm_k is not None:
+            key = attn.norm_k(key)
+        hidden_states = attn.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
+        hidden_states = hidden_states.swapaxes(1, 2).reshape(batch, count, -1)
+
+    hidden_states = attn.to_out[1](attn.to_out[0](hidden_states))
+    if is_image:
+        if attn.residual_connection:
+            hidden_states = to_image(hidden_states, residual)
+        else:
+            hidden_states = hidden_states.swapaxes(-1, -2).reshape(shape)
+    elif attn.residual_connection:
+        hidden_states = hidden_states + residual
+    return hidden_states if attn.rescale_output_factor == 1.0 else hidden_states / attn.rescale_output_factor
+
+
+def _heads_apart(tokens, heads):
+    """(batch, tokens, heads * size) as (batch, heads, tokens, size)."""
+    return tokens.reshape(tokens.shape[0], tokens.shape[1], heads, -1).swapaxes(1, 2)
+
+
 SCORES = 1 << 25
 """Numbers of an attention's scores that are held at once: 128 MB in float32, and as many after the softmax."""
 

@@ -51,7 +51,7 @@ _GRAPHS_OF_A_SIZE = 12
 
 _OF_MODEL = (
     *("model", "config", "variant", "revision", "offline", "no_safety_checker", "lora", "embedding"),
-    *("caption_model", "scheduler", "device", "dtype", "mode", "no_cache"),
+    *("caption_model", "scheduler", "device", "dtype", "mode", "jit_level", "no_cache"),
 )
 """The options that `Editor.load` takes."""
 
@@ -96,8 +96,8 @@ class Editor:
 
         Args:
             args: options of the model, under the names of `mindiffedit edit`: model, config, variant, revision,
-                offline, no_safety_checker, lora, embedding, caption_model, scheduler, device, dtype, mode, no_cache.
-                One that is not there has its default. The captioner stays in memory.
+                offline, no_safety_checker, lora, embedding, caption_model, scheduler, device, dtype, mode,
+                jit_level, no_cache. One that is not there has its default. The captioner stays in memory.
 
         Raises:
             InputError: a file or option of the model that does not fit; the sentence names `--options`.

@@ -7,8 +7,9 @@ what it leaves to 1; the rows of coefficients are those of ``schedules.ddim_row`
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
-from mindspore import ops
+from mindspore import mint, ops
 
 
 def x0_prediction(prediction_type: str) -> Callable:
@@ -41,6 +42,16 @@ def epsilon_prediction(prediction_type: str) -> Callable:
     return {"epsilon": from_epsilon, "v_prediction": from_v, "sample": from_sample}[prediction_type]
 
 
+def numbers(vector) -> Any:
+    """The numbers of a vector (N,), each 0-d, by one operator for all."""
+    return tuple(number.reshape(()) for number in mint.split(vector, 1))
+
+
+def halves(noise_prediction) -> Any:
+    """Predictions (2 B, C, h, w), negatives first, as those for negatives and those for prompts."""
+    return mint.split(noise_prediction, noise_prediction.shape[0] // 2)
+
+
 def solver_step(solver: str, prediction_type: str, clip: float | None) -> Callable:
     """One update: a function (latents, output, previous pred_x0, coefficients, noise) -> (latents, pred_x0).
 
@@ -51,14 +62,16 @@ def solver_step(solver: str, prediction_type: str, clip: float | None) -> Callab
     """
     x0, epsilon = x0_prediction(prediction_type), epsilon_prediction(prediction_type)
 
-    def ddim(latents, output, previous, c, noise):
+    def ddim(latents, output, previous, coefficients, noise):
+        c = numbers(coefficients)
         pred_x0 = x0(latents, output, c[0], c[1])
         if clip is not None:
             pred_x0 = ops.clamp(pred_x0, -clip, clip)
         direction = c[3] * epsilon(latents, output, c[0], c[1])
         return c[2] * pred_x0 + direction + c[4] * noise, pred_x0
 
-    def dpm(latents, output, previous, c, noise):
+    def dpm(latents, output, previous, coefficients, noise):
+        c = numbers(coefficients)
         pred_x0 = x0(latents, output, c[0], c[1])
         return c[2] * latents + c[3] * pred_x0 + c[4] * (pred_x0 - previous), pred_x0
 

@@ -175,59 +175,25 @@ class AttnProcessor2_0:
     """For mindone's processor of that name: scores are never stored, and heads not moved to an axis of their own."""
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None):
-        residual = hidden_states
-        if attn.spatial_norm is not None:
-            hidden_states = attn.spatial_norm(hidden_states, temb)
-        is_image = hidden_states.ndim == 4
-        shape = hidden_states.shape
-        if is_image:
-            hidden_states = hidden_states.reshape(shape[0], shape[1], shape[2] * shape[3])
-            if attn.group_norm is not None:
-                hidden_states = attn.group_norm(hidden_states)
-            hidden_states = operators.image_to_tokens(hidden_states.reshape(shape))
-        elif attn.group_norm is not None:
-            hidden_states = attn.group_norm(hidden_states.swapaxes(1, 2)).swapaxes(1, 2)
-
-        query = attn.to_q(hidden_states)
-        if encoder_hidden_states is None:
-            encoder_hidden_states = hidden_states
-        elif attn.norm_cross:
-            encoder_hidden_states = attn.norm_encoder_hidden_states(encoder_hidden_states)
-        key, value = attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
-
-        size = key.shape[-1] // attn.heads
-        if attention_mask is None and attn.norm_q is None and attn.norm_k is None:
-            hidden_states = operators.attention(query, key, value, attn.heads, attn.scale)
-        else:
-            batch, count = query.shape[0], query.shape[1]
-            if attention_mask is not None:
-                attention_mask = attn.prepare_attention_mask(attention_mask, key.shape[1], batch)
-                attention_mask = attention_mask.view(batch, attn.heads, -1, attention_mask.shape[-1])
-            query, key = _by_heads(query, attn.heads, size), _by_heads(key, attn.heads, size)
-            value = _by_heads(value, attn.heads, size)
-            if attn.norm_q is not None:
-                query = attn.norm_q(query)
-            if attn.norm_k is not None:
-                key = attn.norm_k(key)
-            hidden_states = attn.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
-            hidden_states = hidden_states.swapaxes(1, 2).reshape(batch, count, attn.heads * size)
-
-        hidden_states = attn.to_out[1](attn.to_out[0](hidden_states))
-        if is_image:
-            if attn.residual_connection:
-                hidden_states = operators.tokens_to_image(hidden_states, residual)
-            else:
-                hidden_states = hidden_states.swapaxes(-1, -2).reshape(shape)
-        elif attn.residual_connection:
-            hidden_states = hidden_states + residual
-        if attn.rescale_output_factor != 1.0:
-            hidden_states = hidden_states / attn.rescale_output_factor
-        return hidden_states
+        return portable.attended(
+            attn,
+            hidden_states,
+            encoder_hidden_states,
+            attention_mask,
+            temb,
+            _keys_and_values,
+            _attention,
+            operators.image_to_tokens,
+            operators.tokens_to_image,
+        )
 
 
-def _by_heads(tokens, heads, size):
-    """(batch, tokens, heads * size) as (batch, heads, tokens, size)."""
-    return tokens.reshape(tokens.shape[0], -1, heads, size).swapaxes(1, 2)
+def _keys_and_values(attn, tokens):
+    return attn.to_k(tokens), attn.to_v(tokens)
+
+
+def _attention(attn, query, key, value):
+    return operators.attention(query, key, value, attn.heads, attn.scale)
 
 
 class Transformer2DModel:
