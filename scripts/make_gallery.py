@@ -81,8 +81,8 @@ def page(edits: list[Edit], command: str) -> str:
     lines = [
         "# Gallery",
         "",
-        "Scenes of rendered objects, edited by one call of `pipeline.edit` each with the model that comes along (128 × 128",
-        "pixels). They are the first ones of their seed, whatever came out. From left to right: the picture, the map, the mask,",
+        "Scenes of rendered objects, edited by one call of `pipeline.edit` each with the demo model (128 × 128",
+        "pixels). They are the first of their seed, whatever came out. From left to right: picture, map, mask, and",
         "the edited picture; in 256 colours.",
         "",
         "```bash",
