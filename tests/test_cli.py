@@ -207,7 +207,7 @@ def work(tmp_path, monkeypatch):
     PIL.Image.fromarray(rng.integers(0, 256, (91, 117, 3), dtype=np.uint8)).save("p.png")
     write_model(tmp_path / "model")
     monkeypatch.setattr(demo, "checkpoint_folder", lambda: tmp_path / "model")
-    monkeypatch.setattr(demo, "sample_picture", lambda: tmp_path / "p.png")
+    monkeypatch.setattr(demo, "sample_picture", lambda example: tmp_path / "p.png")
     return tmp_path
 
 

@@ -168,7 +168,7 @@ def test_controls_begin_at_the_command_s_defaults(of_demo):
     options = controls.options_of({name: control.value for name, control in settings.items()})
     words = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     parsed = build_parser().parse_args(["edit", "x.png", "--target", "y", *words])
-    assert parsed.mask_level == 0.6 and parsed.mask_edges == 6 and parsed.seed == 0
+    assert parsed.mask_level == 0.6 and parsed.mask_edges == 4 and parsed.seed == 0
 
 
 def test_controls_say_what_the_command_s_help_says():
@@ -258,7 +258,7 @@ def test_an_edit(page, editor, picture):
     (call,) = editor.calls
     assert call.picture.size == (128, 96) and call.mask is None and call.reuse is None
     assert call.options["steps"] == 7 and call.options["size"] == 256 and call.options["source"] == "a cat"
-    assert call.options["mask_level"] == 0.6 and call.options["mask_edges"] == 6
+    assert call.options["mask_level"] == 0.6 and call.options["mask_edges"] == 4
     assert told[-1] == ("edit", 2, 2)
     assert "16% of the picture is in the mask. Mask 0.2 s, edit 1.5 s." in text_of(shown[page.state])
     before, after = shown[page.compare]
