@@ -272,7 +272,7 @@ PROGRAMS = {
     "serving.md": Program(
         {
             '"http://127.0.0.1:8000/v1"': (1, lambda stands: repr(f"{stands.fixture('demo_server')}/v1")),
-            '"demo-output/original.png"': (1, lambda stands: repr(str(demo.sample_picture()))),
+            '"demo-output/original.png"': (2, lambda stands: repr(str(demo.sample_picture()))),
         },
         check=check_serving,
     ),

@@ -554,8 +554,8 @@ def test_gelu_of_a_tanh():
     assert halves.dtype == mindspore.float16 and relative_error(halves, expected) < 3e-3  # measured: 1e-3
 
 
-def test_on_ascend_only_attention_is_replaced(monkeypatch):
-    """It has every kernel, but none that keeps float32 attention from holding all its scores."""
+def test_on_ascend_attention_and_split_are_replaced(monkeypatch):
+    """It has every kernel, but none that keeps float32 attention from holding all its scores; a split is one launch."""
     monkeypatch.setenv("MINDIFFEDIT_NATIVE", "0")
     monkeypatch.setattr(kernels.devices, "device_target", lambda: "Ascend")
     from mindone.diffusers.models.attention_processor import Attention
@@ -563,9 +563,9 @@ def test_on_ascend_only_attention_is_replaced(monkeypatch):
     before, original = snapshot(), Attention.math_attention_op
     assert kernels.missing_kernels() == ["mindone.diffusers.models.attention_processor.Attention:math_attention_op"]
     with portable_kernels():
-        assert not changed(before, snapshot())
+        assert changed(before, snapshot()) == {("mindspore.mint", "split")}
         assert Attention.math_attention_op is portable.Attention.math_attention_op
-    assert Attention.math_attention_op is original
+    assert Attention.math_attention_op is original and not changed(before, snapshot())
 
 
 @needs_gaps

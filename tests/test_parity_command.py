@@ -274,7 +274,8 @@ def replayed(recorded, monkeypatch):
 
     monkeypatch.chdir(recorded.folder)
     monkeypatch.setattr("mindiffedit.runtime.devices.require_device", lambda name: name or "CPU")
-    monkeypatch.setattr(replay, "load", lambda folder, _, *how, compile_cache: (str(folder), *how, compile_cache))
+    loaded = type("Loaded", (tuple,), {})  # a tuple that takes attributes
+    monkeypatch.setattr(replay, "load", lambda path, _, *how, compile_cache: loaded((str(path), *how, compile_cache)))
     install()
     return install
 
