@@ -396,7 +396,8 @@ class EagerUpdate:
     def __call__(self, index: int, latents, noise_prediction, pred_x0=None, background=None):
         if len(noise_prediction) > len(latents):
             with eagerly():
-                noise_prediction = guided(*halves(noise_prediction), self._guidance_scale)
+                negatives, positives = halves(noise_prediction)
+                noise_prediction = guided(negatives, positives, self._guidance_scale)
         if self._regularise is not None:
             noise_prediction = tensor(self._regularise(host(noise_prediction), latents, index))
         updated, pred_x0 = self._step(index, latents, noise_prediction)
@@ -520,7 +521,10 @@ def _update(solver, prediction_type, clip, is_guided):
         Returns:
             The new latents and this step's pred_x0, both (B, C, h, w).
         """
-        output = guided(*halves(noise_prediction), guidance_scale) if is_guided else noise_prediction
+        output = noise_prediction
+        if is_guided:
+            negatives, positives = halves(noise_prediction)
+            output = guided(negatives, positives, guidance_scale)
         updated, pred_x0 = solve(latents, output, pred_x0, coefficients, noise)
         return blended(updated, mask, background), pred_x0
 
@@ -534,7 +538,10 @@ def _noise(prediction_type, is_guided):
         """Noise (B, C, h, w) at latents (B, C, h, w) of a level, as ``_refinement`` takes it."""
         rows = ops.cat([latents, latents]) if is_guided else latents
         noise = output if prediction_type == "epsilon" else epsilon(rows, output, *numbers(levels))
-        return guided(*halves(noise), guidance_scale) if is_guided else noise
+        if not is_guided:
+            return noise
+        negatives, positives = halves(noise)
+        return guided(negatives, positives, guidance_scale)
 
     return noise
 

@@ -206,7 +206,7 @@ def time_stage(unet: Any) -> Callable:
                 part = layer.time_emb_proj(embeds if layer.skip_time_act else layer.nonlinearity(embeds))
                 parts.append((part + layer.conv1.bias).reshape(TIMESTEPS, 1, -1))
             tables.append(mint.split(ops.cat(parts, 1), 1))
-        rows = ()
+        rows: tuple = ()
         for index in range(TIMESTEPS):
             for table in tables:
                 rows += (table[index],)
@@ -226,7 +226,7 @@ def conditions_of(unet: Any) -> Callable:
     def conditions(tensors):
         if groups == 0:
             return tensors
-        times = ()
+        times: tuple = ()
         for group in tensors[:groups]:
             rows = (group,) if group.shape[1] == 1 else mint.split(group, 1, 1)
             for row in rows:
