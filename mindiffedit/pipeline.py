@@ -896,9 +896,9 @@ class StableDiffusionDiffEditPipeline(Adapters):
                 ``inversion_points`` and ``inversion_maps``. Rows of the UNet for T steps with guidance, and on 200
                 drawn scenes with the demo model (T = 18) rows, mask IoU and target seen (docs/quality.md):
 
-                - "exact": 8 + 3 T; 58 rows (4 for a mask of two maps), 0.846, 81.5 %;
-                - "balanced": 5 + 1.4 T; 30 rows, 0.848, 85.5 %;
-                - "fast": 4 + T / 2 or so, and as many of the step cache; 13 rows and 13, 0.859, 80.0 %.
+                - "exact": 8 + 3 T; 58 rows (4 for a mask of two maps), 0.790, 87.5 %;
+                - "balanced": 5 + 1.4 T; 30 rows, 0.806, 81.2 %;
+                - "fast": 4 + T / 2 or so, and as many of the step cache; 13 rows and 13, 0.810, 71.9 %.
             num_inference_steps: steps of the whole schedule, 1 to 1000.
             inpaint_strength: share of them that runs, in (0, 1].
             guidance_scale: classifier-free guidance of mask and edit, at least 0; 1 or less is without.
