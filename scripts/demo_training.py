@@ -1,4 +1,4 @@
-"""What the trainings of the demo's checkpoints have in common: layouts, tokenizer, stages on disk, judge, export."""
+"""What ``train_demo_checkpoint.py`` is made of: layouts, tokenizer, optimizers, stages on disk, judge, export."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from demo_scenes import SIZE
 
-SIZE = 128
-"""Height and width of a training picture in pixels."""
 MAX_TOKENS = 32
 START, END = "<|startoftext|>", "<|endoftext|>"
 

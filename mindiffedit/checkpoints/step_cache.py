@@ -17,9 +17,6 @@ from mindiffedit.checkpoints import freeu
 from mindiffedit.errors import InputError
 from mindiffedit.runtime import launches
 
-_EXTRAS = ("class_embedding", "addition_embed_type", "encoder_hid_proj", "time_embed_act")
-"""Attributes of a UNet that are None where nothing but timestep and text comes into its embeddings."""
-
 
 def check_supported(unet: Any) -> None:
     """Sees to it that ``evaluations`` can run a UNet.
@@ -38,7 +35,7 @@ def check_supported(unet: Any) -> None:
             parameter="unet_cache_interval",
             unet=unet,
         )
-    extras = [name for name in _EXTRAS if getattr(unet, name, None) is not None]
+    extras = [name for name in launches.EXTRAS if getattr(unet, name, None) is not None]
     if extras:
         raise InputError(
             "The step cache does not know of this UNet's {extras}; set {unet_cache_interval=1}.",

@@ -153,7 +153,7 @@ def _found_apart(unet: Any) -> Apart | None:
     resnets = [cell for cell in cells if isinstance(cell, ResnetBlock2D)]
     plain = (
         getattr(type(unet), "construct", None) is UNet2DConditionModel.construct
-        and all(getattr(unet, name) is None for name in _EXTRAS)
+        and all(getattr(unet, name) is None for name in EXTRAS)
         and all(type(layer.processor) is AttnProcessor2_0 for layer in attentions)
         and all(getattr(layer, name) is None for layer in attentions for name in _NORMS)
         and all(layer.time_emb_proj is not None and layer.time_embedding_norm == "default" for layer in resnets)
@@ -170,7 +170,9 @@ def _found_apart(unet: Any) -> Apart | None:
     return Apart(tuple(attentions), tuple(map(tuple, groups.values())))
 
 
-_EXTRAS = ("class_embedding", "addition_embed_type", "encoder_hid_proj", "time_embed_act")
+EXTRAS = ("class_embedding", "addition_embed_type", "encoder_hid_proj", "time_embed_act")
+"""Attributes of a UNet that are None where nothing but timestep and text comes into its embeddings."""
+
 _NORMS = ("norm_cross", "norm_q", "norm_k", "add_k_proj")
 
 
